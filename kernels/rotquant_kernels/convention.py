@@ -1,0 +1,118 @@
+"""The numeric convention: how real numbers become integers and come back, for every user of the project.
+
+It is compressed-tensors' arithmetic (`calculate_qparams`, `quantize`), so that Hugging Face's fake
+quantization agrees with the served kernels. All of it runs in float32; b is the number of bits.
+
+    symmetric    scale = absmax * clip / ((2^b - 1) / 2)                    zero = 0
+    asymmetric   scale = (max - min) * clip / (2^b - 1)                     zero = round(-2^(b-1) - min * clip / scale)
+                 (min <= 0 <= max, so that 0 is always exact)
+    quantize     q = clamp(round_half_even(x / scale + zero), -2^(b-1), 2^(b-1) - 1)
+    dequantize   x' = (q - zero) * scale
+
+A row of zeros has scale 0; it is replaced by float32's epsilon, as compressed-tensors does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = torch.finfo(torch.float32).eps
+# Scales of the KV cache are stored as float16: this range keeps them normal numbers.
+HALF_TINY, HALF_MAX = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
+
+
+def int_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest value of a signed integer of `bits` bits."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def qparams(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row.
+
+    Args:
+        x: float [..., K]; one scale and zero point for each row of K values.
+        bits: 2 to 8.
+        symmetric: zero point fixed at 0.
+        clip: ratio in (0, 1] by which the range is shrunk; values outside saturate.
+    Returns:
+        scale float32 [..., 1], zero point float32 [..., 1] holding integers.
+    """
+    x = x.float()
+    low, high = int_range(bits)
+    if symmetric:
+        scale = x.abs().amax(-1, keepdim=True) * clip / ((high - low) / 2)
+        return torch.where(scale == 0, EPSILON, scale), torch.zeros_like(scale)
+    smallest = x.amin(-1, keepdim=True).clamp(max=0) * clip
+    largest = x.amax(-1, keepdim=True).clamp(min=0) * clip
+    scale = (largest - smallest) / (high - low)
+    scale = torch.where(scale == 0, EPSILON, scale)
+    return scale, zero_point(smallest, scale, bits)
+
+
+def zero_point(smallest: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integer zero point (as float32) that maps `smallest` to the lowest code."""
+    low, high = int_range(bits)
+    return (low - smallest / scale).clamp(low, high).round()
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """int8 codes of x; shapes broadcast. torch.round rounds half to even."""
+    return (x.float() / scale + zero).round().clamp(*int_range(bits)).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """float32 values of int8 codes; shapes broadcast."""
+    return (q.float() - zero) * scale
+
+
+def kv_qparams(x: Tensor, symmetric: bool, clip: float) -> tuple[Tensor, Tensor]:
+    """`qparams` at 4 bits with the scale rounded to float16, as the KV page stores it.
+
+    The zero point and the codes are computed with the rounded scale, so nothing is lost in storage.
+    """
+    scale, zero = qparams(x, 4, symmetric, clip)
+    scale = scale.clamp(HALF_TINY, HALF_MAX).half().float()
+    if not symmetric:
+        zero = zero_point(x.float().amin(-1, keepdim=True).clamp(max=0) * clip, scale, 4)
+    return scale, zero
+
+
+def kv_fake_quantize(x: Tensor, symmetric: bool, clip: float) -> Tensor:
+    """What the KV cache gives back for x float [..., head_dim], one scale per leading index; float32."""
+    scale, zero = kv_qparams(x, symmetric, clip)
+    return dequantize(quantize(x, scale, zero, 4), scale, zero)
+
+
+def pack_int32(q: Tensor, bits: int) -> Tensor:
+    """Packs codes as compressed-tensors' `pack-quantized` does.
+
+    Args:
+        q: int8 [N, K] codes of 4 or 8 bits.
+    Returns:
+        int32 [N, ceil(K * bits / 32)]; code k sits at bit (k mod (32 / bits)) * bits, offset by 2^(bits-1).
+    """
+    per_word = 32 // bits
+    padding = -q.shape[1] % per_word
+    unsigned = torch.nn.functional.pad(q.to(torch.int16) + (1 << (bits - 1)), (0, padding)).to(torch.uint8)
+    if bits == 4:
+        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+    return unsigned.contiguous().view(torch.int32)
+
+
+def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_int32`: int32 [N, words] to int8 [N, columns]."""
+    stored = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        stored = unpack_nibbles(stored)
+    return (stored[:, :columns].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., D] of values 0..15 to uint8 [..., D / 2]; even positions take the low nibble."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack_nibbles(stored: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`."""
+    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,82 @@
+"""The ops as torch sees them: schemas, fakes, dispatch. `torch.ops.rotquant.*` and thin Python names.
+
+The reference is registered for every device (CompositeExplicitAutograd). A native kernel registers the
+same schema for its own dispatch key and so wins; `kernel_of` tells which one runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import reference
+
+OPS = {
+    "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
+    "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
+    " -> (Tensor, Tensor, Tensor)",
+    "int_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits, str transform,"
+    " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip) -> Tensor",
+    "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
+    " float k_clip, float v_clip) -> ()",
+    "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
+    " float scale, int rotate, bool symmetric) -> Tensor",
+}
+
+_library = torch.library.Library("rotquant", "DEF")
+for _name, _schema in OPS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rotquant::transform_rows", lib=_library)
+def _(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@torch.library.register_fake("rotquant::quantize_rows", lib=_library)
+def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
+    one = (*x.shape[:-1], 1)
+    return (
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty(one, dtype=torch.float32),
+        x.new_empty(one, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("rotquant::int_linear", lib=_library)
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, *settings: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@torch.library.register_fake("rotquant::kv4_write", lib=_library)
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("rotquant::kv4_attention", lib=_library)
+def _(query: Tensor, *settings: object) -> Tensor:
+    return torch.empty_like(query)
+
+
+transform_rows = torch.ops.rotquant.transform_rows
+quantize_rows = torch.ops.rotquant.quantize_rows
+int_linear = torch.ops.rotquant.int_linear
+kv4_write = torch.ops.rotquant.kv4_write
+kv4_attention = torch.ops.rotquant.kv4_attention
+
+
+def prepare_weight(packed: Tensor, bits: int) -> Tensor:
+    """The layout that `int_linear` of this device reads, from the checkpoint's `weight_packed`.
+
+    Args:
+        packed: int32 [N, ceil(K * bits / 32)], see `convention.pack_int32`.
+    """
+    return packed.contiguous()
+
+
+def kernel_of(op: str, device: str = "cpu") -> str:
+    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
+    key = "CUDA" if device.startswith("cuda") else "CPU"
+    native = torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key)
+    return f"native ({key.lower()})" if native else "reference (torch)"

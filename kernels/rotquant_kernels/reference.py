@@ -1,0 +1,256 @@
+"""What every op computes, in plain torch: the specification that each kernel must meet.
+
+Integers (codes, accumulators) must match bit for bit; the float32 epilogue in the order written here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import convention
+from rotquant_kernels.convention import qparams, quantize, unpack_int32
+
+TRANSFORMS = ("none", "hadamard", "dense")
+
+
+def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
+    """Online transform of the last dimension: x (I ⊗ T), T of size block x block.
+
+    Args:
+        x: float [..., K], block divides K.
+        transform: "none"; "hadamard", T = H / sqrt(block), Sylvester's H; "dense", T = matrix.
+        block: size of T; a power of two for "hadamard".
+        matrix: float [block, block] for "dense", else None.
+    Returns:
+        float32 [..., K].
+    """
+    x = x.float()
+    if transform == "hadamard":
+        return hadamard(x, block)
+    if transform == "dense":
+        assert matrix is not None
+        return (x.unflatten(-1, (-1, block)) @ matrix.float()).flatten(-2)
+    return x
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """x (I ⊗ H / sqrt(block)) by the fast Walsh-Hadamard transform, float32 or float64 as x is.
+
+    The order of additions is part of the specification (it decides the last bit): butterflies of
+    stride 1, 2, 4, ..., each (a + b, a - b), then one product with block^-0.5.
+    """
+    y = x.reshape(-1, block)
+    stride = 1
+    while stride < block:
+        pair = y.reshape(-1, 2, stride)
+        y = torch.stack((pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]), dim=1)
+        stride *= 2
+    return (y.reshape(-1, block) * block**-0.5).reshape(x.shape)
+
+
+def quantize_rows(
+    x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Transforms and quantizes activations per token.
+
+    Args:
+        x: float [M, K].
+        bits, symmetric, clip: see `convention.qparams`.
+    Returns:
+        codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
+    """
+    y = transform_rows(x, transform, block, matrix)
+    scale, zero = qparams(y, bits, symmetric, clip)
+    return quantize(y, scale, zero, bits), scale, zero.to(torch.int32)
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 a bᵀ of int8 a [M, K] and int8 b [N, K]."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.t())
+    return (a.double() @ b.double().t()).to(torch.int32)
+
+
+def int_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    transform: str,
+    block: int,
+    matrix: Tensor | None,
+    act_bits: int,
+    act_symmetric: bool,
+    act_clip: float,
+) -> Tensor:
+    """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + bias, q_x from x transformed online.
+
+    Args:
+        x: float [..., K].
+        weight: int32 [N, ceil(K * weight_bits / 32)], packed codes (`prepare_weight`).
+        weight_scale: float32 [N, G]; G = 1 per channel, else one scale per group of K / G inputs.
+        bias: float [N] or None.
+        weight_bits, act_bits: 4 or 8.
+        transform, block, matrix: see `transform_rows`.
+    Returns:
+        [..., N] in x's dtype. Epilogue in float32: for each group acc * s_w, summed in the order of
+        the groups, then * s_x, then + bias, then one rounding to x's dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
+    codes = unpack_int32(weight, weight_bits, rows.shape[1])
+    size = rows.shape[1] // weight_scale.shape[1]
+    total = torch.zeros(())
+    for group, (q_group, w_group) in enumerate(zip(q.split(size, 1), codes.split(size, 1), strict=True)):
+        acc = int_matmul(q_group.contiguous(), w_group.contiguous())
+        if not act_symmetric:
+            acc = acc - zero * w_group.sum(1, dtype=torch.int32)
+        total = total + acc.float() * weight_scale[:, group]
+    y = total * scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+# ---- KV cache of 4 bits -------------------------------------------------------------------------------
+
+
+def kv_token_bytes(head_dim: int, symmetric: bool) -> int:
+    """Bytes for K and V of one token and head: two nibble rows, two float16 scales, two int8 zero points."""
+    return head_dim + (4 if symmetric else 6)
+
+
+def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor]:
+    """Views into the pages.
+
+    Args:
+        cache: uint8 or int8 [blocks, heads, N, C], C = kv_token_bytes; each (block, head) plane of N * C
+            bytes is contiguous and holds, one after the other: K codes [N, d/2], V codes [N, d/2],
+            K scale float16 [N], V scale float16 [N], and if asymmetric K zero int8 [N], V zero int8 [N].
+    Returns:
+        k, v uint8 [blocks, heads, N, d/2]; k_scale, v_scale float16 and k_zero, v_zero int8 [blocks, heads, N].
+    """
+    n = cache.shape[2]
+    plane = cache.view(torch.uint8).flatten(2)
+    sizes = [n * head_dim // 2] * 2 + [2 * n] * 2 + ([] if symmetric else [n] * 2)
+    parts = plane.split(sizes, dim=-1)
+    views = {
+        "k": parts[0].unflatten(-1, (n, -1)),
+        "v": parts[1].unflatten(-1, (n, -1)),
+        "k_scale": parts[2].view(torch.float16),
+        "v_scale": parts[3].view(torch.float16),
+    }
+    if not symmetric:
+        views |= {"k_zero": parts[4].view(torch.int8), "v_zero": parts[5].view(torch.int8)}
+    return views
+
+
+def kv4_write(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    rotate: int,
+    symmetric: bool,
+    k_clip: float,
+    v_clip: float,
+) -> None:
+    """Rotates K, quantizes K and V per (token, head) and stores them in their pages.
+
+    Args:
+        key, value: float [T, heads, d]; rows beyond len(slots) are padding.
+        cache: pages, see `kv_planes`; changed in place.
+        slots: int64 [T']; token t goes to block slots[t] // N, position slots[t] % N; -1 skips it.
+        rotate: block of the Hadamard applied to K (R3), 0 for none.
+    """
+    planes = kv_planes(cache, key.shape[-1], symmetric)
+    stored = slots >= 0
+    blocks, offsets = slots[stored] // cache.shape[2], slots[stored] % cache.shape[2]
+    for name, x, clip, block in (("k", key, k_clip, rotate), ("v", value, v_clip, 0)):
+        rows = x[: slots.shape[0]][stored].float()
+        rows = hadamard(rows, block) if block else rows
+        scale, zero = convention.kv_qparams(rows, symmetric, clip)
+        codes = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
+        planes[name][blocks, :, offsets] = convention.pack_nibbles(codes)
+        planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].half()
+        if not symmetric:
+            planes[f"{name}_zero"][blocks, :, offsets] = zero[..., 0].to(torch.int8)
+
+
+def kv4_read(cache: Tensor, blocks: Tensor, head_dim: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Dequantized K (in the rotated basis) and V of whole blocks.
+
+    Args:
+        blocks: int [..., P] block numbers.
+    Returns:
+        K, V float32 [..., heads, P * N, d].
+    """
+    planes = kv_planes(cache, head_dim, symmetric)
+    out = []
+    for name in ("k", "v"):
+        codes = convention.unpack_nibbles(planes[name][blocks]).float() - 8
+        zero = 0 if symmetric else planes[f"{name}_zero"][blocks].float().unsqueeze(-1)
+        x = (codes - zero) * planes[f"{name}_scale"][blocks].float().unsqueeze(-1)
+        out.append(x.movedim(-3, -4).flatten(-3, -2))  # [..., P, heads, N, d] -> [..., heads, P * N, d]
+    return out[0], out[1]
+
+
+def kv4_attention(
+    query: Tensor,
+    cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    rotate: int,
+    symmetric: bool,
+) -> Tensor:
+    """Causal attention of a mixed batch (prefill chunks and decode steps) over 4-bit pages, in float32.
+
+    softmax(scale * (q R)(K R)ᵀ) V = softmax(scale * q Kᵀ) V for the orthogonal R = I ⊗ H/sqrt(rotate).
+
+    Args:
+        query: float [T, heads, d]; query heads h share KV head h // (heads / kv_heads).
+        query_start: int32 [B + 1], first row of each sequence; rows from query_start[B] on are padding.
+        seq_lens: int32 [B], tokens in the cache, those of this step included.
+        block_table: int32 [B, P].
+    Returns:
+        [T, heads, d] in query's dtype; 0 in padding rows.
+    """
+    out = torch.zeros_like(query)
+    starts, lens = query_start.tolist(), seq_lens.tolist()
+    rotated = hadamard(query.float(), rotate) if rotate else query.float()
+    decode = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
+    groups = [decode] if decode else []
+    groups += [[b] for b in range(len(lens)) if starts[b + 1] - starts[b] > 1]
+    for members in groups:  # all decode steps together, each prefill chunk alone
+        rows = torch.tensor([list(range(starts[b], starts[b + 1])) for b in members])
+        longest = max(lens[b] for b in members)
+        pages = block_table[members, : -(-longest // cache.shape[2])].long()
+        keys, values = kv4_read(cache, pages, query.shape[-1], symmetric)
+        ends = torch.tensor([lens[b] for b in members])
+        out[rows] = attend(rotated[rows], keys, values, ends, scale).to(query.dtype)
+    return out
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """Causal grouped-query attention; query t of a sequence sees the first ends - T + t + 1 keys.
+
+    Args:
+        query: float32 [B, T, heads, d]; keys, values: float32 [B, kv_heads, L, d]; ends: int [B].
+    Returns:
+        float32 [B, T, heads, d].
+    """
+    batch, steps, heads, dim = query.shape
+    kv_heads, length = keys.shape[1:3]
+    grouped = query.movedim(2, 1).reshape(batch, kv_heads, -1, dim)  # [B, kv_heads, group * T, d]
+    scores = (grouped @ keys.mT * scale).view(batch, heads, steps, length)
+    last = ends[:, None] - steps + torch.arange(steps)  # [B, T], last visible position
+    hidden = torch.arange(length) > last[:, :, None]
+    weights = scores.masked_fill(hidden.unsqueeze(1).to(scores.device), float("-inf")).softmax(-1)
+    # Positions past the end may hold anything, NaN included, and 0 * NaN is NaN.
+    unwritten = (torch.arange(length) >= ends[:, None])[:, None, :, None].to(values.device)
+    mixed = weights.view(batch, kv_heads, -1, length) @ values.masked_fill(unwritten, 0)
+    return mixed.view(batch, heads, steps, dim).movedim(1, 2)

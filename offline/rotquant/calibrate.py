@@ -1,0 +1,118 @@
+"""Calibration text to token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rotquant.errors import RotQuantError
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Token windows int64 [samples, seq_len] and where they come from."""
+
+    tokens: Tensor
+    name: str
+    sha256: str
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        RotQuantError: none there.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here
+        reason = " ".join(str(error).split())[:200]
+        raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
+
+
+def default_text() -> str:
+    """Calibration text for whoever names none: part of the Python standard library's sources (bundled)."""
+    return (Path(__file__).parent / "data" / "calibration.txt").read_text()
+
+
+def read_text(calibration: str | None) -> tuple[str, str]:
+    """(name, text) of `--calibration`: a .txt or .jsonl file, a Hugging Face dataset, or None for the default.
+
+    Raises:
+        RotQuantError: a file that is missing, empty or without a `text` field.
+    """
+    if calibration is None:
+        return "default", default_text()
+    path = Path(calibration)
+    if path.is_file():
+        try:
+            text = path.read_text()
+            if path.suffix == ".jsonl":
+                text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except UnicodeDecodeError as error:
+            raise RotQuantError(f"{path}: calibration text must be UTF-8") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise RotQuantError(f"{path}: every line must be a JSON object with a field `text`") from error
+        if not text.strip():
+            raise RotQuantError(f"{path}: calibration text is empty")
+        return path.name, text
+    if path.suffix in (".txt", ".jsonl"):
+        raise RotQuantError(f"{path}: no such calibration file")
+    return calibration, _dataset_text(calibration)
+
+
+def _dataset_text(name: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise RotQuantError(
+            f"--calibration {name}: no such file, and `pip install datasets` is needed for a dataset"
+        ) from error
+    repository, _, subset = name.partition(":")
+    rows = load_dataset(repository, subset or None, split="train", streaming=True)
+    pieces, size = [], 0
+    for row in rows:
+        pieces.append(row["text"])
+        size += len(row["text"])
+        if size > 20_000_000:
+            break
+    return "\n\n".join(pieces)
+
+
+def windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, where: str) -> Tensor:
+    """Non-overlapping windows int64 [n, seq_len]; each begins with BOS where the tokenizer has one.
+
+    Raises:
+        RotQuantError: fewer than seq_len tokens.
+    """
+    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    step = seq_len - len(prefix)
+    count = len(ids) // step
+    if count == 0:
+        raise RotQuantError(
+            f"{where}: {len(ids)} tokens are too few, one window of {seq_len} is needed; give more text"
+        )
+    body = torch.tensor(ids[: count * step]).view(count, step)
+    return torch.cat((torch.tensor(prefix).long().expand(count, -1), body), dim=1)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins every sequence with BOS (Llama does, Qwen does not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def calibration_tokens(
+    calibration: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+) -> Calibrated:
+    """A random choice of windows, the same for the same text, tokenizer and seed."""
+    name, text = read_text(calibration)
+    every = windows(text, tokenizer, seq_len, name)
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]
+    return Calibrated(every[chosen.sort().values], name, hashlib.sha256(text.encode()).hexdigest())

@@ -1,0 +1,254 @@
+"""The command line: `rotquant VERB`. Each verb is one Python call; heavy imports happen inside it.
+
+Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 a failure nobody foresaw (or,
+for doctor, a problem found), 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from rotquant.errors import RotQuantError
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, RAW):
+    """Shows defaults, but not those that say nothing; leaves the examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(arguments)
+    # Threads that wait must sleep: spinning, they take the core that the last one needs, and on a busy
+    # machine quantizing becomes many times slower. Read by OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return _complain(_interrupted(args.verb, arguments), 130, args.debug, word="interrupted")
+    except RotQuantError as error:
+        return _complain(str(error), 2, args.debug)
+    except Exception as error:
+        line = " ".join(str(error).split())
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in line:
+            where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+            return _complain(f"the disk is full{where}; free some space and try again", 2, args.debug)
+        if isinstance(error, OSError):
+            return _complain(line, 2, args.debug)
+        hint = "this is a bug of rotquant; --debug shows where"
+        return _complain(f"{type(error).__name__}: {line} ({hint})", 1, args.debug)
+
+
+def _complain(line: str, code: int, debug: bool, word: str = "error") -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"rotquant: {word}: {line}", file=sys.stderr)
+    return code
+
+
+def _interrupted(verb: str, arguments: list[str]) -> str:
+    if verb != "quantize":
+        return "stopped by Ctrl-C"
+    again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+    return f"go on where it stopped with: {shlex.join(['rotquant', *again])}"
+
+
+# ---- the parser -------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line as an argparse parser; `args.run(args)` runs the chosen verb."""
+    top = argparse.ArgumentParser(
+        prog="rotquant",
+        formatter_class=RAW,
+        description="Quantize a model to 4-bit weights, activations and KV cache, and serve it with vLLM.",
+        epilog="first steps:\n"
+        "  rotquant demo                                    see everything work, no downloads\n"
+        "  rotquant quantize Qwen/Qwen3-0.6B -o qwen3-w4    your own model\n"
+        "  vllm serve qwen3-w4 --quantization rotquant      serve it\n\n"
+        "`rotquant VERB --help` explains each verb with examples.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_quantize(verbs)
+    _add_eval(verbs)
+    _verb(verbs, "recipes", _recipes, "list the quantization recipes that come with rotquant", "rotquant recipes")
+    doctor = _verb(
+        verbs,
+        "doctor",
+        _doctor,
+        "check this machine and environment: versions, CPU, GPUs, kernels, the vLLM plugin",
+        "rotquant doctor\n  rotquant doctor --json      for bug reports",
+        more="Exit code 1 if something is wrong; each problem is listed with how to mend it.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_demo(verbs)
+    return top
+
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _verb(
+    verbs: Verbs,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    examples: str,
+    more: str = "",
+) -> argparse.ArgumentParser:
+    description = f"{summary[0].upper()}{summary[1:]}." + (f"\n\n{more}" if more else "")
+    added = verbs.add_parser(
+        name, help=summary, description=description, epilog=f"examples:\n  {examples}", formatter_class=_Help
+    )
+    added.set_defaults(run=run)
+    added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return added
+
+
+def _add_quantize(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "quantize",
+        _quantize,
+        "turn a Hugging Face model into a rotated 4-bit checkpoint",
+        "rotquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --calibration notes.txt\n"
+        "  rotquant quantize ./model -o out --recipe rtn               no calibration text needed\n"
+        "  rotquant quantize ./model -o out --set kv.bits=16           a recipe with one key changed\n"
+        "  rotquant quantize ./model -o out --resume                   go on after Ctrl-C or a crash",
+        more="Works layer by layer: memory stays near that of two layers, whatever the model's size.",
+    ).add_argument
+    add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
+    add("-o", "--output", metavar="OUT", required=True, help="folder to write; must not exist, except to --resume")
+    add("--recipe", default="quarot", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
+    add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
+    add("--samples", type=_positive, metavar="N", help="calibration windows (default: the recipe's)")
+    add("--seq-len", type=_positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to compute")
+    add("--profile", default="full", choices=["full", "portable"],
+        help="full: online rotations and 4-bit KV cache; portable: what plain transformers loads too")  # fmt: skip
+    add("--tp-max", type=_positive, default=1, metavar="N", help="largest tensor parallel size to serve with")
+    add("--seed", type=int, default=0, metavar="S", help="same seed, same files")
+    add("--resume", action="store_true", help="continue an interrupted run of the same command")
+    add("--max-memory", type=float, metavar="GB", help="stop rather than use more memory than this")
+    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+        help="change one key of the recipe, e.g. weights.method=rtn; repeatable")  # fmt: skip
+
+
+def _add_eval(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "eval",
+        _eval,
+        "measure the perplexity of a model or checkpoint on a text file",
+        "rotquant eval llama-w4 --text held_out.txt\n"
+        "  rotquant eval llama-w4 --text held_out.txt --engine vllm          through vLLM and the served kernels\n"
+        "  rotquant eval meta-llama/Llama-3.2-1B --text held_out.txt --json  the full-precision model",
+        more="Both engines score the same windows with the same arithmetic, so their numbers can be compared.",
+    ).add_argument
+    add("model", metavar="OUT|MODEL", help="checkpoint folder, or any Hugging Face model (folder or hub id)")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
+    add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
+    add("--engine", default="torch", choices=["torch", "vllm"], help="torch: the reference; vllm: what is served")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_demo(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "demo",
+        _demo,
+        "quantize the bundled model, serve it with vLLM and talk to it",
+        "rotquant demo              serves until Ctrl-C\n"
+        "  rotquant demo --once       stops after the answers, exit code 0 if all went well",
+        more="Needs no network. Results are cached, so that a second run starts at once.",
+    ).add_argument
+    add("--once", action="store_true", help="stop the server after the questions")
+    add("--port", type=int, default=0, metavar="N", help="port of the server (0: any free one)")
+    add("--keep", type=Path, metavar="DIR", help="work in this folder instead of the cache")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+# ---- the verbs --------------------------------------------------------------------------------------
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from rotquant.pipeline import quantize
+
+    output = quantize(
+        args.model,
+        args.output,
+        recipe=args.recipe,
+        calibration=args.calibration,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        device=args.device,
+        profile=args.profile,
+        tp_max=args.tp_max,
+        seed=args.seed,
+        resume=args.resume,
+        settings=args.settings,
+        max_memory=args.max_memory,
+    )
+    folder = shlex.quote(str(output))
+    print(
+        f"{output} is ready. Next:\n"
+        f"  vllm serve {folder} --quantization rotquant\n"
+        f"  rotquant eval {folder} --text FILE --engine vllm\n"
+        f"  lm_eval --model vllm --model_args pretrained={folder},quantization=rotquant --tasks TASK"
+    )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rotquant.evaluate import evaluate
+
+    score = evaluate(args.model, args.text, tokens=args.tokens, seq_len=args.seq_len, engine=args.engine)
+    print(json.dumps(score.as_dict()) if args.json else score)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from rotquant.recipe import shipped
+
+    found = shipped()
+    width = max(len(name) for name, _ in found)
+    for name, description in found:
+        print(f"{name:<{width}}  {description}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rotquant.doctor import examine
+
+    report = examine()
+    print(json.dumps(report.as_dict(), indent=2) if args.json else report)
+    return 1 if report.problems else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from rotquant.demo import demo
+
+    return demo(once=args.once, port=args.port, keep=args.keep)

@@ -1,0 +1,261 @@
+"""What a rotquant checkpoint asks of whoever runs it: config.json in, plain facts out, or a refusal.
+
+One reader for both sides (`rotquant.load` and the vLLM plugin), so that what is measured is what is
+served. Every field is either understood here or refused by name; nothing is skipped.
+
+config.json holds `quantization_config` (compressed-tensors' own schema) and the key `rotquant`:
+
+    format_version    1
+    profile           "full" or "portable"
+    activation_clip   {"default": 0.9, "<module name>": 0.85, ...}
+    kv_clip           {"key": 0.95, "value": 0.95}
+    provenance        recipe, seed, calibration, versions; not needed to run
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from pydantic import ValidationError
+
+from rotquant.errors import RotQuantError
+
+FORMAT_VERSION = 1
+EXTENSION_KEYS = {"format_version", "profile", "activation_clip", "kv_clip", "provenance"}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Online transform x (I ⊗ T) of a linear input: kind and block as in `rotquant_kernels.transform_rows`.
+
+    A "dense" T is stored as `<module>.<name>_input.weight`, float [block, block].
+    """
+
+    kind: str = "none"
+    block: int = 0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How one linear layer is stored and run. `group_size` 0 means one scale per output channel."""
+
+    weight_bits: int
+    group_size: int
+    act_bits: int
+    act_symmetric: bool
+    act_clip: float
+    transform: Transform = field(default_factory=Transform)
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """4-bit KV cache, one scale per (token, head). `rotate` is R3's Hadamard block, 0 for none."""
+
+    symmetric: bool
+    k_clip: float
+    v_clip: float
+    rotate: int
+
+
+def claims(quantization_config: dict[str, Any] | None) -> bool:
+    """True for compressed-tensors' packed integer weights together with integer activations of 4 or 8 bits.
+
+    Stock engines run such a checkpoint with 16-bit activations, or not at all.
+    """
+    config = quantization_config or {}
+    groups = (config.get("config_groups") or {}).values()
+    if config.get("quant_method") != "compressed-tensors" or not groups:
+        return False
+    return all(isinstance(group, dict) and _packed_integers(group, config.get("format")) for group in groups)
+
+
+def _packed_integers(group: dict[str, Any], top_format: str | None) -> bool:
+    arguments = [group.get("weights") or {}, group.get("input_activations") or {}]
+    integers = all(a.get("type", "int") == "int" and a.get("num_bits") in (4, 8) for a in arguments)
+    return integers and (group.get("format") or top_format) == "pack-quantized"
+
+
+class CheckpointFormat:
+    """Parsed and checked `quantization_config` and `rotquant` of a config.json.
+
+    Args:
+        quantization_config: the dict of that name.
+        extension: the dict `rotquant`, {} where there is none (a checkpoint of another tool).
+        head_dim: the model's head size.
+    Raises:
+        RotQuantError: naming the field that this build does not run exactly as written.
+    """
+
+    def __init__(self, quantization_config: dict[str, Any], extension: dict[str, Any], head_dim: int) -> None:
+        self.extension = check_extension(extension)
+        try:
+            config = QuantizationConfig.model_validate(
+                {k: v for k, v in quantization_config.items() if k != "transform_config"}
+            )
+            transforms = TransformConfig.model_validate(
+                quantization_config.get("transform_config") or {"config_groups": {}}
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RotQuantError(f"config.json: quantization_config.{where}: {first['msg']}") from error
+        self.ignore: list[str] = list(config.ignore or [])
+        self.schemes: list[QuantizationScheme] = []
+        for name, scheme in config.config_groups.items():
+            if isinstance(scheme, list):
+                refuse(f"quantization_config.config_groups.{name}", "a preset instead of a scheme")
+            check_scheme(f"quantization_config.config_groups.{name}", scheme, quantization_config.get("format"))
+            self.schemes.append(scheme)
+        self.transforms, rotate = read_transforms(transforms, head_dim)
+        self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)
+
+    def _kv(self, scheme: QuantizationArgs | None, head_dim: int, rotate: int) -> KVFormat | None:
+        if scheme is None:
+            if rotate:
+                refuse("quantization_config.transform_config", "q_attn/k_cache without a kv_cache_scheme")
+            return None
+        where = "quantization_config.kv_cache_scheme"
+        expect(where, "num_bits", scheme.num_bits, 4)
+        expect(where, "type", _text(scheme.type), "int")
+        expect(where, "strategy", _text(scheme.strategy), "group")
+        expect(where, "group_size", scheme.group_size, head_dim)
+        expect(where, "dynamic", scheme.dynamic, True)
+        if head_dim % 2:
+            refuse(where, f"an odd head size ({head_dim})")
+        clip = self.extension.get("kv_clip", {})
+        return KVFormat(bool(scheme.symmetric), clip.get("key", 1.0), clip.get("value", 1.0), rotate)
+
+    def linear(self, name: str) -> LinearFormat | None:
+        """Format of the linear layer with this full name, None where it is not quantized."""
+        if any(matches(name, target, "Linear") for target in self.ignore):
+            return None
+        # A target that names the module wins over one that names its class, as in compressed-tensors.
+        named = [s for s in self.schemes if any(matches(name, t, None) for t in s.targets)]
+        by_class = [s for s in self.schemes if any(matches(name, t, "Linear") for t in s.targets)]
+        scheme = next(iter(named + by_class), None)
+        if scheme is None:
+            return None
+        weights, activations = scheme.weights, scheme.input_activations
+        assert weights is not None
+        assert activations is not None
+        clip = self.extension.get("activation_clip", {})
+        transform = next((t for args, t in self.transforms if covers(args, name)), Transform())
+        return LinearFormat(
+            weight_bits=weights.num_bits,
+            group_size=(weights.group_size or 0) if _text(weights.strategy) == "group" else 0,
+            act_bits=activations.num_bits,
+            act_symmetric=bool(activations.symmetric),
+            act_clip=clip.get(name, clip.get("default", 1.0)),
+            transform=transform,
+        )
+
+
+def check_extension(extension: dict[str, Any]) -> dict[str, Any]:
+    """Refuses a newer format and keys that this build does not know."""
+    version = extension.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise RotQuantError(
+            f"config.json: rotquant.format_version is {version}, this build reads up to {FORMAT_VERSION}:"
+            " update rotquant"
+        )
+    for key in extension:
+        if key not in EXTENSION_KEYS:
+            refuse(f"rotquant.{key}", "this feature")
+    for key in ("activation_clip", "kv_clip"):
+        for name, ratio in extension.get(key, {}).items():
+            if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+                raise RotQuantError(f"config.json: rotquant.{key}.{name} is {ratio!r}, must be in (0, 1]")
+    return extension
+
+
+def check_scheme(where: str, scheme: QuantizationScheme, top_format: str | None) -> None:
+    """Refuses a quantization scheme that the int_linear op does not run exactly."""
+    weights, activations = scheme.weights, scheme.input_activations
+    if weights is None or activations is None:
+        refuse(where, "a scheme without weights or without input_activations")
+    assert weights is not None
+    assert activations is not None
+    expect(where, "format", _text(scheme.format or top_format), "pack-quantized")
+    expect(where, "output_activations", scheme.output_activations, None)
+    expect(f"{where}.weights", "type", _text(weights.type), "int")
+    expect(f"{where}.weights", "num_bits", weights.num_bits, 4, 8)
+    expect(f"{where}.weights", "symmetric", weights.symmetric, True)
+    expect(f"{where}.weights", "strategy", _text(weights.strategy), "channel", "group")
+    expect(f"{where}.weights", "actorder", _text(weights.actorder), None, "static", "weight")
+    expect(f"{where}.weights", "dynamic", weights.dynamic, False)
+    expect(f"{where}.input_activations", "type", _text(activations.type), "int")
+    expect(f"{where}.input_activations", "num_bits", activations.num_bits, 4, 8)
+    expect(f"{where}.input_activations", "strategy", _text(activations.strategy), "token")
+    expect(f"{where}.input_activations", "dynamic", activations.dynamic, True)
+
+
+def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[TransformArgs, Transform]], int]:
+    """Online transforms of linear inputs, and R3's Hadamard block (0 for none)."""
+    inputs: list[tuple[TransformArgs, Transform]] = []
+    attention: dict[str, int] = {}
+    for name, scheme in config.config_groups.items():
+        where = f"quantization_config.transform_config.config_groups.{name}"
+        expect(where, "type", scheme.type, "hadamard", "random-matrix")
+        expect(where, "randomize", scheme.randomize, False)
+        for args in scheme.apply:
+            location = _text(args.location)
+            expect(f"{where}.apply", "location", location, "input", "q_attn", "k_cache")
+            if args.inverse and scheme.type != "hadamard":  # H / sqrt(b) is its own inverse
+                refuse(f"{where}.apply.inverse", "the inverse of a stored matrix")
+            if location == "input":
+                inputs.append((args, _input_transform(where, name, scheme)))
+            else:
+                expect(where, "type", scheme.type, "hadamard")
+                attention[str(location)] = scheme.head_dim or head_dim
+    if attention and (len(attention) != 2 or len(set(attention.values())) != 1):
+        refuse("quantization_config.transform_config", "q_attn and k_cache that differ")
+    rotate = attention.get("k_cache", 0)
+    if rotate and (not _power_of_two(rotate) or head_dim % rotate):
+        refuse("quantization_config.transform_config", f"a Hadamard of size {rotate} on heads of {head_dim}")
+    return inputs, rotate
+
+
+def _input_transform(where: str, name: str, scheme: TransformScheme) -> Transform:
+    if not scheme.head_dim:
+        refuse(f"{where}.head_dim", "an online transform of unstated block size")
+    block = int(scheme.head_dim or 0)
+    if scheme.type == "hadamard" and not _power_of_two(block):
+        refuse(f"{where}.head_dim", f"a Hadamard block of {block} (not a power of two)")
+    return Transform("hadamard" if scheme.type == "hadamard" else "dense", block, name)
+
+
+def matches(name: str, target: str, module_class: str | None) -> bool:
+    """compressed-tensors' matching of a module name (or class) with a target or `re:` pattern."""
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (name, module_class)
+
+
+def covers(args: TransformArgs, name: str) -> bool:
+    targeted = any(matches(name, target, "Linear") for target in args.targets)
+    return targeted and not any(matches(name, target, "Linear") for target in args.ignore)
+
+
+def expect(where: str, key: str, value: Any, *allowed: Any) -> None:
+    """Refuses a value that is not among those this build runs."""
+    if value not in allowed:
+        options = " or ".join(repr(option) for option in allowed)
+        raise RotQuantError(f"config.json: {where}.{key} is {value!r}, this build of rotquant runs only {options}")
+
+
+def refuse(where: str, what: str) -> None:
+    raise RotQuantError(f"config.json: {where}: this build of rotquant does not run {what}; a newer one may")
+
+
+def _text(value: Any) -> Any:
+    """The plain value of an enum member."""
+    return getattr(value, "value", value)
+
+
+def _power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0

@@ -1,0 +1,260 @@
+"""`rotquant.load`: a quantized checkpoint as a transformers model that runs the served ops.
+
+The plain model is built from config.json with its parameters on the meta device, its quantized
+`nn.Linear`s become `QuantLinear` (packed weights, `rotquant_kernels.int_linear`), and a checkpoint
+with a 4-bit KV cache gets an attention function that rotates and quantizes K and V as the cache
+would. Every tensor then comes from the files: one that is missing, unknown or of the wrong shape is
+an error, so no random weight and no ignored transform can hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import eager_mask
+
+from rotquant.checkpoint import Source, fetch
+from rotquant.errors import RotQuantError
+from rotquant.format import CheckpointFormat, KVFormat, LinearFormat, claims
+from rotquant.models import read_config
+from rotquant_kernels import convention, int_linear, prepare_weight, reference
+
+KV4_ATTENTION = "rotquant_kv4"
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Loads a checkpoint that `rotquant quantize` wrote, of any profile.
+
+    Args:
+        path: the checkpoint's folder, or its hub id.
+        dtype: of activations, embeddings and norms; None takes the one that config.json names.
+        device: where the model runs. Load it there: packed weights are laid out for the device's kernel.
+    Returns:
+        A transformers causal language model in eval mode: forward, `generate` and padded batches work.
+    Raises:
+        RotQuantError: not such a checkpoint, a feature this build lacks, or a bad file or tensor.
+    """
+    folder = fetch(str(path))
+    config = read_config(folder)
+    if not claims(getattr(config, "quantization_config", None)):
+        raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
+    model, checkpoint = _build(config, dtype)
+    _fill(model, Source(folder), torch.device(device))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            module.weight_packed = prepare_weight(module.weight_packed, module.format.weight_bits)
+        if checkpoint.kv is not None and name.endswith(".self_attn"):
+            module.rotquant_kv = checkpoint.kv  # type: ignore[assignment]
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+class QuantLinear(nn.Module):
+    """A linear layer on packed integer weights; the forward is the op that is served.
+
+    Buffers: weight_packed int32 [N, ceil(K * bits / 32)], weight_scale float32 [N, G], bias [N] or
+    None, matrix float32 [block, block] or None (a dense online transform).
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    matrix: Tensor | None
+
+    def __init__(self, name: str, layer: nn.Linear, layer_format: LinearFormat) -> None:
+        super().__init__()
+        self.format = layer_format
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        size, block = layer_format.group_size or layer.in_features, layer_format.transform.block
+        for what, divisor in (("quantization groups", size), ("transform blocks", block or 1)):
+            if layer.in_features % divisor:
+                raise RotQuantError(f"config.json: {name}: {layer.in_features} inputs in {what} of {divisor}")
+
+        def buffer(field: str, dtype: torch.dtype, *shape: int) -> None:
+            self.register_buffer(field, torch.empty(shape, dtype=dtype, device="meta"))
+
+        buffer("weight_packed", torch.int32, layer.out_features, -(-layer.in_features * layer_format.weight_bits // 32))
+        buffer("weight_scale", torch.float32, layer.out_features, layer.in_features // size)
+        self.register_buffer("bias", None)
+        self.register_buffer("matrix", None)
+        if layer.bias is not None:
+            buffer("bias", layer.bias.dtype, layer.out_features)
+        if layer_format.transform.kind == "dense":
+            buffer("matrix", torch.float32, block, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [..., K] to [..., N] of the same dtype."""
+        f = self.format
+        return int_linear(
+            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits,
+            f.transform.kind, f.transform.block, self.matrix, f.act_bits, f.act_symmetric, f.act_clip,
+        )  # fmt: skip
+
+
+# ---- attention over a 4-bit KV cache ----------------------------------------------------------------
+
+
+def kv4_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; K and V are read as the int4 cache would give them back.
+
+    transformers' cache holds K and V unquantized. Quantization looks at one (token, head) only, so
+    doing it at every read equals doing it once at the write.
+
+    Args:
+        query: [B, heads, T, d]; key, value: [B, kv_heads, L, d].
+        attention_mask: additive [B, 1, T, L], or None.
+    Returns:
+        [B, T, heads, d] in query's dtype, computed in float32; no attention weights.
+    """
+    if softcap is not None or s_aux is not None:
+        raise RotQuantError("attention with a soft cap or sinks does not run on a 4-bit KV cache")
+    kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
+    q, k, v = query.float(), key.float(), value.float()
+    if kv.rotate:
+        q, k = reference.hadamard(q, kv.rotate), reference.hadamard(k, kv.rotate)
+    k = convention.kv_fake_quantize(k, kv.symmetric, kv.k_clip)
+    v = convention.kv_fake_quantize(v, kv.symmetric, kv.v_clip)
+    mask = None if attention_mask is None else attention_mask.float()
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous().to(query.dtype), None
+
+
+AttentionInterface.register(KV4_ATTENTION, kv4_attention)
+AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
+
+
+# ---- building ---------------------------------------------------------------------------------------
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
+    """The model without weights: parameters and QuantLinear's buffers on the meta device."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
+    del config.quantization_config
+    implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32, attn_implementation=implementation
+        )
+    for name, layer in list(model.named_modules()):
+        layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
+        if layer_format is not None:
+            model.set_submodule(name, QuantLinear(name, layer, layer_format))
+    return model, checkpoint
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Makes parameters without memory; buffers (RoPE's frequencies) are computed as usual."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(self, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+# ---- filling ----------------------------------------------------------------------------------------
+
+
+def _fill(model: PreTrainedModel, source: Source, device: torch.device) -> None:
+    """Puts every tensor of the checkpoint where it belongs; refuses one that belongs nowhere."""
+    modules = dict(model.named_modules())
+    for name, file in source.files.items():
+        owner, leaf = _slot(modules, name)
+        if owner is None:
+            if not name.endswith("rotary_emb.inv_freq"):
+                raise RotQuantError(f"{file}: tensor {name} is not part of this model; without it the result is wrong")
+        elif isinstance(owner, QuantLinear) and leaf == "weight_shape":
+            _expect(file, name, "value", source.get(name).tolist(), [owner.out_features, owner.in_features])
+        elif isinstance(owner, QuantLinear) and leaf == "matrix" and owner.matrix is None:
+            _check_marker(file, name, source.get(name), owner.format.transform.block)
+        else:
+            _assign(file, name, source.get(name), owner, leaf, device)
+    _tie(model, source)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+            if isinstance(owner, QuantLinear) and leaf == "matrix":
+                name = name.removesuffix("matrix") + f"{owner.format.transform.name}_input.weight"
+            raise RotQuantError(f"{source.folder}: tensor {name} is missing; config.json asks for it")
+    nn.Module.to(model, device)  # what is left: RoPE's frequencies
+
+
+def _slot(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module | None, str]:
+    """The module and attribute that a tensor's name means; None where there is none."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = modules.get(owner_name)
+    if owner is not None and (
+        (isinstance(owner, QuantLinear) and leaf == "weight_shape") or leaf in owner.state_dict()
+    ):
+        return owner, leaf
+    parent_name, _, transform = owner_name.rpartition(".")
+    parent = modules.get(parent_name)
+    if isinstance(parent, QuantLinear) and (transform, leaf) == (f"{parent.format.transform.name}_input", "weight"):
+        return parent, "matrix"
+    return None, ""
+
+
+def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, device: torch.device) -> None:
+    wanted = getattr(owner, leaf)
+    _expect(file, name, "shape", list(tensor.shape), list(wanted.shape))
+    if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
+        raise RotQuantError(f"{file}: tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
+    tensor = tensor.to(device=device, dtype=wanted.dtype)
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(wanted, nn.Parameter) else tensor)
+
+
+def _check_marker(file: Path, name: str, tensor: Tensor, block: int) -> None:
+    """A Hadamard needs no tensor; the file may hold one so that engines which ignore transforms warn."""
+    _expect(file, name, "shape", list(tensor.shape), [block, block])
+    if not torch.equal(tensor.float().sign(), reference.hadamard(torch.eye(block), block).sign()):
+        raise RotQuantError(f"{file}: tensor {name} is not the Hadamard matrix that config.json declares")
+
+
+def _tie(model: PreTrainedModel, source: Source) -> None:
+    """Shares the embedding with an output layer that the config ties to it."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    target = model.get_output_embeddings()
+    # vLLM takes the embedding in this case, whatever the file holds.
+    if isinstance(target, QuantLinear) or not target.weight.is_meta:
+        raise RotQuantError(
+            f"{source.folder}/config.json: tie_word_embeddings is true, but lm_head has its own tensors"
+        )
+    target.weight = model.get_input_embeddings().weight
+
+
+def _expect(file: Path, name: str, what: str, found: list[int], expected: list[int]) -> None:
+    if found != expected:
+        raise RotQuantError(f"{file}: tensor {name} has {what} {found}, config.json asks for {expected}")

@@ -1,0 +1,305 @@
+"""The main path, top to bottom: a Hugging Face checkpoint becomes a served 4-bit checkpoint.
+
+    check the source  ->  calibration tokens  ->  equivalence gate  ->  embeddings
+      ->  each decoder layer: read, fold, quantize, write, note in the journal  ->  lm_head  ->  config, card
+
+One layer is in memory at a time; what a layer needs of the ones before it is the calibration chain.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rotquant import export
+from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
+from rotquant.checkpoint import DTYPES, Source, fetch
+from rotquant.decoder import Decoder
+from rotquant.errors import RotQuantError
+from rotquant.fold import Fold, Online, generator, online_transforms
+from rotquant.format import FORMAT_VERSION, KVFormat
+from rotquant.gate import check_equivalence
+from rotquant.journal import Journal
+from rotquant.layerwise import LayerQuantizer, pack
+from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
+from rotquant.progress import Progress, say
+from rotquant.recipe import Recipe, load_recipe
+from rotquant.weights import rtn
+
+GATE_TOKENS = 64
+ROWS = 8192  # rows of the vocabulary that are folded at a time
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the result of a run."""
+
+    model: Path
+    source: Source
+    arch: Architecture
+    recipe: Recipe
+    profile: str
+    online: Online
+    fold: Fold
+    calibrated: Calibrated | None
+    dtype: torch.dtype
+    device: str
+    seed: int
+    tp_max: int
+
+    def shard(self, number: int) -> str:
+        """Name of a shard: 1 the embeddings, then one a layer, the last one the head."""
+        return f"model-{number:05d}-of-{self.arch.layers + 2:05d}.safetensors"
+
+
+def quantize(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: str = "quarot",
+    calibration: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    device: str = "auto",
+    profile: str = "full",
+    tp_max: int = 1,
+    seed: int = 0,
+    resume: bool = False,
+    settings: Sequence[str] = (),
+    max_memory: float | None = None,
+) -> Path:
+    """Quantizes a model.
+
+    Args:
+        model: local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model in safetensors.
+        output: folder to make.
+        recipe: name of a shipped recipe or path of a YAML file; settings: `key=value` changes to it.
+        calibration: text for GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
+        samples, seq_len: calibration windows and their tokens, the recipe's where None.
+        device: "auto", "cpu" or "cuda".
+        profile: "full", or "portable" (no online transforms, 16-bit KV: loads anywhere).
+        tp_max: largest tensor-parallel size that the checkpoint is to be served with.
+        resume: continue an unfinished run of the same settings; the result has the same bytes.
+        max_memory: refuse, before any work, a run that is estimated to need more GB.
+    Returns:
+        the output folder.
+    Raises:
+        RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
+    """
+    output = Path(output)
+    run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    check_resources(run, output, max_memory)
+    digest = run.source.digest()
+    if resume and finished(run, output, digest):
+        say(f"{output}: already finished")
+        return output
+    journal = Journal(output, fingerprint(run, digest), resume)
+    try:
+        with clear_disk_errors(journal.folder):
+            pass_gate(run, journal)
+            write_embedding(run, journal)
+            write_layers(run, journal)
+            write_head(run, journal)
+            write_companions(run, journal, digest)
+            journal.publish()
+    except BaseException:
+        journal.abandon()
+        raise
+    return output
+
+
+def prepare(
+    model: str, recipe: str, settings: Sequence[str], calibration: str | None, samples: int | None,
+    seq_len: int | None, device: str, profile: str, tp_max: int, seed: int,
+) -> Run:  # fmt: skip
+    """Reads and checks everything that can be checked before any work is done."""
+    if profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {profile}: take full or portable")
+    chosen = export.for_profile(load_recipe(recipe, settings), profile)
+    folder = fetch(model)
+    arch = read_architecture(folder)
+    source = Source(folder)
+    expected = expected_shapes(arch.config)
+    source.check(expected, optional=[LM_HEAD] if arch.tied else [])
+    check_groups(chosen, expected)
+    online = online_transforms(chosen, arch, tp_max)
+    calibrated = None
+    if chosen.needs_calibration:
+        length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
+        count = samples or chosen.calibration.samples
+        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed)
+        if len(calibrated.tokens) < count:
+            say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[source.dtypes[EMBEDDING]]
+    fold = Fold(chosen, arch, online, seed)
+    return Run(folder, source, arch, chosen, profile, online, fold, calibrated, dtype, device, seed, tp_max)
+
+
+def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
+    size = recipe.weights.group_size
+    for name, shape in expected.items():
+        if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
+            what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
+            raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
+
+
+def check_resources(run: Run, output: Path, max_memory: float | None) -> None:
+    """Refuses a run that cannot fit on the disk or in the memory allowed."""
+    arch, tokens = run.arch, run.calibrated.tokens.numel() if run.calibrated else 0
+    hidden, wide, width = arch.hidden_size, arch.intermediate_size, run.dtype.itemsize
+    layer = hidden * (2 * arch.heads + 2 * arch.kv_heads) * arch.head_dim + 3 * hidden * wide
+    vocabulary, chain = arch.vocab_size * hidden * width, tokens * hidden * width
+    disk = 2 * vocabulary + arch.layers * layer * run.recipe.weights.bits // 8 + 2 * chain
+    home = next(p for p in output.absolute().parents if p.exists())
+    if shutil.disk_usage(home).free < disk:
+        free = shutil.disk_usage(home).free / 1e9
+        raise RotQuantError(f"{home}: disk full: {disk / 1e9:.2f} GB are needed, {free:.2f} GB are free")
+    hessian = 3 * 4 * max(wide, arch.heads * arch.head_dim) ** 2 if run.recipe.needs_calibration else 0
+    memory = (2 * vocabulary + layer * (8 + 4 + width) + hessian + 3 * chain) / 1e9
+    if max_memory is not None and memory > max_memory:
+        raise RotQuantError(
+            f"--max-memory {max_memory}: about {memory:.1f} GB are needed; lower --samples or --seq-len, or use rtn"
+        )
+
+
+def fingerprint(run: Run, digest: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to give the same bytes."""
+    calibrated = run.calibrated
+    return {
+        "rotquant": version("rotquant"),
+        "torch": torch.__version__,
+        "format_version": FORMAT_VERSION,
+        "model": digest,
+        "recipe": run.recipe.model_dump(),
+        "profile": run.profile,
+        "tp_max": run.tp_max,
+        "seed": run.seed,
+        "device": run.device,
+        "calibration": [calibrated.sha256, *calibrated.tokens.shape] if calibrated else None,
+    }
+
+
+@contextmanager
+def clear_disk_errors(folder: Path) -> Iterator[None]:
+    """Says in one line that the disk is full, and that the finished layers are kept."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise RotQuantError(f"{folder}: disk full; free some space and run again with --resume") from error
+        raise
+
+
+def finished(run: Run, output: Path, digest: str) -> bool:
+    """True where the output folder is what this run would make."""
+    try:
+        found = json.loads((output / "config.json").read_text())["rotquant"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return found == json.loads(json.dumps(extension(run, digest)))
+
+
+def extension(run: Run, digest: str) -> dict[str, Any]:
+    """The key `rotquant` of the output's config.json."""
+    origin = export.provenance(run.recipe, run.fold, run.seed, run.tp_max, digest, run.calibrated)
+    return export.extension(run.recipe, run.profile, origin)
+
+
+def pass_gate(run: Run, journal: Journal) -> None:
+    """The folded model must equal the original before anything is quantized."""
+    if journal.done("gate"):
+        return
+    if run.calibrated:
+        tokens = run.calibrated.tokens[0, :GATE_TOKENS]
+    else:
+        tokens = torch.randint(run.arch.vocab_size, (GATE_TOKENS,), generator=generator(run.seed, "gate"))
+    with Progress("equivalence gate", run.arch.layers) as progress:
+        distance = check_equivalence(run.source, run.arch, run.fold, tokens, lambda _: progress.step())
+    say(f"equivalence gate: logits of the folded model differ by {distance:.1e} (limit 1e-4)")
+    journal.finish("gate", distance=f"{distance:.0e}")
+
+
+def write_embedding(run: Run, journal: Journal) -> None:
+    """The rotated embeddings, and the chain that enters layer 0."""
+    if journal.done("embedding"):
+        return
+    weight = by_rows(run.source.get(EMBEDDING), lambda rows: run.fold.embedding(rows).to(run.dtype))
+    if run.calibrated:
+        journal.save_chain(0, weight[run.calibrated.tokens])
+    journal.finish("embedding", run.shard(1), {EMBEDDING: weight})
+
+
+def write_layers(run: Run, journal: Journal) -> None:
+    """Folds, quantizes and writes the decoder layers that are not written yet."""
+    arch, kv = run.arch, run.recipe.kv
+    first = next((i for i in range(arch.layers) if not journal.done(f"layer {i}")), arch.layers)
+    if first == arch.layers:
+        return
+    if first:
+        say(f"resuming at layer {first}")
+    cos, sin = rotary(arch.config, run.calibrated.tokens.shape[1] if run.calibrated else 1)
+    cache = KVFormat(kv.symmetric, kv.key_clip, kv.value_clip, run.online.r3) if kv.bits == 4 else None
+    decoder = Decoder(arch, cos[0].to(run.device), sin[0].to(run.device), cache)
+    quantizer = LayerQuantizer(run.recipe, run.online, decoder, run.dtype, run.device)
+    chain = journal.load_chain(first) if run.calibrated else None
+    with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
+        for index in range(first, arch.layers):
+            prefix = arch.layer_prefix(index)
+            stored, chain = quantizer(run.fold.layer(run.source.layer(prefix), index), chain)
+            if chain is not None:
+                journal.save_chain(index + 1, chain)
+            tensors = {prefix + name: tensor for name, tensor in stored.items()}
+            tensors |= export.marker(run.online, run.dtype) if index == 0 else {}
+            journal.finish(f"layer {index}", run.shard(index + 2), tensors, errors=quantizer.errors)
+            journal.drop_chain(index)
+            progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+
+
+def write_head(run: Run, journal: Journal) -> None:
+    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so."""
+    if journal.done("head"):
+        return
+    head = run.source.get(EMBEDDING if run.arch.tied else LM_HEAD)
+    gain = run.source.get(FINAL_NORM)
+    tensors = {FINAL_NORM: run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    if run.recipe.lm_head.bits == 8:
+        folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
+        scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
+        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors("lm_head", run.dtype)
+    else:
+        tensors[LM_HEAD] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
+    journal.finish("head", run.shard(run.arch.layers + 2), tensors)
+
+
+def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function over slices of rows, so that float64 copies stay small."""
+    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+
+
+def write_companions(run: Run, journal: Journal, digest: str) -> None:
+    """config.json, index, tokenizer and model card; read back before they count."""
+    quantization = export.quantization_config(run.recipe, run.arch, run.online)
+    export.copy_companions(run.model, journal.folder)
+    export.write_config(run.model, journal.folder, run.arch, quantization, extension(run, digest))
+    written: dict[str, str] = {}
+    for shard in journal.files():
+        for name in Source.names(journal.folder / shard):
+            written[name] = shard
+    size = export.write_index(journal.folder, written)
+    before = sum(file.stat().st_size for file in set(run.source.files.values()))
+    export.write_card(
+        journal.output, journal, run.recipe, run.arch, run.online, run.profile, run.calibrated, size, before
+    )

@@ -1,0 +1,67 @@
+"""Progress of long work: one bar with ETA and memory on a terminal, plain lines elsewhere. On stderr."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Counts steps of one kind of work.
+
+    Args:
+        title: what is being done; total: how many steps; done: steps that an earlier run finished.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total, self.count, self.first = title, total, done, done
+        self.started = time.monotonic()
+        self.bar: RichProgress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = RichProgress(*columns, TextColumn("{task.fields[rest]}"), console=Console(stderr=True))
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.count, rest="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, note: str = "") -> None:
+        """One more step is done."""
+        self.count += 1
+        spent = time.monotonic() - self.started
+        eta = spent / (self.count - self.first) * (self.total - self.count)
+        rest = f"eta {clock(eta)} · {peak_memory():.1f} GB{' · ' + note if note else ''}"
+        if self.bar:
+            self.bar.update(self.task, completed=self.count, rest=rest)
+        else:
+            print(f"{self.title} {self.count}/{self.total} · {clock(spent)} · {rest}", file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal."""
+    print(line, file=sys.stderr, flush=True)

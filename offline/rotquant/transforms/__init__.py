@@ -1,0 +1,1 @@
+"""Rotations, each with its algebra beside it."""

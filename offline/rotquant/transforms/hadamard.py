@@ -1,0 +1,112 @@
+"""Hadamard matrices of many orders, and the randomized Hadamard rotation that is folded into weights.
+
+A Hadamard matrix H of order n has entries ±1 and H Hᵀ = n I, so H / sqrt(n) is a rotation that spreads
+one large coordinate over all. Orders: powers of two (Sylvester), q + 1 for a prime q = 3 mod 4 and
+2 (q + 1) for a prime q = 1 mod 4 (Paley 1933), and Kronecker products of these: 12, 20, 28, 36, 44, ...
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels.reference import hadamard as power_of_two_rows
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def power_of_two_factor(n: int) -> int:
+    """Largest power of two that divides n."""
+    return n & -n
+
+
+@functools.cache
+def paley(order: int) -> Tensor | None:
+    """Paley's Hadamard matrix, float64 [order, order] of ±1; None where neither construction gives it.
+
+    With χ the quadratic character mod q and Q_ij = χ(i - j): for q = order - 1 = 3 mod 4,
+    H = I + [[0, 1], [-1, Q]]; for q = order/2 - 1 = 1 mod 4, C = [[0, 1], [1, Q]] and
+    H = C ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]].
+    """
+    for q, sign in ((order - 1, -1.0), (order // 2 - 1, 1.0)):
+        if q < 3 or (sign > 0 and order % 2) or q % 4 != (3 if sign < 0 else 1) or not _is_prime(q):
+            continue
+        squares = {x * x % q for x in range(1, q)}
+        chi = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)], dtype=torch.float64)
+        index = torch.arange(q)
+        core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+        core[0, 1:], core[1:, 0] = 1.0, sign
+        core[1:, 1:] = chi[(index[:, None] - index[None, :]) % q]
+        eye = torch.eye(q + 1, dtype=torch.float64)
+        if sign < 0:
+            return eye + core
+        one = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        two = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(core, one) + torch.kron(eye, two)
+    return None
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+@functools.cache
+def split_order(n: int) -> tuple[int, int] | None:
+    """(m, p) with n = m p, p a power of two and m = 1 or a Paley order; None where there is none."""
+    odd, power = n // power_of_two_factor(n), power_of_two_factor(n)
+    if odd == 1:
+        return 1, n
+    factor = 4
+    while factor <= power:
+        if paley(odd * factor) is not None:
+            return odd * factor, power // factor
+        factor *= 2
+    return None
+
+
+def largest_order(n: int) -> int:
+    """Largest Hadamard order that divides n (at least its power-of-two part)."""
+    return next(d for d in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True) if split_order(d))
+
+
+def hadamard_rows(x: Tensor, order: int) -> Tensor:
+    """x (I ⊗ H / sqrt(order)) along the last dimension; H = H_m ⊗ H_p of `split_order`.
+
+    With x cut into m x p matrices X, x (H_m ⊗ H_p) is H_mᵀ X H_p.
+    """
+    parts = split_order(order)
+    assert parts is not None, f"no Hadamard matrix of order {order}"
+    m, p = parts
+    y = power_of_two_rows(x, p) if p > 1 else x
+    if m == 1:
+        return y
+    matrix = paley(m)
+    assert matrix is not None
+    blocks = y.reshape(*x.shape[:-1], -1, m, p)
+    return (matrix.to(y).T @ blocks / m**0.5).reshape(x.shape)
+
+
+class RandomHadamard:
+    """The rotation R = diag(s) (I ⊗ H / sqrt(order)), s of random signs: R Rᵀ = diag(s) diag(s) = I.
+
+    Args:
+        size: rows of R.
+        generator: source of the signs, so that a seed gives one rotation.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self.order = largest_order(size)
+        bits = torch.randint(0, 2, (size,), generator=generator)
+        self.signs = (bits * 2 - 1).to(torch.float64)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x R for x [..., size], in x's dtype."""
+        return hadamard_rows(x * self.signs.to(x), self.order)
+
+    def columns(self, w: Tensor) -> Tensor:
+        """Rᵀ w for w [size, ...]."""
+        return self.rows(w.movedim(0, -1)).movedim(-1, 0)

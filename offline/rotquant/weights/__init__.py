@@ -1,0 +1,1 @@
+"""Weight quantizers: float weights in, integer codes and scales out."""

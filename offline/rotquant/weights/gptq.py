@@ -1,0 +1,88 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounding that corrects the error of each column in the next ones.
+
+Minimises tr((W - W') H (W - W')ᵀ), H = sum xᵀx over the calibration inputs (here: the quantized inputs, which
+the served layer really sees). With U = chol(H⁻¹) upper, column j is rounded and its error e_j = (w_j - w'_j)
+/ U_jj is spread over the columns that follow: w_k -= e_j U_jk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotquant.errors import RotQuantError
+from rotquant_kernels import convention
+
+BLOCK = 128
+
+
+def quantize(
+    weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01, act_order: bool = True
+) -> Tensor:
+    """Codes of a weight matrix.
+
+    Args:
+        weight: float [N, K]; scale: float32 [N, G] from `rtn.weight_scale`.
+        hessian: float [K, K].
+        damping: share of the mean diagonal added to the diagonal.
+        act_order: largest diagonal first; the scales stay where they are, so the format does not change.
+    Returns:
+        int8 [N, K].
+    Raises:
+        RotQuantError: a Hessian that stays singular after damping was raised three times.
+    """
+    weight, hessian = weight.float().clone(), hessian.float().clone()
+    columns = weight.shape[1]
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0  # inputs that never fire
+    diagonal[dead] = 1
+    weight[:, dead] = 0
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    column_scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)[:, order]
+    upper = inverse_factor(hessian[order][:, order], damping)
+    weight = weight[:, order]
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    zero = torch.zeros(()).to(scale)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        block, factor = weight[:, start:end].clone(), upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            s = column_scale[:, start + j]
+            q = convention.quantize(block[:, j], s, zero, bits)
+            codes[:, start + j] = q
+            errors[:, j] = (block[:, j] - q.float() * s) / factor[j, j]
+            block[:, j + 1 :] -= errors[:, j : j + 1] * factor[j, j + 1 :]
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return codes[:, order.argsort()]
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U of (H + λI)⁻¹ = Uᵀ U, λ = damping * mean(diag H), raised tenfold if needed."""
+    mean = hessian.diagonal().mean()
+    eye = torch.eye(hessian.shape[0]).to(hessian)
+    for attempt in range(4):
+        damped = hessian + eye * (damping * 10**attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if info == 0 and upper.isfinite().all():
+                return upper
+    raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
+
+
+def refit(hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """The matrix F for which W F, applied to quantized inputs, comes nearest to W applied to the exact ones.
+
+    argmin_V E‖x Wᵀ - x̂ Vᵀ‖² is V = W E[xᵀ x̂] (E[x̂ᵀ x̂])⁻¹; damped towards V = W, that is
+    F = (C + λI)(H + λI)⁻¹. It takes back what quantization does to the same token every time: without it
+    the error of the first token, to which most heads attend, is added to the output of all others.
+
+    Args:
+        hessian: E[x̂ᵀ x̂], cross: E[xᵀ x̂], float32 [K, K]; damping: λ as a share of the mean diagonal of H.
+    Returns:
+        float32 [K, K].
+    """
+    eye = torch.eye(hessian.shape[0], dtype=torch.float64).to(hessian.device)
+    ridge = eye * (damping * hessian.diagonal().mean().double())
+    return torch.linalg.solve(hessian.double() + ridge, cross.double() + ridge, left=False).float()

@@ -1,0 +1,61 @@
+"""Round to nearest, with a search for the scale of each row.
+
+Weights are symmetric: w' = s round(w / s), s = c absmax / ((2^b - 1) / 2). The search takes, for each row
+(or group of a row), the c on a grid that minimises sum |w - w'|^p; p = 2.4 as in QuaRot's clip search.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import convention
+
+EXPONENT = 2.4
+GRID = tuple(1 - step / 100 for step in range(0, 80, 2))  # down to 0.22
+
+
+def weight_scale(weight: Tensor, bits: int, group_size: int, clip_search: bool, dtype: torch.dtype) -> Tensor:
+    """Scales of a weight matrix.
+
+    Args:
+        weight: float [N, K].
+        group_size: inputs that share a scale; 0 for the whole row.
+        dtype: in which the checkpoint stores scales; they are rounded to it here, before any code is made.
+    Returns:
+        float32 [N, G].
+    """
+    groups = grouped(weight.float(), group_size)
+    scale, zero = convention.qparams(groups, bits, symmetric=True)
+    scale = stored(scale, dtype)
+    if clip_search:
+        best = torch.full_like(scale, float("inf"))
+        for ratio in GRID:
+            trial = stored(convention.qparams(groups, bits, True, ratio)[0], dtype)
+            error = groups - convention.dequantize(convention.quantize(groups, trial, zero, bits), trial, zero)
+            loss = error.abs().pow(EXPONENT).sum(-1, keepdim=True)
+            scale = torch.where(loss < best, trial, scale)
+            best = torch.minimum(loss, best)
+    return scale.squeeze(-1)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it comes back from the checkpoint: rounded to its dtype, never 0."""
+    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+
+
+def grouped(weight: Tensor, group_size: int) -> Tensor:
+    """[N, K] as [N, G, K / G]."""
+    return weight.unflatten(1, (-1, group_size or weight.shape[1]))
+
+
+def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """int8 codes [N, K] of weight float [N, K] with scale float32 [N, G]."""
+    groups = grouped(weight, weight.shape[1] // scale.shape[1])
+    return convention.quantize(groups, scale.unsqueeze(-1), torch.zeros(()).to(scale), bits).flatten(1)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 weight [N, K]."""
+    groups = grouped(codes, codes.shape[1] // scale.shape[1])
+    return (groups.float() * scale.unsqueeze(-1)).flatten(1)

@@ -1,0 +1,295 @@
+"""The vLLM plugin: what it claims, refuses, computes and proves.
+
+Every `LLM(...)` runs in one child process, so that vLLM is imported once and this process stays clean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_serving as serving
+from rotquant.errors import RotQuantError
+from rotquant.format import Transform
+from vllm_fixtures import (
+    Spec,
+    edited,
+    expected_logprobs,
+    normalized_hadamard,
+    prompts,
+    quantization_config,
+    without,
+    write_checkpoint,
+    write_plain,
+)
+from vllm_rotquant.rotation import StoredMatrix, check_shard
+
+BASE = Spec()
+PROMPTS = prompts((7, 33, 70))
+Child = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    """Runs a function of `vllm_serving` in the child process."""
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", BASE)
+
+
+@pytest.fixture(scope="module")
+def served(child: Child, base: Path) -> serving.Served:
+    """The base checkpoint, served without prefix caching and in one chunk."""
+    return child(serving.serve, base, PROMPTS, enable_prefix_caching=False, max_num_batched_tokens=256)
+
+
+def agrees(got: serving.Served, folder: Path, spec: Spec) -> None:
+    expected = expected_logprobs(folder, spec, PROMPTS)
+    for prompt, tokens, logprobs, rows in zip(PROMPTS, got.tokens, got.prompt_logprobs, expected, strict=True):
+        own = rows[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        # 1e-6 as a rule; one activation code on the other side of a tie moves the rest by about 1e-3.
+        assert (logprobs - own).abs().median() < 1e-5
+        assert (logprobs - own).abs().max() < 2e-2
+        assert tokens[0] == rows[-1].argmax()
+
+
+def test_logprobs_are_those_of_float_arithmetic(served: serving.Served, base: Path) -> None:
+    agrees(served, base, BASE)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(BASE, architecture="qwen3", group=64, r3=False, int8_head=True),
+        replace(BASE, kv=False, r3=False, r4=""),
+    ],
+    ids=["qwen3, groups, int8 lm_head, no R3", "no KV scheme, no transforms"],
+)
+def test_other_formats(child: Child, tmp_path: Path, spec: Spec) -> None:
+    folder = write_checkpoint(tmp_path / "model", spec)
+    got = child(serving.serve, folder, PROMPTS)
+    agrees(got, folder, spec)
+    assert ("KV cache: not quantized" in got.log) is not spec.kv
+
+
+def test_compiled(child: Child, tmp_path: Path) -> None:
+    """torch.compile, with biases, asymmetric activations and KV, heads of 128, a stored matrix, an int8 head."""
+    spec = replace(
+        BASE, architecture="qwen2", symmetric=False, r4="dense", head_dim=128, heads=2, kv_heads=1, int8_head=True
+    )
+    folder = write_checkpoint(tmp_path / "model", spec)
+    got = child(serving.serve, folder, PROMPTS, enforce_eager=False)
+    agrees(got, folder, spec)
+    assert "Warming up model for the compilation" in got.log
+
+
+def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, served: serving.Served) -> None:
+    folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
+    got = child(serving.serve, folder, PROMPTS, enable_prefix_caching=False)
+    assert got.tokens == served.tokens
+    for ours, theirs in zip(got.prompt_logprobs, served.prompt_logprobs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_prefix_caching_and_chunked_prefill(child: Child, base: Path, served: serving.Served) -> None:
+    got = child(
+        serving.serve, base, PROMPTS, rounds=2, logprobs=False, enable_prefix_caching=True, max_num_batched_tokens=32
+    )
+    assert got.tokens == served.tokens
+    assert got.cached_tokens == sum(len(prompt) // 32 * 32 for prompt in PROMPTS)
+
+
+def test_preemption(child: Child, base: Path) -> None:
+    """Six pages for three sequences that end up needing three each: some are evicted and start again."""
+    requests = prompts((40, 41, 42), seed=1)
+    page = 32 * 68 * BASE.kv_heads * BASE.layers
+    options = {"max_tokens": 40, "logprobs": False, "enable_prefix_caching": False, "max_model_len": 96}
+    roomy = child(serving.serve, base, requests, **options)
+    # vLLM keeps one page for itself.
+    tight = child(serving.serve, base, requests, kv_cache_memory_bytes=7 * page, **options)
+    assert roomy.preemptions == 0 < tight.preemptions
+    assert tight.tokens == roomy.tokens
+
+
+@pytest.mark.parametrize(("head_dim", "ratio"), [(64, 3.7), (128, 3.8)])
+def test_cache_holds_more_tokens(child: Child, tmp_path: Path, head_dim: int, ratio: float) -> None:
+    spec = replace(BASE, layers=1, head_dim=head_dim, heads=2, kv_heads=1, r4="", dtype=torch.bfloat16)
+    options = {"max_tokens": 1, "dtype": "bfloat16", "logprobs": False}
+    ours = child(serving.serve, write_checkpoint(tmp_path / "ours", spec), PROMPTS[:1], **options)
+    theirs = child(serving.serve, write_plain(tmp_path / "theirs", spec), PROMPTS[:1], **options)
+    assert ours.cache_tokens / theirs.cache_tokens >= ratio
+    assert "rotquant start-up check" not in theirs.log
+
+
+def test_proof_names_what_runs(served: serving.Served) -> None:
+    block = served.log[served.log.index("rotquant start-up check") :].splitlines()
+    rows = {line.split()[0]: line for line in block[2:7]}
+    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention"]
+    assert "W4 A4" in rows["qkv_proj"]
+    assert "R4 hadamard 128" in rows["down_proj"]
+    assert "R3 hadamard 64" in rows["attention"]
+    assert block[7] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
+    assert block[8] == "  not quantized: lm_head (1)"
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "where"),
+    [("no transform", "down_proj"), ("16-bit activations", "qkv_proj"), ("unrotated query", "attn")],
+)
+def test_proof_catches_a_wrong_kernel(child: Child, base: Path, sabotage: str, where: str) -> None:
+    with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where}.*ROTQUANT_STRICT=0"):
+        child(serving.serve, base, PROMPTS, sabotage=sabotage)
+
+
+def test_proof_not_strict(child: Child, base: Path, served: serving.Served) -> None:
+    got = child(serving.serve_unstrict, base, PROMPTS[:1], max_tokens=1, sabotage="no transform")
+    assert "MISMATCH" in got.log
+    assert "start-up check failed" in got.log
+    assert "MISMATCH" not in served.log
+
+
+# ---- claims and refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [None, "rotquant"])
+def test_claims_its_checkpoints(child: Child, base: Path, flag: str | None) -> None:
+    assert child(serving.quantization_of, base, flag) == "rotquant"
+
+
+def test_leaves_the_choice_of_vllm_s_own_path(child: Child, base: Path) -> None:
+    assert child(serving.quantization_of, base, "compressed-tensors") == "compressed-tensors"
+
+
+def foreign(kind: str) -> dict[str, Any]:
+    """quantization_config of a compressed-tensors checkpoint that is not ours."""
+    config = quantization_config(replace(BASE, kv=False, r3=False, r4=""))
+    group = config["config_groups"]["group_0"]
+    if kind == "W4A16":
+        group["input_activations"] = None
+    else:
+        group["weights"] |= {"num_bits": 8, "type": "float"}
+        group["input_activations"] |= {"num_bits": 8, "type": "float"}
+        group["format"] = config["format"] = "float-quantized"
+    return config
+
+
+@pytest.mark.parametrize("kind", ["W4A16", "FP8"])
+def test_leaves_other_checkpoints_alone(child: Child, base: Path, tmp_path: Path, kind: str) -> None:
+    folder = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign(kind)))
+    assert child(serving.quantization_of, folder, None) == "compressed-tensors"
+    with pytest.raises(RotQuantError, match=r"--quantization rotquant: this checkpoint .quant_method 'compressed-ten"):
+        child(serving.quantization_of, folder, "rotquant")
+
+
+def test_flag_on_an_unquantized_model(child: Child, base: Path, tmp_path: Path) -> None:
+    folder = edited(base, tmp_path / "bare", lambda config: config.pop("quantization_config"))
+    assert child(serving.quantization_of, folder, None) is None
+    with pytest.raises(RotQuantError, match=r"this checkpoint is not quantized.*rotquant quantize MODEL"):
+        child(serving.quantization_of, folder, "rotquant")
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "newer format": (lambda c: c["rotquant"].update(format_version=2), "rotquant.format_version is 2"),
+    "unknown feature": (lambda c: c["rotquant"].update(ternary={}), "rotquant.ternary"),
+    "unknown transform": (
+        lambda c: c["quantization_config"]["transform_config"]["config_groups"]["R4"].update(type="fourier"),
+        "config_groups.R4.*type",
+    ),
+    "asymmetric weights": (
+        lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(symmetric=False),
+        "group_0.weights.symmetric is False",
+    ),
+    "KV of 2 bits": (
+        lambda c: c["quantization_config"]["kv_cache_scheme"].update(num_bits=2),
+        "kv_cache_scheme.num_bits is 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_refuses_by_field(child: Child, base: Path, tmp_path: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    with pytest.raises(RotQuantError, match=message):
+        child(serving.quantization_of, edited(base, tmp_path / "changed", change), None)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"per_layer_sliding_window": 32}, "sliding window attention"),
+        ({"logits_soft_cap": 30.0}, "a soft cap on attention logits"),
+        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+        ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_refuses_attention(child: Child, base: Path, features: dict[str, Any], message: str) -> None:
+    with pytest.raises(RotQuantError, match=f"self_attn.attn: .*{message}"):
+        child(serving.build_attention, base, **features)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight_scale", r"1.self_attn.qkv_proj.weight_scale is missing.*128 of 512"),
+        ("model.layers.1.mlp.down_proj.weight_packed", r"1.mlp.down_proj.weight_packed is missing.*256 of 256 rows"),
+        ("model.layers.1.mlp.down_proj.R4_input.weight", r"1.mlp.down_proj.R4_input.weight is missing"),
+    ],
+)
+def test_refuses_a_missing_tensor(child: Child, tmp_path: Path, name: str, message: str) -> None:
+    whole = write_checkpoint(tmp_path / "whole", replace(BASE, r4="dense"))
+    with pytest.raises(RotQuantError, match=message):
+        child(serving.serve, without(whole, tmp_path / "cut", name), PROMPTS)
+
+
+def test_marker_must_be_the_declared_hadamard() -> None:
+    stored = StoredMatrix("down_proj.R4_input.weight", Transform("hadamard", 4, "R4"))
+    stored.load(stored.weight, normalized_hadamard(4).bfloat16())
+    assert stored.matrix is None
+    with pytest.raises(RotQuantError, match=r"down_proj.R4_input.weight is not the Hadamard matrix"):
+        stored.load(stored.weight, torch.eye(4))
+
+
+def test_blocks_must_divide_the_shard() -> None:
+    transform = Transform("hadamard", 128, "R4")
+    check_shard("down_proj", transform, 256, tp_size=2)
+    with pytest.raises(RotQuantError, match=r"blocks of 128 inputs.*64 inputs of a rank at --tensor-parallel-size 8"):
+        check_shard("down_proj", transform, 64, tp_size=8)
+
+
+def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:
+    clip = {"default": 0.9, "model.layers.1.self_attn.k_proj": 0.5}
+    folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
+    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").act_clip == 0.9
+    with pytest.raises(RotQuantError, match=r"1.self_attn.qkv_proj: vLLM runs .* as one layer, but their formats"):
+        child(serving.format_of, folder, "model.layers.1.self_attn.qkv_proj")
+
+
+def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> None:
+    clip = {"default": 0.9, "model.layers.1.mlp.down_proj": 0.5}
+    folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
+    renamed = child(serving.format_of, folder, "language.model.layers.1.mlp.down_proj", {"model.": "language.model."})
+    assert renamed.act_clip == 0.5
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.34.0"])
+def test_other_vllm_versions(child: Child, base: Path, tmp_path: Path, version: str) -> None:
+    with pytest.raises(RotQuantError, match=f"runs in vLLM 0.28 to 0.33, this is vLLM {version}"):
+        child(serving.quantization_under, version, base, None)
+    other = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign("W4A16")))
+    assert child(serving.quantization_under, version, other, None) == "compressed-tensors"

@@ -1,0 +1,32 @@
+"""vLLM without the plugin: `portable` loads, `full` is refused instead of served wrongly."""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 23)
+out = llm.generate(["def "], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+print("TOKENS", len(out[0].outputs[0].token_ids))
+"""
+
+
+def without_plugin(checkpoint):
+    environment = os.environ | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+def test_portable_loads(demo):
+    run = without_plugin(demo.portable)
+    assert "TOKENS 4" in run.stdout, run.stderr[-2000:]
+    assert "rotquant" not in run.stderr.replace(str(demo.portable), "")
+
+
+def test_full_is_refused(demo):
+    run = without_plugin(demo.quarot)
+    assert run.returncode != 0
+    assert "TOKENS" not in run.stdout
+    assert "num_bits=4" in run.stderr  # vLLM names the KV scheme that it does not run

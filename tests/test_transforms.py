@@ -1,0 +1,48 @@
+"""Rotations: orders, orthogonality, and what a RandomHadamard does to rows and columns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotquant.transforms.hadamard import RandomHadamard, hadamard_rows, largest_order, paley, split_order
+
+SIZES = [2, 12, 20, 24, 28, 36, 44, 60, 64, 96, 148, 176, 768, 896, 1536, 3072, 3584, 4096, 5120]
+
+
+@pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 28, 36, 44, 48, 60, 76, 148])
+def test_paley_matrices_are_hadamard(order):
+    h = paley(order)
+    assert h is not None
+    assert (h.abs() == 1).all()
+    assert torch.equal(h @ h.T, order * torch.eye(order, dtype=torch.float64))
+
+
+def test_orders_without_a_construction_are_not_invented():
+    assert paley(6) is None
+    assert split_order(7) is None
+    assert largest_order(7 * 8) == 56  # 28 * 2
+    assert largest_order(13 * 2) == 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hadamard_rows_is_a_rotation(size):
+    matrix = hadamard_rows(torch.eye(size, dtype=torch.float64), largest_order(size))
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-10)
+
+
+@given(st.sampled_from([16, 40, 96]), st.integers(0, 2**31))
+def test_rows_and_columns_are_one_matrix(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rotation = RandomHadamard(size, generator)
+    r = rotation.rows(torch.eye(size, dtype=torch.float64))
+    w = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+    assert torch.allclose(rotation.columns(w), r.T @ w, atol=1e-10)
+    assert torch.allclose(r @ r.T, torch.eye(size, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_rotation_spreads_one_large_value():
+    x = torch.zeros(1, 4096, dtype=torch.float64)
+    x[0, 7] = 1000
+    rotated = RandomHadamard(4096, torch.Generator().manual_seed(0)).rows(x)
+    assert rotated.abs().max() == pytest.approx(1000 / 64)

@@ -1,0 +1,83 @@
+"""RTN with clip search, and GPTQ."""
+
+import pytest
+import torch
+
+from rotquant.errors import RotQuantError
+from rotquant.weights import gptq, rtn
+
+
+def correlated(rows: int, columns: int) -> torch.Tensor:
+    mix = torch.randn(columns, columns) / columns**0.5
+    return torch.randn(rows, columns) @ mix + 0.5 * torch.randn(rows, 1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_scales_are_stored_before_codes_are_made():
+    weight = torch.randn(16, 64)
+    scale = rtn.weight_scale(weight, 4, 0, False, torch.bfloat16)
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert torch.allclose(scale[:, 0], weight.abs().amax(1) / 7.5, rtol=0.01)
+
+
+def test_clip_search_lowers_the_error():
+    weight = torch.randn(32, 256)
+    weight[:, 5] *= 6
+    errors = []
+    for search in (False, True):
+        scale = rtn.weight_scale(weight, 4, 0, search, torch.float32)
+        errors.append((rtn.dequantize(rtn.quantize(weight, scale, 4), scale) - weight).abs().pow(2.4).sum())
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_beats_rounding_on_correlated_inputs(group, act_order):
+    x, weight = correlated(2000, 192), torch.randn(48, 192)
+    scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
+    hessian = x.T @ x / len(x)
+    rounded = rtn.dequantize(rtn.quantize(weight, scale, 4), scale)
+    better = rtn.dequantize(gptq.quantize(weight, scale, hessian, 4, act_order=act_order), scale)
+    error = [((w - weight) @ x.T).square().sum() for w in (rounded, better)]
+    assert error[1] < 0.7 * error[0]
+
+
+def test_gptq_is_rounding_where_inputs_are_independent():
+    weight = torch.randn(8, 64)
+    scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
+    assert torch.equal(gptq.quantize(weight, scale, torch.eye(64), 4), rtn.quantize(weight, scale, 4))
+
+
+def test_refit_takes_back_what_quantization_does_to_every_token():
+    """A first token that is quantized the same wrong way each time is mapped to its exact output again."""
+    x = torch.randn(4000, 48)
+    x[::8] = 20 * torch.randn(48)
+    seen = x + 0.1 * torch.randn_like(x)
+    seen[::8] = x[0] * (1 + 0.2 * torch.randn(48))
+    weight = torch.randn(16, 48)
+    moments = [a.T @ seen / len(x) for a in (seen, x)]
+    fitted = weight @ gptq.refit(*moments, damping=1e-4)
+    before, after = (((x @ weight.T - seen @ w.T)[::8]).norm() for w in (weight, fitted))
+    assert after < 0.1 * before
+    residual = (x @ weight.T - seen @ fitted.T).T @ seen / len(x)  # the gradient of the squared error
+    assert residual.abs().max() < 0.01 * (weight @ moments[1]).abs().max()
+
+
+def test_refit_changes_nothing_where_inputs_are_exact():
+    x = torch.randn(500, 32)
+    hessian = x.T @ x / len(x)
+    assert torch.allclose(gptq.refit(hessian, hessian, 0.01), torch.eye(32), atol=1e-5)
+
+
+def test_gptq_survives_dead_and_singular_inputs():
+    x, weight = correlated(10, 64), torch.randn(8, 64)
+    x[:, 3] = 0
+    scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
+    codes = gptq.quantize(weight, scale, x.T @ x, 4)
+    assert (codes[:, 3] == 0).all()
+    with pytest.raises(RotQuantError, match="singular"):
+        gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)

@@ -1,0 +1,218 @@
+"""Serves a checkpoint and gives back plain data. Runs in a process of its own: vLLM binds threads and
+replaces functions of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import convention, ops, reference
+
+
+@dataclass
+class Served:
+    """What one `LLM(...)` gave back, as plain data."""
+
+    tokens: list[list[int]]
+    prompt_logprobs: list[Tensor]  # of each prompt's own tokens but the first
+    log: str
+    cached_tokens: int
+    preemptions: int
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, from vLLM's own log line."""
+        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log)
+        assert found, self.log
+        return int(found[1].replace(",", ""))
+
+
+def prepare() -> None:
+    """Imports vLLM before any test and keeps its many objects out of every later garbage collection."""
+    from vllm import LLM  # noqa: F401
+
+    gc.freeze()
+
+
+def serve(
+    folder: Path,
+    prompts: list[list[int]],
+    max_tokens: int = 4,
+    rounds: int = 1,
+    logprobs: bool = True,
+    sabotage: str = "",
+    **options: Any,
+) -> Served:
+    """Serves a checkpoint in this process, greedily; the prompts `rounds` times, the last round counts."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    defaults = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 1 << 23,
+        "max_model_len": 256,
+        "block_size": 32,
+        "disable_log_stats": False,
+    }
+    arguments: Any = defaults | options
+    parameters = SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0 if logprobs else None
+    )
+    requests: Any = [{"prompt_token_ids": p} for p in prompts]
+    # vLLM compiles small functions of its sampler even where the model runs eagerly.
+    stance = torch.compiler.set_stance("force_eager" if arguments["enforce_eager"] else "default")
+    with captured_log() as log, sabotaged(sabotage), stance:
+        try:
+            llm = LLM(str(folder), **arguments)
+            for _ in range(rounds):
+                outputs = llm.generate(requests, parameters, use_tqdm=False)
+            counters = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+            del llm
+        finally:
+            tear_down()
+    return Served(
+        [list(o.outputs[0].token_ids) for o in outputs],
+        [own_logprobs(p, o.prompt_logprobs) for p, o in zip(prompts, outputs, strict=True)] if logprobs else [],
+        "\n".join(log),
+        sum(o.num_cached_tokens or 0 for o in outputs),
+        int(counters["vllm:num_preemptions"]),
+    )
+
+
+def own_logprobs(prompt: list[int], entries: Any) -> Tensor:
+    rows = zip(entries[1:], prompt[1:], strict=True)
+    return torch.tensor([entry[token].logprob for entry, token in rows], dtype=torch.float64)
+
+
+def tear_down() -> None:
+    """Frees what vLLM keeps in a process, so that the next `LLM` can start."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """The messages of vLLM's loggers; taken from the loggers, since vLLM replaces its handlers on the way."""
+    lines: list[str] = []
+    handle = logging.Logger.handle
+
+    def keep(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.name.startswith("vllm"):
+            lines.append(record.getMessage())
+        handle(logger, record)
+
+    with mock.patch.object(logging.Logger, "handle", keep):
+        yield lines
+
+
+@contextlib.contextmanager
+def sabotaged(how: str) -> Iterator[None]:
+    """Runs with a kernel that is wrong in a way that still gives fluent text."""
+
+    def no_transform(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, *rest: Any) -> Tensor:
+        return honest_linear(x, w, s, b, bits, "none", 0, None, *rest[3:])
+
+    def sixteen_bit_activations(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, kind: str, *rest: Any) -> Tensor:
+        y = reference.transform_rows(x, kind, *rest[:2])
+        codes = convention.unpack_int32(w, bits, x.shape[-1])
+        weight = codes * s.repeat_interleave(x.shape[-1] // s.shape[1], dim=1)
+        return (y @ weight.t() + (0 if b is None else b)).to(x.dtype)
+
+    def unrotated_query(*arguments: Any) -> Tensor:
+        return honest_attention(*arguments[:6], 0, arguments[7])
+
+    honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
+    wrong: dict[str, dict[str, Any]] = {
+        "": {},
+        "no transform": {"int_linear": no_transform},
+        "16-bit activations": {"int_linear": sixteen_bit_activations},
+        "unrotated query": {"kv4_attention": unrotated_query},
+    }
+    with contextlib.ExitStack() as stack:
+        for name, kernel in wrong[how].items():
+            stack.enter_context(mock.patch.object(ops, name, kernel))
+        yield
+
+
+def engine_config(folder: Path, **options: Any) -> Any:
+    """vLLM's whole configuration for a checkpoint; parses, loads nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256}
+    return EngineArgs(str(folder), **(defaults | options)).create_engine_config()
+
+
+def quantization_of(folder: Path, flag: str | None) -> str | None:
+    """The method that `vllm serve FOLDER [--quantization FLAG]` chooses."""
+    return engine_config(folder, quantization=flag).model_config.quantization
+
+
+def build_attention(folder: Path, cache_dtype: str = "auto", **features: Any) -> None:
+    """Builds one attention layer of the checkpoint with features that its own model does not use."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention
+
+    config = EngineArgs(
+        str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256
+    ).create_engine_config()
+    config.cache_config.cache_dtype = cache_dtype
+    with set_current_vllm_config(config):
+        Attention(
+            4,
+            64,
+            0.125,
+            num_kv_heads=2,
+            cache_config=config.cache_config,
+            quant_config=config.quant_config,
+            prefix="model.layers.0.self_attn.attn",
+            **features,
+        )
+
+
+def serve_unstrict(*arguments: Any, **options: Any) -> Served:
+    """`serve` with ROTQUANT_STRICT=0."""
+    with mock.patch.dict(os.environ, ROTQUANT_STRICT="0"):
+        return serve(*arguments, **options)
+
+
+def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None) -> Any:
+    """Format of one layer as a worker sees it: from the pickled config, in a model that vLLM may have renamed."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = pickle.loads(pickle.dumps(engine_config(folder).quant_config))
+    config.packed_modules_mapping |= {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    if renamed:
+        config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=renamed))
+    return config.linear_format(prefix)
+
+
+def quantization_under(version: str, folder: Path, flag: str | None) -> str | None:
+    """`quantization_of` where vLLM has another version."""
+    import vllm
+
+    import vllm_rotquant
+
+    engine_config(folder, quantization="compressed-tensors")  # vLLM loads plugins with the first configuration
+    try:
+        with mock.patch.object(vllm, "__version__", version):
+            vllm_rotquant.register()
+        return quantization_of(folder, flag)
+    finally:
+        vllm_rotquant.register()

@@ -1,0 +1,58 @@
+"""rotquant in vLLM: `vllm serve CHECKPOINT` runs 4-bit weights, activations and KV cache for real.
+
+vLLM calls `register` through the entry point `vllm.general_plugins`, once in every process. This module
+must import anywhere: vLLM only logs a plugin that fails to import, and would then serve a W4A4
+checkpoint with 16-bit activations and without its rotations.
+"""
+
+from __future__ import annotations
+
+SUPPORTED_VLLM = ((0, 28), (0, 34))  # from, up to and not including
+
+
+def register() -> None:
+    """Registers the quantization method "rotquant". May be called any number of times.
+
+    Where rotquant cannot run (vLLM too old or too new, a broken installation) other models are left
+    alone, but a checkpoint that asks for rotquant is refused with the reason.
+    """
+    from vllm.logger import init_logger
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    # vLLM shows only the loggers below its own name.
+    logger = init_logger("vllm.rotquant")
+    reason = unsupported_vllm()
+    if reason is None:
+        try:
+            from vllm_rotquant.config import RotQuantConfig as Config
+        except ImportError as error:
+            reason = f"rotquant's vLLM plugin does not import ({error}): reinstall rotquant"
+    if reason is not None:
+        from vllm_rotquant.refusal import refusing_config
+
+        logger.error("%s. Checkpoints quantized by rotquant will be refused.", reason)
+        register_quantization_config("rotquant")(refusing_config(reason))
+        return
+    register_quantization_config("rotquant")(Config)
+    logger.info("rotquant %s is active: it runs compressed-tensors W4A4 checkpoints", version())
+
+
+def unsupported_vllm() -> str | None:
+    """Why this vLLM is not supported, None where it is."""
+    import vllm
+    from packaging.version import Version
+
+    low, high = SUPPORTED_VLLM
+    if low <= Version(vllm.__version__).release[:2] < high:
+        return None
+    return (
+        f"rotquant {version()} runs in vLLM {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is vLLM "
+        f"{vllm.__version__}: install a vLLM of that range, or another rotquant"
+    )
+
+
+def version() -> str:
+    """Version of the installed rotquant."""
+    from importlib.metadata import version as installed
+
+    return installed("rotquant")

@@ -1,0 +1,156 @@
+"""Claims a checkpoint, parses what it asks for and gives each layer its method; refuses the rest by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from rotquant.errors import RotQuantError
+from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
+from vllm_rotquant import compat
+from vllm_rotquant.proof import Proof
+
+# vLLM writes these two into the dict of a compressed-tensors checkpoint.
+VLLM_KEYS = ("total_num_heads", "total_num_kv_heads")
+
+
+class RotQuantConfig(QuantizationConfig):
+    """vLLM's view of a rotquant checkpoint.
+
+    Made in the server's first process and sent to the workers as a pickle. `format` is there once
+    vLLM has called `maybe_update_config` with the whole config.json.
+    """
+
+    def __init__(self, quantization_config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if quantization_config is None:  # vLLM's call where config.json has no quantization_config
+            raise RotQuantError(
+                "--quantization rotquant: this checkpoint is not quantized (no quantization_config in config.json); "
+                "make one with `rotquant quantize MODEL -o OUT`"
+            )
+        kept = {k: v for k, v in quantization_config.items() if k not in VLLM_KEYS}
+        self.quantization_config: dict[str, Any] = copy.deepcopy(kept)
+        self.extension: dict[str, Any] = {}
+        self.head_dim = 0
+        self.format: CheckpointFormat | None = None
+        self.proof = Proof()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The proof holds layers of this process.
+        return self.__dict__ | {"proof": Proof()}
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """ "rotquant" for a compressed-tensors W4A4 checkpoint, with or without `--quantization rotquant`."""
+        if claims(hf_quant_cfg):
+            if user_quant == "compressed-tensors":
+                compat.logger.warning(
+                    "--quantization compressed-tensors: vLLM's own path runs this W4A4 checkpoint with 16-bit "
+                    "activations and no online rotation. Leave the flag out to run it with rotquant."
+                )
+                return None
+            return "rotquant"
+        if user_quant == "rotquant":
+            found = (hf_quant_cfg or {}).get("quant_method", "none")
+            raise RotQuantError(
+                f"--quantization rotquant: this checkpoint (quant_method {found!r}) has no group of 4-bit integer "
+                "weights with integer input_activations in quantization_config.config_groups; leave the flag out, "
+                "or make a checkpoint with `rotquant quantize MODEL -o OUT`"
+            )
+        return None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RotQuantConfig:
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Parses the checkpoint's format; called by vLLM right after `from_config`, in the first process.
+
+        Raises:
+            RotQuantError: naming the field that this build does not run.
+        """
+        if hf_config is None:
+            raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
+        text = hf_config.get_text_config()
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.extension = copy.deepcopy(getattr(hf_config, "rotquant", None) or {})
+        self._parse()
+
+    def _parse(self) -> None:
+        self.format = CheckpointFormat(self.quantization_config, self.extension, self.head_dim)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Renames the modules that the format names, for models that vLLM builds under other names."""
+
+        def rename(names: list[str]) -> list[str]:
+            return hf_to_vllm_mapper.apply_list(names)
+
+        config = self.quantization_config
+        config["ignore"] = rename(config.get("ignore") or [])
+        for group in config["config_groups"].values():
+            group["targets"] = rename(group["targets"])
+        clip = self.extension.get("activation_clip", {})
+        self.extension |= {"activation_clip": hf_to_vllm_mapper.apply_dict(clip)} if clip else {}
+        self._parse()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer; vLLM calls it several times a layer."""
+        from vllm_rotquant.kv_cache import KVCacheMethod
+        from vllm_rotquant.linear import RotQuantLinearMethod
+
+        assert self.format is not None
+        if isinstance(layer, compat.RoutedExperts):
+            raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
+        if isinstance(layer, compat.AttentionLayerBase):
+            if not isinstance(layer, compat.Attention):
+                raise RotQuantError(f"{prefix}: this build of rotquant does not run {type(layer).__name__} layers")
+            return KVCacheMethod(self, self.format.kv, prefix) if self.format.kv else None
+        if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
+            linear = self.linear_format(prefix)
+            if linear is not None:
+                return RotQuantLinearMethod(linear, prefix, self.proof)
+            self.proof.unquantized.add(prefix)
+            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
+        if isinstance(layer, compat.VocabParallelEmbedding):
+            targets = [t for scheme in self.format.schemes for t in scheme.targets]
+            if any(matches(prefix, target, "Embedding") for target in targets):
+                raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
+        return None
+
+    def linear_format(self, prefix: str) -> LinearFormat | None:
+        """Format of the layer `prefix`, which may be several checkpoint layers in one (qkv_proj, gate_up_proj).
+
+        Raises:
+            RotQuantError: where the parts of a fused layer differ.
+        """
+        assert self.format is not None
+        parent, _, name = prefix.rpartition(".")
+        parts = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
+        formats = {part: self.format.linear(part) for part in parts}
+        first = formats[parts[0]]
+        for part, other in formats.items():
+            if other != first:
+                raise RotQuantError(
+                    f"{prefix}: vLLM runs {', '.join(parts)} as one layer, but their formats differ: "
+                    f"{parts[0]} has {first}, {part} has {other}"
+                )
+        return first
+
+    def get_name(self) -> Any:
+        return "rotquant"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []

@@ -1,0 +1,179 @@
+"""The KV cache of 4 bits: an attention backend over pages of packed codes.
+
+vLLM sees opaque bytes, [blocks, KV heads, block size, C]; the layout inside a (block, head) plane is
+`rotquant_kernels.reference.kv_planes`. Each attention layer is given this backend when it is built,
+so other models in the process keep vLLM's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rotquant.errors import RotQuantError
+from rotquant.format import KVFormat
+from rotquant_kernels import ops, reference
+from vllm_rotquant import compat
+
+if TYPE_CHECKING:
+    from vllm_rotquant.config import RotQuantConfig
+
+PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a plane is aligned
+
+
+@dataclass
+class KV4Metadata:
+    """One scheduler step as `rotquant_kernels.reference.kv4_attention` wants it."""
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    num_actual_tokens: int
+
+
+class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
+    """Keeps four fields of what vLLM prepares for every step."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
+    ) -> KV4Metadata:
+        if common_attn_metadata.causal is not True:
+            raise RotQuantError("this build of rotquant runs the 4-bit KV cache only with causal attention")
+        return KV4Metadata(
+            common_attn_metadata.query_start_loc,
+            common_attn_metadata.seq_lens,
+            common_attn_metadata.block_table_tensor,
+            common_attn_metadata.num_actual_tokens,
+        )
+
+
+class KV4Impl(compat.AttentionImpl):
+    """Writes K and V of a step to their pages and attends over the pages, both as one op.
+
+    A plain object beside the layer: vLLM calls it inside its own opaque attention op.
+    """
+
+    def __init__(self, layer: compat.Attention, kv: KVFormat) -> None:
+        previous: Any = layer.impl
+        self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
+        self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
+        self.kv = kv
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Stores the step's K and V, [T, KV heads, d], in the pages `kv_cache`; slot -1 is padding."""
+        kv = self.kv
+        ops.kv4_write(key, value, kv_cache, slot_mapping, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: KV4Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Fills output [T, heads, d]. `attn_metadata` is None while vLLM measures memory: no pages yet."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("the 4-bit KV cache does not quantize its output")
+        if attn_metadata is None:
+            return output.zero_()
+        tokens = attn_metadata.num_actual_tokens
+        output[:tokens] = ops.kv4_attention(
+            query[:tokens],
+            kv_cache,
+            attn_metadata.query_start,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            self.scale,
+            self.kv.rotate,
+            self.kv.symmetric,
+        )
+        return output
+
+
+class KV4Backend(compat.AttentionBackend):
+    """What vLLM asks about the cache: page size, layout, block sizes, the classes above."""
+
+    forward_includes_kv_cache_update = False
+    symmetric: ClassVar[bool]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # vLLM looks the name up in a closed enum
+
+    @staticmethod
+    def get_impl_cls() -> type[KV4Impl]:
+        return KV4Impl
+
+    @staticmethod
+    def get_builder_cls() -> type[KV4MetadataBuilder]:
+        return KV4MetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | compat.MultipleOf]:
+        return [compat.MultipleOf(PAGE_TOKENS)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        return compat.head_major_layouts()
+
+    @classmethod
+    def customize_spec(cls, spec: compat.AttentionSpec) -> compat.AttentionSpec:
+        return compat.opaque_pages(spec, reference.kv_token_bytes(spec.head_size, cls.symmetric))
+
+    @classmethod
+    def get_kv_cache_shape(
+        cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *context: Any, **more: Any
+    ) -> tuple[int, ...]:
+        """Asked by vLLM 0.28; later versions take it from the spec."""
+        return num_blocks, num_kv_heads, block_size, reference.kv_token_bytes(head_size, cls.symmetric)
+
+
+class SymmetricKV4Backend(KV4Backend):
+    symmetric = True
+
+
+class AsymmetricKV4Backend(KV4Backend):
+    symmetric = False
+
+
+class KVCacheMethod(compat.BaseKVCacheMethod):
+    """Gives an attention layer the 4-bit backend at the end of its construction.
+
+    Everything else (spec, groups, metadata builder, block size) vLLM derives from the layer later.
+    """
+
+    def __init__(self, config: RotQuantConfig, kv: KVFormat, prefix: str) -> None:
+        super().__init__(config)
+        self.format, self.prefix, self.head_dim, self.proof = kv, prefix, config.head_dim, config.proof
+
+    def create_weights(self, layer: Any) -> None:
+        super().create_weights(layer)
+        for feature, used in compat.attention_refusals(layer).items():
+            if used:
+                raise RotQuantError(
+                    f"{self.prefix}: this build of rotquant does not run the 4-bit KV cache with {feature}"
+                )
+        if layer.head_size != self.head_dim:
+            raise RotQuantError(
+                f"{self.prefix}: heads of {layer.head_size}, config.json says {self.head_dim} (kv_cache_scheme)"
+            )
+        layer.attn_backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
+        layer.impl = KV4Impl(layer, self.format)
+        self.proof.expect(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        self.proof.loaded(layer)

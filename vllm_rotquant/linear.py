@@ -1,0 +1,132 @@
+"""Linear layers: packed int4 (or int8) weights in, one op out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rotquant.errors import RotQuantError
+from rotquant.format import LinearFormat
+from rotquant_kernels import ops
+from vllm_rotquant import compat, rotation
+from vllm_rotquant.proof import Proof
+
+# What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
+UNLOADED = 0x1F2E3D4C
+
+
+@compat.register_weight_loader_v2_supported_method
+class RotQuantLinearMethod(compat.LinearMethodBase):
+    """Weights, loading and forward of one quantized linear layer, lm_head included.
+
+    The layer keeps `weight_packed` (LoRA finds the layer's device through this name), `weight_scale`
+    and, for a "dense" transform, the buffer `online_matrix`.
+    """
+
+    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
+        self.format, self.prefix, self.proof = linear, prefix, proof
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Declares the tensors of the checkpoint (compressed-tensors' `pack-quantized`) on the layer."""
+        inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
+        self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
+        self._check_shard(inputs, input_size)
+        if isinstance(layer, compat.ParallelLMHead) and compat.lora_is_on():
+            raise RotQuantError(
+                f"{self.prefix} is quantized, and vLLM's LoRA wants it in full precision: leave --enable-lora out, or "
+                "quantize again without lm_head"
+            )
+        loader, bits, group = attributes["weight_loader"], self.format.weight_bits, self.format.group_size
+        per_word = 32 // bits
+        packed = compat.PackedvLLMParameter(
+            data=torch.full((outputs, -(-inputs // per_word)), UNLOADED, dtype=torch.int32),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=per_word,
+            weight_loader=loader,
+        )
+        # The op reads float32 scales; NaN shows after loading which rows the checkpoint did not fill.
+        scales = torch.full((outputs, inputs // group if group else 1), torch.nan, dtype=torch.float32)
+        scale = (
+            compat.GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+            if group
+            else compat.ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=loader)
+        )
+        shape = compat.BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
+        layer.register_parameter("weight_packed", packed)
+        layer.register_parameter("weight_scale", scale)
+        layer.register_parameter("weight_shape", shape)
+        rotation.expect_matrix(layer, self.prefix, self.format.transform)
+        self.proof.expect(layer)
+
+    def _check_shard(self, inputs: int, all_inputs: int) -> None:
+        """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""
+        tp_size = all_inputs // inputs
+        rotation.check_shard(self.prefix, self.format.transform, inputs, tp_size)
+        per_word, group = 32 // self.format.weight_bits, self.format.group_size
+        for what, size in (("packed words of", per_word if tp_size > 1 else 1), ("scale groups of", group or 1)):
+            if inputs % size:
+                raise RotQuantError(
+                    f"{self.prefix}: {what} {size} inputs do not divide the {inputs} inputs of a rank at "
+                    f"--tensor-parallel-size {tp_size}: use a smaller one"
+                )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Checks that everything was loaded and brings the weights into the kernel's layout."""
+        unloaded = (layer.weight_packed == UNLOADED).all(dim=1)
+        for name, missing in (("weight_packed", unloaded), ("weight_scale", layer.weight_scale.isnan().any(dim=1))):
+            if missing.any():
+                raise RotQuantError(
+                    f"{self.prefix}.{name} is missing from the checkpoint ({int(missing.sum())} of {len(missing)} rows)"
+                )
+        packed, device = layer.weight_packed.data, layer.weight_packed.device
+        self.proof.keep(layer, packed)
+        layer.weight_packed = Parameter(ops.prepare_weight(packed, self.format.weight_bits), requires_grad=False)
+        layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        del layer.weight_shape
+        layer.register_buffer(
+            "online_matrix", rotation.take_matrix(layer, self.format.transform, device), persistent=False
+        )
+        self.proof.loaded(layer)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Linear layer on integers.
+
+        Args:
+            x: [..., K] in the model's dtype; never changed (LoRA adds its own product of the same x).
+        Returns:
+            [..., N] in x's dtype.
+        """
+        linear = self.format
+        return ops.int_linear(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            bias,
+            linear.weight_bits,
+            linear.transform.kind,
+            linear.transform.block,
+            layer.online_matrix,
+            linear.act_bits,
+            linear.act_symmetric,
+            linear.act_clip,
+        )
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        raise RotQuantError(
+            f"{self.prefix} is quantized, but config.json says tie_word_embeddings: true, which would drop it; "
+            "set tie_word_embeddings to false"
+        )
