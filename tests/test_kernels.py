@@ -10,7 +10,14 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotquant_kernels import OPS, convention, int_linear, kv4_attention, kv4_write, quantize_rows, reference
+from rotquant_kernels import (
+    OPS,
+    convention,
+    int_linear,
+    prepare_weight,
+    quantize_rows,
+    reference,
+)
 
 SEEDS = st.integers(0, 2**31)
 
@@ -74,7 +81,7 @@ def test_int_linear_is_the_product_of_the_dequantized(
     scale, zero = convention.qparams(groups, w_bits, True)
     codes = convention.quantize(groups, scale, zero, w_bits)
     b = randn(n, seed=seed + 3) if bias else None
-    packed = convention.pack_int32(codes.flatten(1), w_bits)
+    packed = prepare_weight(convention.pack_int32(codes.flatten(1), w_bits), w_bits, k, scale.shape[1])
     actual = int_linear(x, packed, scale.squeeze(-1), b, w_bits, kind, 16, matrix, a_bits, symmetric, clip)
     q, s, z = quantize_rows(x, kind, 16, matrix, a_bits, symmetric, clip)
     expected = convention.dequantize(q, s, z).double() @ convention.dequantize(codes, scale, zero).flatten(1).double().T
@@ -85,14 +92,14 @@ def test_int_linear_is_the_product_of_the_dequantized(
 def test_int_linear_does_not_depend_on_the_batch():
     x, w = randn(33, 64, seed=1), randn(24, 64, seed=2)
     scale, zero = convention.qparams(w, 4, True)
-    packed = convention.pack_int32(convention.quantize(w, scale, zero, 4), 4)
+    packed = prepare_weight(convention.pack_int32(convention.quantize(w, scale, zero, 4), 4), 4, 64)
     run = lambda rows: int_linear(rows, packed, scale, None, 4, "hadamard", 64, None, 4, False, 0.9)  # noqa: E731
     assert torch.equal(run(x), torch.cat([run(row) for row in x.split(1)]))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rotate", [0, 64])
-def test_kv4_ops_are_attention_over_fake_quantized_kv(symmetric, rotate):
+def test_kv4_reference_is_attention_over_fake_quantized_kv(symmetric, rotate):
     block, heads, d, lengths, steps = 16, 2, 64, [37, 5, 20, 33], [4, 1, 1, 33]
     cache = torch.full((12, heads, block, reference.kv_token_bytes(d, symmetric)), 255, dtype=torch.uint8)
     table = torch.tensor([[3, 1, 7], [0, 11, 11], [2, 5, 11], [4, 6, 8]], dtype=torch.int32)
@@ -101,11 +108,12 @@ def test_kv4_ops_are_attention_over_fake_quantized_kv(symmetric, rotate):
     for row, k, v in zip(table, keys, values, strict=True):
         slots = torch.tensor([row[i // block] * block + i % block for i in range(len(k))] + [-1])
         pad = torch.full((1, heads, d), 1e4)
-        kv4_write(torch.cat((k, pad)), torch.cat((v, pad)), cache, slots, rotate, symmetric, 0.95, 0.9)
+        reference.kv4_write(torch.cat((k, pad)), torch.cat((v, pad)), cache, slots, rotate, symmetric, 0.95, 0.9)
     starts = torch.tensor([0, *torch.tensor(steps).cumsum(0)], dtype=torch.int32)
     query = randn(sum(steps) + 2, 4, d, seed=7)
     lens = torch.tensor(lengths, dtype=torch.int32)
-    out = kv4_attention(query, cache, starts, lens, table, d**-0.5, rotate, symmetric)
+    out = torch.full_like(query, float("nan"))
+    reference.kv4_attention(query, cache, starts, lens, table, out, d**-0.5, rotate, symmetric)
     assert out[sum(steps) :].abs().max() == 0
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
         q = query[starts[b] : starts[b + 1]]
@@ -126,7 +134,7 @@ def test_kv_page_really_holds_four_bits():
 def test_schemas_and_fakes_hold_under_torch_compile():
     x, w = randn(3, 32, seed=1), randn(8, 32, seed=2)
     scale, zero = convention.qparams(w, 4, True)
-    packed = convention.pack_int32(convention.quantize(w, scale, zero, 4), 4)
+    packed = prepare_weight(convention.pack_int32(convention.quantize(w, scale, zero, 4), 4), 4, 32)
     checks = ("test_schema", "test_faketensor")
     arguments = (x, packed, scale, None, 4, "hadamard", 32, None, 4, True, 0.9)
     torch.library.opcheck(torch.ops.rotquant.int_linear.default, arguments, test_utils=checks)
@@ -136,4 +144,4 @@ def test_schemas_and_fakes_hold_under_torch_compile():
     cache = torch.zeros(2, 1, 16, reference.kv_token_bytes(32, True), dtype=torch.uint8)
     kv = (x.view(3, 1, 32), x.view(3, 1, 32), cache, torch.tensor([0, 5, -1]), 32, True, 1.0, 1.0)
     torch.library.opcheck(torch.ops.rotquant.kv4_write.default, kv, test_utils=checks)
-    assert set(OPS) == {"transform_rows", "quantize_rows", "int_linear", "kv4_write", "kv4_attention"}
+    assert set(OPS) == {"transform_rows", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention"}

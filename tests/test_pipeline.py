@@ -89,7 +89,9 @@ def test_one_seed_gives_one_set_of_files(tmp_path):
 def start(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rotquant", "quantize", str(folder), "-o", str(out)]
     command += ["--calibration", str(HELDOUT), "--samples", "4", "--seq-len", "64", *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, which would be inherited.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def steps_done(out: Path) -> int:

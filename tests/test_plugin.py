@@ -34,6 +34,9 @@ from vllm_rotquant.rotation import StoredMatrix, check_shard
 
 BASE = Spec()
 PROMPTS = prompts((7, 33, 70))
+# The native attention kernel is within 1% of exact arithmetic, which random models turn into other activation
+# codes. Tests that compare with float64 leave it out; test_kv4_native holds it to its own bound.
+EXACT = "exact attention"
 Child = Callable[..., Any]
 
 
@@ -66,8 +69,8 @@ def agrees(got: serving.Served, folder: Path, spec: Spec) -> None:
         assert tokens[0] == rows[-1].argmax()
 
 
-def test_logprobs_are_those_of_float_arithmetic(served: serving.Served, base: Path) -> None:
-    agrees(served, base, BASE)
+def test_logprobs_are_those_of_float_arithmetic(child: Child, base: Path) -> None:
+    agrees(child(serving.serve, base, PROMPTS, swap=EXACT), base, BASE)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_logprobs_are_those_of_float_arithmetic(served: serving.Served, base: Pa
 )
 def test_other_formats(child: Child, tmp_path: Path, spec: Spec) -> None:
     folder = write_checkpoint(tmp_path / "model", spec)
-    got = child(serving.serve, folder, PROMPTS)
+    got = child(serving.serve, folder, PROMPTS, swap=EXACT)
     agrees(got, folder, spec)
     assert ("KV cache: not quantized" in got.log) is not spec.kv
 
@@ -91,16 +94,16 @@ def test_compiled(child: Child, tmp_path: Path) -> None:
         BASE, architecture="qwen2", symmetric=False, r4="dense", head_dim=128, heads=2, kv_heads=1, int8_head=True
     )
     folder = write_checkpoint(tmp_path / "model", spec)
-    got = child(serving.serve, folder, PROMPTS, enforce_eager=False)
+    got = child(serving.serve, folder, PROMPTS, enforce_eager=False, swap=EXACT)
     agrees(got, folder, spec)
     assert "Warming up model for the compilation" in got.log
 
 
-def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, served: serving.Served) -> None:
+def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:
     folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
-    got = child(serving.serve, folder, PROMPTS, enable_prefix_caching=False)
-    assert got.tokens == served.tokens
-    for ours, theirs in zip(got.prompt_logprobs, served.prompt_logprobs, strict=True):
+    got, expected = (child(serving.serve, path, PROMPTS, swap=EXACT) for path in (folder, base))
+    assert got.tokens == expected.tokens
+    for ours, theirs in zip(got.prompt_logprobs, expected.prompt_logprobs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -146,16 +149,16 @@ def test_proof_names_what_runs(served: serving.Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "where"),
+    ("swap", "where"),
     [("no transform", "down_proj"), ("16-bit activations", "qkv_proj"), ("unrotated query", "attn")],
 )
-def test_proof_catches_a_wrong_kernel(child: Child, base: Path, sabotage: str, where: str) -> None:
+def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where}.*ROTQUANT_STRICT=0"):
-        child(serving.serve, base, PROMPTS, sabotage=sabotage)
+        child(serving.serve, base, PROMPTS, swap=swap)
 
 
 def test_proof_not_strict(child: Child, base: Path, served: serving.Served) -> None:
-    got = child(serving.serve_unstrict, base, PROMPTS[:1], max_tokens=1, sabotage="no transform")
+    got = child(serving.serve_unstrict, base, PROMPTS[:1], max_tokens=1, swap="no transform")
     assert "MISMATCH" in got.log
     assert "start-up check failed" in got.log
     assert "MISMATCH" not in served.log

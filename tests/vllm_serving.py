@@ -52,7 +52,7 @@ def serve(
     max_tokens: int = 4,
     rounds: int = 1,
     logprobs: bool = True,
-    sabotage: str = "",
+    swap: str = "",
     **options: Any,
 ) -> Served:
     """Serves a checkpoint in this process, greedily; the prompts `rounds` times, the last round counts."""
@@ -75,7 +75,7 @@ def serve(
     requests: Any = [{"prompt_token_ids": p} for p in prompts]
     # vLLM compiles small functions of its sampler even where the model runs eagerly.
     stance = torch.compiler.set_stance("force_eager" if arguments["enforce_eager"] else "default")
-    with captured_log() as log, sabotaged(sabotage), stance:
+    with captured_log() as log, swapped(swap), stance:
         try:
             llm = LLM(str(folder), **arguments)
             for _ in range(rounds):
@@ -122,8 +122,8 @@ def captured_log() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def sabotaged(how: str) -> Iterator[None]:
-    """Runs with a kernel that is wrong in a way that still gives fluent text."""
+def swapped(how: str) -> Iterator[None]:
+    """Runs with another kernel: attention in exact arithmetic, or one wrong in a way that still gives fluent text."""
 
     def no_transform(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, *rest: Any) -> Tensor:
         return honest_linear(x, w, s, b, bits, "none", 0, None, *rest[3:])
@@ -135,13 +135,17 @@ def sabotaged(how: str) -> Iterator[None]:
         return (y @ weight.t() + (0 if b is None else b)).to(x.dtype)
 
     def unrotated_query(*arguments: Any) -> Tensor:
-        return honest_attention(*arguments[:6], 0, arguments[7])
+        return honest_attention(*arguments[:7], 0, arguments[8])
 
     honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
     wrong: dict[str, dict[str, Any]] = {
         "": {},
+        "exact attention": {"kv4_attention": reference.kv4_attention},
         "no transform": {"int_linear": no_transform},
-        "16-bit activations": {"int_linear": sixteen_bit_activations},
+        "16-bit activations": {
+            "int_linear": sixteen_bit_activations,
+            "prepare_weight": lambda packed, *_: packed,
+        },
         "unrotated query": {"kv4_attention": unrotated_query},
     }
     with contextlib.ExitStack() as stack:

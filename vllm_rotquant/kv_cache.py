@@ -31,11 +31,10 @@ class KV4Metadata:
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
-    num_actual_tokens: int
 
 
 class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
-    """Keeps four fields of what vLLM prepares for every step."""
+    """Keeps three fields of what vLLM prepares for every step."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -49,7 +48,6 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
-            common_attn_metadata.num_actual_tokens,
         )
 
 
@@ -89,13 +87,13 @@ class KV4Impl(compat.AttentionImpl):
             raise NotImplementedError("the 4-bit KV cache does not quantize its output")
         if attn_metadata is None:
             return output.zero_()
-        tokens = attn_metadata.num_actual_tokens
-        output[:tokens] = ops.kv4_attention(
-            query[:tokens],
+        ops.kv4_attention(
+            query,
             kv_cache,
             attn_metadata.query_start,
             attn_metadata.seq_lens,
             attn_metadata.block_table,
+            output,
             self.scale,
             self.kv.rotate,
             self.kv.symmetric,

@@ -94,8 +94,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                 )
         packed, device = layer.weight_packed.data, layer.weight_packed.device
         self.proof.keep(layer, packed)
-        layer.weight_packed = Parameter(ops.prepare_weight(packed, self.format.weight_bits), requires_grad=False)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        prepared = ops.prepare_weight(packed, self.format.weight_bits, self.inputs, layer.weight_scale.shape[1])
+        layer.weight_packed = Parameter(prepared, requires_grad=False)
         del layer.weight_shape
         layer.register_buffer(
             "online_matrix", rotation.take_matrix(layer, self.format.transform, device), persistent=False

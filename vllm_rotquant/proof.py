@@ -245,7 +245,7 @@ def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: 
         ]
         starts = torch.tensor([0, *(step[s] for s in active)], device=device).cumsum(0).to(torch.int32)
         lens = torch.tensor([ends[s] for s in active], dtype=torch.int32, device=device)
-        metadata = KV4Metadata(starts, lens, table[active], len(q))
+        metadata = KV4Metadata(starts, lens, table[active])
         layer.impl.do_kv_cache_update(layer, k, v, cache, torch.stack(slots).long())
         result = layer.impl.forward(layer, q, k, v, cache, metadata, torch.empty_like(q))
         for s, span, part in zip(active, spans, result.split([step[s] for s in active]), strict=True):

@@ -9,7 +9,8 @@ quantization agrees with the served kernels. All of it runs in float32; b is the
     quantize     q = clamp(round_half_even(x / scale + zero), -2^(b-1), 2^(b-1) - 1)
     dequantize   x' = (q - zero) * scale
 
-A row of zeros has scale 0; it is replaced by float32's epsilon, as compressed-tensors does.
+A row of zeros has scale 0; it is replaced by float32's epsilon, as compressed-tensors does. A row with NaN or
+infinity has the scale NaN and the codes 0: whatever is made from it is NaN and never passes for a number.
 """
 
 from __future__ import annotations
@@ -42,23 +43,27 @@ def qparams(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> tuple[T
     low, high = int_range(bits)
     if symmetric:
         scale = x.abs().amax(-1, keepdim=True) * clip / ((high - low) / 2)
-        return torch.where(scale == 0, EPSILON, scale), torch.zeros_like(scale)
+        return usable(scale), torch.zeros_like(scale)
     smallest = x.amin(-1, keepdim=True).clamp(max=0) * clip
     largest = x.amax(-1, keepdim=True).clamp(min=0) * clip
-    scale = (largest - smallest) / (high - low)
-    scale = torch.where(scale == 0, EPSILON, scale)
+    scale = usable((largest - smallest) / (high - low))
     return scale, zero_point(smallest, scale, bits)
+
+
+def usable(scale: Tensor) -> Tensor:
+    """Scale 0 becomes epsilon, infinity NaN."""
+    return torch.where(scale == 0, EPSILON, torch.where(scale.isinf(), torch.nan, scale))
 
 
 def zero_point(smallest: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer zero point (as float32) that maps `smallest` to the lowest code."""
     low, high = int_range(bits)
-    return (low - smallest / scale).clamp(low, high).round()
+    return (low - smallest / scale).clamp(low, high).round().nan_to_num(0)
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """int8 codes of x; shapes broadcast. torch.round rounds half to even."""
-    return (x.float() / scale + zero).round().clamp(*int_range(bits)).to(torch.int8)
+    return (x.float() / scale + zero).round().clamp(*int_range(bits)).nan_to_num(0).to(torch.int8)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -108,11 +113,6 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     return (stored[:, :columns].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., D] of values 0..15 to uint8 [..., D / 2]; even positions take the low nibble."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
-
-
 def unpack_nibbles(stored: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`."""
+    """uint8 [..., B] to uint8 [..., 2 B] of values 0..15; the low nibble comes first."""
     return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)

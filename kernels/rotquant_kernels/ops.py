@@ -9,24 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant_kernels import reference
+from rotquant_kernels import native, reference
 
 OPS = {
     "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
     " -> (Tensor, Tensor, Tensor)",
+    "pack_weight": "(Tensor packed, int bits, int columns, int groups) -> Tensor",
     "int_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits, str transform,"
-    " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip) -> Tensor",
+    " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip,"
+    " Tensor? low_rank_down=None, Tensor? low_rank_up=None) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
-    " float scale, int rotate, bool symmetric) -> Tensor",
+    " Tensor(a!) out, float scale, int rotate, bool symmetric) -> ()",
 }
 
 _library = torch.library.Library("rotquant", "DEF")
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+native.load()
 
 
 @torch.library.register_fake("rotquant::transform_rows", lib=_library)
@@ -55,28 +58,33 @@ def _(*arguments: object) -> None:
 
 
 @torch.library.register_fake("rotquant::kv4_attention", lib=_library)
-def _(query: Tensor, *settings: object) -> Tensor:
-    return torch.empty_like(query)
+def _(*arguments: object) -> None:
+    return None
 
 
 transform_rows = torch.ops.rotquant.transform_rows
 quantize_rows = torch.ops.rotquant.quantize_rows
+pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear
 kv4_write = torch.ops.rotquant.kv4_write
 kv4_attention = torch.ops.rotquant.kv4_attention
 
 
-def prepare_weight(packed: Tensor, bits: int) -> Tensor:
+def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> Tensor:
     """The layout that `int_linear` of this device reads, from the checkpoint's `weight_packed`.
 
     Args:
-        packed: int32 [N, ceil(K * bits / 32)], see `convention.pack_int32`.
+        packed: int32 [N, ceil(columns * bits / 32)], see `convention.pack_int32`.
+        groups: scales of a row, 1 for one scale per channel.
+    Returns:
+        On the CPU's native kernels uint8 [bytes], in panels of 64 channels; else a copy of `packed`.
     """
-    return packed.contiguous()
+    return pack_weight(packed.contiguous(), bits, columns, groups)
 
 
 def kernel_of(op: str, device: str = "cpu") -> str:
     """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
     key = "CUDA" if device.startswith("cuda") else "CPU"
-    native = torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key)
-    return f"native ({key.lower()})" if native else "reference (torch)"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
+        return "reference (torch)"
+    return f"native ({torch.ops.rotquant.cpu_tier('')})" if key == "CPU" else "native (cuda)"

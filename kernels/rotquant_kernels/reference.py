@@ -72,6 +72,11 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
+def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
+    """The reference reads the checkpoint's own layout, int32 [N, ceil(columns * bits / 32)]."""
+    return packed.clone()
+
+
 def int_linear(
     x: Tensor,
     weight: Tensor,
@@ -84,8 +89,10 @@ def int_linear(
     act_bits: int,
     act_symmetric: bool,
     act_clip: float,
+    low_rank_down: Tensor | None = None,
+    low_rank_up: Tensor | None = None,
 ) -> Tensor:
-    """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + bias, q_x from x transformed online.
+    """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + (x T) D U + bias, q_x from x T, x transformed online.
 
     Args:
         x: float [..., K].
@@ -94,9 +101,10 @@ def int_linear(
         bias: float [N] or None.
         weight_bits, act_bits: 4 or 8.
         transform, block, matrix: see `transform_rows`.
+        low_rank_down, low_rank_up: D float [K, r] and U float [r, N], a branch in full precision, or None.
     Returns:
         [..., N] in x's dtype. Epilogue in float32: for each group acc * s_w, summed in the order of
-        the groups, then * s_x, then + bias, then one rounding to x's dtype.
+        the groups, then * s_x, then + the low-rank branch, then + bias, then one rounding to x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
@@ -109,6 +117,8 @@ def int_linear(
             acc = acc - zero * w_group.sum(1, dtype=torch.int32)
         total = total + acc.float() * weight_scale[:, group]
     y = total * scale
+    if low_rank_down is not None and low_rank_up is not None:
+        y = y + transform_rows(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -126,25 +136,55 @@ def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor
     """Views into the pages.
 
     Args:
-        cache: uint8 or int8 [blocks, heads, N, C], C = kv_token_bytes; each (block, head) plane of N * C
-            bytes is contiguous and holds, one after the other: K codes [N, d/2], V codes [N, d/2],
-            K scale float16 [N], V scale float16 [N], and if asymmetric K zero int8 [N], V zero int8 [N].
+        cache: uint8 or int8 [blocks, heads, N, C], C = kv_token_bytes, N and d multiples of 16; each
+            (block, head) plane of N * C bytes is contiguous and holds, one after the other: K codes and
+            V codes (`pack_codes`), N * d / 2 bytes each, K scale float16 [N], V scale float16 [N], and if
+            asymmetric K zero int8 [N], V zero int8 [N].
     Returns:
-        k, v uint8 [blocks, heads, N, d/2]; k_scale, v_scale float16 and k_zero, v_zero int8 [blocks, heads, N].
+        k, v uint8 [blocks, heads, N * d / 2]; k_scale, v_scale float16 and k_zero, v_zero int8 [blocks, heads, N].
     """
     n = cache.shape[2]
     plane = cache.view(torch.uint8).flatten(2)
     sizes = [n * head_dim // 2] * 2 + [2 * n] * 2 + ([] if symmetric else [n] * 2)
     parts = plane.split(sizes, dim=-1)
     views = {
-        "k": parts[0].unflatten(-1, (n, -1)),
-        "v": parts[1].unflatten(-1, (n, -1)),
+        "k": parts[0],
+        "v": parts[1],
         "k_scale": parts[2].view(torch.float16),
         "v_scale": parts[3].view(torch.float16),
     }
     if not symmetric:
         views |= {"k_zero": parts[4].view(torch.int8), "v_zero": parts[5].view(torch.int8)}
     return views
+
+
+def pack_codes(codes: Tensor, name: str) -> Tensor:
+    """Codes of whole planes as the page stores them: tiles of 16 channels x 16 steps, 128 bytes each.
+
+    The integer dot products of attention run over steps, in fours, for 16 channels at a time: of K the channels
+    are tokens and the steps dimensions, of V the other way round. Byte 64 s + 4 c + t of a tile holds channel c:
+    step 8 s + t in the low nibble, step 8 s + 4 + t in the high nibble. Tiles of 16 tokens lie one after the
+    other, in each by dimension.
+
+    Args:
+        codes: uint8 [..., N, d], the signed codes + 8.
+        name: "k" or "v".
+    Returns:
+        uint8 [..., N * d / 2].
+    """
+    tiles = codes.unflatten(-1, (-1, 16)).unflatten(-3, (-1, 16)).transpose(-3, -2)  # [..., N/16, d/16, token, dim]
+    tiles = tiles if name == "k" else tiles.mT  # [..., channel, step]
+    nibbles = tiles.unflatten(-1, (2, 2, 4)).movedim(-4, -2)  # step 8 s + 4 high + t: [..., s, high, channel, t]
+    return (nibbles.select(-3, 0) | nibbles.select(-3, 1) << 4).flatten(-5)
+
+
+def unpack_codes(stored: Tensor, name: str, head_dim: int) -> Tensor:
+    """Inverse of `pack_codes`: uint8 [..., N * d / 2] to uint8 [..., N, d]."""
+    both = stored.unflatten(-1, (-1, head_dim // 16, 2, 16, 4))
+    nibbles = torch.stack((both & 15, both >> 4), dim=-3)  # [..., N/16, d/16, s, high, channel, t]
+    tiles = nibbles.movedim(-2, -4).flatten(-3)  # [..., channel, step]
+    tiles = tiles if name == "k" else tiles.mT
+    return tiles.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def kv4_write(
@@ -159,6 +199,8 @@ def kv4_write(
 ) -> None:
     """Rotates K, quantizes K and V per (token, head) and stores them in their pages.
 
+    A row with NaN or infinity is stored with the scale NaN, codes and zero point 0.
+
     Args:
         key, value: float [T, heads, d]; rows beyond len(slots) are padding.
         cache: pages, see `kv_planes`; changed in place.
@@ -168,13 +210,15 @@ def kv4_write(
     planes = kv_planes(cache, key.shape[-1], symmetric)
     stored = slots >= 0
     blocks, offsets = slots[stored] // cache.shape[2], slots[stored] % cache.shape[2]
+    touched, where = blocks.unique(return_inverse=True)
     for name, x, clip, block in (("k", key, k_clip, rotate), ("v", value, v_clip, 0)):
         rows = x[: slots.shape[0]][stored].float()
         rows = hadamard(rows, block) if block else rows
         scale, zero = convention.kv_qparams(rows, symmetric, clip)
-        codes = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
-        planes[name][blocks, :, offsets] = convention.pack_nibbles(codes)
-        planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].half()
+        codes = unpack_codes(planes[name][touched], name, key.shape[-1])
+        codes[where, :, offsets] = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
+        planes[name][touched] = pack_codes(codes, name)
+        planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].nan_to_num(torch.nan).half()  # one kind of NaN
         if not symmetric:
             planes[f"{name}_zero"][blocks, :, offsets] = zero[..., 0].to(torch.int8)
 
@@ -190,7 +234,7 @@ def kv4_read(cache: Tensor, blocks: Tensor, head_dim: int, symmetric: bool) -> t
     planes = kv_planes(cache, head_dim, symmetric)
     out = []
     for name in ("k", "v"):
-        codes = convention.unpack_nibbles(planes[name][blocks]).float() - 8
+        codes = unpack_codes(planes[name][blocks], name, head_dim).float() - 8
         zero = 0 if symmetric else planes[f"{name}_zero"][blocks].float().unsqueeze(-1)
         x = (codes - zero) * planes[f"{name}_scale"][blocks].float().unsqueeze(-1)
         out.append(x.movedim(-3, -4).flatten(-3, -2))  # [..., P, heads, N, d] -> [..., heads, P * N, d]
@@ -203,24 +247,26 @@ def kv4_attention(
     query_start: Tensor,
     seq_lens: Tensor,
     block_table: Tensor,
+    out: Tensor,
     scale: float,
     rotate: int,
     symmetric: bool,
-) -> Tensor:
+) -> None:
     """Causal attention of a mixed batch (prefill chunks and decode steps) over 4-bit pages, in float32.
 
     softmax(scale * (q R)(K R)ᵀ) V = softmax(scale * q Kᵀ) V for the orthogonal R = I ⊗ H/sqrt(rotate).
+    A NaN scale of a visible position makes the result NaN. A kernel may round the query and the weights, as long
+    as that adds at most a fifth of the error that the 4 bits of K and V made.
 
     Args:
         query: float [T, heads, d]; query heads h share KV head h // (heads / kv_heads).
         query_start: int32 [B + 1], first row of each sequence; rows from query_start[B] on are padding.
         seq_lens: int32 [B], tokens in the cache, those of this step included.
         block_table: int32 [B, P].
-    Returns:
-        [T, heads, d] in query's dtype; 0 in padding rows.
+        out: [T, heads, d] in query's dtype, filled; 0 in padding rows.
     """
-    out = torch.zeros_like(query)
     starts, lens = query_start.tolist(), seq_lens.tolist()
+    out[starts[-1] :] = 0
     rotated = hadamard(query.float(), rotate) if rotate else query.float()
     decode = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
     groups = [decode] if decode else []
@@ -232,7 +278,6 @@ def kv4_attention(
         keys, values = kv4_read(cache, pages, query.shape[-1], symmetric)
         ends = torch.tensor([lens[b] for b in members])
         out[rows] = attend(rotated[rows], keys, values, ends, scale).to(query.dtype)
-    return out
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float) -> Tensor:

@@ -22,9 +22,10 @@ from rotquant_kernels import convention, int_linear, prepare_weight, quantize_ro
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape of the weight."""
+    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape. `prepared` is what runs."""
 
     packed: Tensor
+    prepared: Tensor
     scale: Tensor
     shape: tuple[int, int]
 
@@ -37,9 +38,9 @@ class PackedLinear:
 
 
 def pack(codes: Tensor, scale: Tensor, bits: int) -> PackedLinear:
-    return PackedLinear(
-        prepare_weight(convention.pack_int32(codes, bits), bits), scale, (codes.shape[0], codes.shape[1])
-    )
+    packed = convention.pack_int32(codes, bits)
+    prepared = prepare_weight(packed, bits, codes.shape[1], scale.shape[1])
+    return PackedLinear(packed, prepared, scale, (codes.shape[0], codes.shape[1]))
 
 
 class LayerQuantizer:
@@ -148,7 +149,7 @@ class LayerQuantizer:
         linear, act = self.done[name], self.recipe.activations
         bias = self.tensors.get(f"{name}.bias")
         settings = (*self._transform(name), act.bits, act.symmetric, act.clip)
-        return int_linear(x, linear.packed, linear.scale, bias, self.recipe.weights.bits, *settings)
+        return int_linear(x, linear.prepared, linear.scale, bias, self.recipe.weights.bits, *settings)
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")

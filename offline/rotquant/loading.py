@@ -30,9 +30,11 @@ from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, LinearFormat, claims
 from rotquant.models import read_config
-from rotquant_kernels import convention, int_linear, prepare_weight, reference
+from rotquant_kernels import int_linear, kv4_write, prepare_weight, reference
+from rotquant_kernels import kv4_attention as run_kv4_attention
 
 KV4_ATTENTION = "rotquant_kv4"
+PAGE = 128  # tokens of a page
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -55,7 +57,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     _fill(model, Source(folder), torch.device(device))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            module.weight_packed = prepare_weight(module.weight_packed, module.format.weight_bits)
+            module.prepare()
         if checkpoint.kv is not None and name.endswith(".self_attn"):
             module.rotquant_kv = checkpoint.kv  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
@@ -66,8 +68,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
 class QuantLinear(nn.Module):
     """A linear layer on packed integer weights; the forward is the op that is served.
 
-    Buffers: weight_packed int32 [N, ceil(K * bits / 32)], weight_scale float32 [N, G], bias [N] or
-    None, matrix float32 [block, block] or None (a dense online transform).
+    Buffers: weight_packed int32 [N, ceil(K * bits / 32)] until `prepare`, then the layout of the device's
+    kernel; weight_scale float32 [N, G], bias [N] or None, matrix float32 [block, block] or None (a dense
+    online transform).
     """
 
     weight_packed: Tensor
@@ -96,6 +99,11 @@ class QuantLinear(nn.Module):
         if layer_format.transform.kind == "dense":
             buffer("matrix", torch.float32, block, block)
 
+    def prepare(self) -> None:
+        """Brings the loaded weights into the kernel's layout."""
+        groups = self.weight_scale.shape[1]
+        self.weight_packed = prepare_weight(self.weight_packed, self.format.weight_bits, self.in_features, groups)
+
     def forward(self, x: Tensor) -> Tensor:
         """Float [..., K] to [..., N] of the same dtype."""
         f = self.format
@@ -119,28 +127,69 @@ def kv4_attention(
     s_aux: Tensor | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; K and V are read as the int4 cache would give them back.
+    """transformers' attention interface, through the ops that serve: K and V go to pages of 4 bits and are read there.
 
-    transformers' cache holds K and V unquantized. Quantization looks at one (token, head) only, so
-    doing it at every read equals doing it once at the write.
+    transformers' cache holds K and V unquantized, so that pages are written anew at every call. Quantization looks
+    at one (token, head) only: it gives the same codes as writing each token once.
 
     Args:
         query: [B, heads, T, d]; key, value: [B, kv_heads, L, d].
-        attention_mask: additive [B, 1, T, L], or None.
+        attention_mask: additive [B, 1, T, L], causal, with padding on one side or none; None if all is visible.
     Returns:
-        [B, T, heads, d] in query's dtype, computed in float32; no attention weights.
+        [B, T, heads, d] in query's dtype, 0 for padding; no attention weights.
+    Raises:
+        RotQuantError: another kind of mask, a soft cap or sinks.
     """
     if softcap is not None or s_aux is not None:
         raise RotQuantError("attention with a soft cap or sinks does not run on a 4-bit KV cache")
     kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
-    q, k, v = query.float(), key.float(), value.float()
-    if kv.rotate:
-        q, k = reference.hadamard(q, kv.rotate), reference.hadamard(k, kv.rotate)
-    k = convention.kv_fake_quantize(k, kv.symmetric, kv.k_clip)
-    v = convention.kv_fake_quantize(v, kv.symmetric, kv.v_clip)
-    mask = None if attention_mask is None else attention_mask.float()
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous().to(query.dtype), None
+    batch, heads, steps, dim = query.shape
+    out = torch.zeros(batch, steps, heads, dim, dtype=query.dtype, device=query.device)
+    scale = dim**-0.5 if scaling is None else scaling
+    for b in range(batch):
+        first, last = visible_range(attention_mask, b, steps, key.shape[2])
+        skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
+        rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
+        q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
+        out[b, rows] = attend_pages(q, k, v, scale, kv)
+    return out, None
+
+
+def visible_range(mask: Tensor | None, b: int, steps: int, length: int) -> tuple[int, int]:
+    """First position of sequence b that is no padding, and the one after the last; the mask must be causal there."""
+    if mask is None:
+        if steps > 1:
+            raise RotQuantError("attention over a 4-bit KV cache is causal: an attention mask is needed")
+        return 0, length
+    visible = mask[b, 0, :, :length] > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask[b, 0]
+    seen = visible.any(0).nonzero()
+    first, last = int(seen[0]), int(seen[-1]) + 1
+    positions = torch.arange(length - steps, length, device=mask.device)[:, None]
+    columns = torch.arange(length, device=mask.device)
+    real = ((positions >= first) & (positions < last))[:, 0]
+    if not torch.equal(visible[real], ((columns >= first) & (columns <= positions))[real]):
+        raise RotQuantError("attention over a 4-bit KV cache runs causal masks with padding on one side only")
+    return first, last
+
+
+def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
+    """Causal attention of one sequence by the served ops.
+
+    Args:
+        query: [T, heads, d], the last T of L tokens; key, value: [L, kv_heads, d].
+    Returns:
+        [T, heads, d].
+    """
+    (length, kv_heads, dim), device = key.shape, key.device
+    blocks = -(-length // PAGE)
+    shape = (blocks, kv_heads, PAGE, reference.kv_token_bytes(dim, kv.symmetric))
+    pages = torch.zeros(shape, dtype=torch.uint8, device=device)
+    kv4_write(key, value, pages, torch.arange(length, device=device), kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+    starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
+    table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    run_kv4_attention(query, pages, starts, lengths, table, out, scale, kv.rotate, kv.symmetric)
+    return out
 
 
 AttentionInterface.register(KV4_ATTENTION, kv4_attention)

@@ -1,0 +1,69 @@
+// Shared by the op files: the chosen tier, checked views of tensors, scratch memory, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "tier.h"
+
+namespace rotquant {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The tier in use: the best of this machine, or what ROTQUANT_CPU_TIER names.
+const Tier& tier();
+
+inline DType dtype_of(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "rotquant: ", what, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check_dense(const Tensor& t, ScalarType type, const char* what) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), "rotquant: ", what, " has a wrong dtype or is not contiguous");
+}
+
+// Memory of this thread that grows and stays: `slot` tells apart what is in use at the same time.
+inline void* scratch(int slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { free(data); }
+  };
+  thread_local Buffer buffers[4];
+  Buffer& b = buffers[slot];
+  if (b.size < bytes) {
+    free(b.data);
+    b.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    b.data = aligned_alloc(4096, b.size);
+    STD_TORCH_CHECK(b.data, "rotquant: out of memory");
+  }
+  return b.data;
+}
+
+// work(i) for i in 0..items in torch's own thread pool. Threads take the next item when they are free:
+// on a shared machine equal shares would all wait for the thread that was interrupted.
+template <class Work>
+inline void parallel(int64_t items, bool worthwhile, const Work& work) {
+  const int64_t threads = worthwhile ? int64_t(torch::stable::get_num_threads()) : 1;
+  if (threads <= 1 || items <= 1) {
+    for (int64_t i = 0; i < items; i++) work(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < items ? threads : items, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(i);
+  });
+}
+
+}  // namespace rotquant

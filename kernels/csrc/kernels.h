@@ -1,0 +1,27 @@
+// Everything a tier is made of; included once by each tier_*.cpp.
+#pragma once
+
+#include "tier.h"
+#include "vec.h"
+
+#include "rows.h"
+
+#include "gemm.h"
+
+#include "kv4.h"
+
+namespace rotquant {
+const Tier RQ_TABLE = {
+    RQ_NAME,
+    RQ_TIER::load_row,
+    RQ_TIER::transform_row,
+    RQ_TIER::quantize_row,
+    RQ_TIER::project_row,
+    RQ_TIER::gemm_panel,
+    RQ_TIER::kv4_write,
+    RQ_TIER::kv4_attend,
+    RQ_TIER::kv4_attend_chunk,
+    RQ_TIER::kv4_merge,
+    sizeof(RQ_TIER::Block),
+};
+}  // namespace rotquant

@@ -1,0 +1,181 @@
+// Causal attention over pages of 4-bit codes, on integers: softmax(scale q K^T) V in tiles of 128 tokens.
+//
+// A query is int8 times one scale, so q K^T is an exact integer dot product with K's codes. That adds 1/16 of the
+// error that K's own 4 bits made: 1/127 of the largest value against 1/7.5. Softmax weights times V's scales are
+// uint8, with one scale per row and tile, rounded with a dither (kv4_softmax.h).
+//
+// Softmax is online over the tiles of a chunk (kv_chunk tokens), and chunks are merged in order. Tiles and chunks
+// start at fixed positions of the sequence and a row never meets another, so the result of a token does not depend
+// on batch, blocks of rows or threads.
+#pragma once
+
+#include "kv4_softmax.h"
+
+namespace RQ_TIER {
+namespace {
+
+constexpr int64_t ROWS = 8;  // most rows that share one pass over a tile's codes
+constexpr int QUERY = kv_max_dim + 64, WEIGHTS = TILE + 64;  // bytes from row to row; 64 more against cache conflicts
+
+// A block of rows: (token, head of the group) pairs that share one KV head.
+struct Block {
+  alignas(64) int8_t query[kv_rows * QUERY];
+  alignas(64) uint8_t weights[ROWS * WEIGHTS];
+  alignas(64) int32_t dots[ROWS * kv_max_dim];
+  alignas(64) float row[kv_max_dim], scratch[kv_max_dim], exponents[ROWS * TILE];
+  alignas(64) float chunk[kv_rows * kv_partial(kv_max_dim)], whole[kv_rows * kv_partial(kv_max_dim)];
+  float factor[kv_rows];  // of the integer dot products: what makes them exponents of 2
+  float sum[kv_rows];  // of the row's integers
+  int64_t end[kv_rows];  // positions that the row sees
+};
+
+// Streams of tiles for `dot`: subtiles from u on along the dimensions; groups of 16 dimensions along the subtiles.
+inline auto keys_of(const Tile& tile, int64_t u) {
+  return [&tile, u](int s, int64_t i) -> const uint8_t* { return tile.at[u + s].keys + 128 * i; };
+}
+inline auto values_of(const Tile& tile, int64_t group) {
+  return [&tile, group](int s, int64_t i) -> const uint8_t* { return tile.at[i].values + 128 * (group + s); };
+}
+
+// R rows from `row` on meet a tile, while the next one is fetched.
+template <int R>
+void meet(Block& b, const Tile& tile, const Tile& next, int64_t row, int64_t dim, Softmax& s) {
+  constexpr int S = R <= 2 ? 4 : 2;
+  for (int64_t u = 0; u < tile.subtiles; u += S)
+    dot<R, S, QUERY>(keys_of(tile, u), keys_of(next, u), dim / 16, b.query + row * QUERY, b.dots + 16 * u, TILE);
+  float found[R], fade[R], scale[R];
+  int64_t visible[R];
+  int32_t zeros[R];
+  // Three loops, not one: what a row waits for is then hidden behind the other rows.
+  for (int r = 0; r < R; r++) {
+    const int64_t seen = b.end[row + r] - tile.begin;
+    visible[r] = seen < 0 ? 0 : seen < TILE ? seen : TILE;
+    found[r] =
+        exponents(b.dots + r * TILE, tile, visible[r], b.factor[row + r], b.sum[row + r], b.exponents + r * TILE);
+  }
+  for (int r = 0; r < R; r++) {
+    float& largest = s.largest[row + r];
+    const float before = largest;
+    largest = found[r] > before ? found[r] : before;
+    fade[r] = exp2(before - largest);
+    scale[r] = weigh(tile, visible[r], largest, fade[r], b.exponents + r * TILE, s.sums + (row + r) * s.columns + dim);
+  }
+  for (int r = 0; r < R; r++) {
+    uint8_t* codes = b.weights + r * WEIGHTS;
+    to_bytes(b.exponents + r * TILE, TILE, scale[r] > 1e-30f ? 255.0f / scale[r] : 0.0f, DITHER.of, codes);
+    zeros[r] = dot_bytes(codes, tile.value_zero, TILE);
+    scale[r] *= 1 / 255.0f;
+  }
+  int64_t group = 0;
+  for (; group + S <= dim / 16; group += S)
+    dot<R, S, WEIGHTS>(values_of(tile, group), values_of(next, group), tile.subtiles, b.weights, b.dots + 16 * group,
+                       kv_max_dim);
+  for (; group < dim / 16; group++)
+    dot<R, 1, WEIGHTS>(values_of(tile, group), values_of(next, group), tile.subtiles, b.weights, b.dots + 16 * group,
+                       kv_max_dim);
+  for (int r = 0; r < R; r++)
+    accumulate(s.sums + (row + r) * s.columns, b.dots + r * kv_max_dim, dim, fade[r], scale[r], zeros[r]);
+}
+
+inline void meet_rows(Block& b, const Tile& tile, const Tile& next, int64_t rows, int64_t dim, Softmax& s) {
+  static constexpr decltype(&meet<1>) by_rows[ROWS] = {meet<1>, meet<2>, meet<3>, meet<4>,
+                                                       meet<5>, meet<6>, meet<7>, meet<8>};
+  const int64_t passes = (rows + ROWS - 1) / ROWS, most = (rows + passes - 1) / passes;
+  for (int64_t row = 0; row < rows; row += most)
+    by_rows[(rows - row < most ? rows - row : most) - 1](b, tile, next, row, dim, s);
+}
+
+// Rotates the queries of a block and makes them integers.
+inline void load_queries(Block& b, const KVQuery& q, const KVItem& item) {
+  const int64_t dim = q.pages.head_dim, padded = (dim + 63) / 64 * 64;
+  const Transform rotation{Transform::hadamard, q.rotate, nullptr};
+  memset(b.row + dim, 0, size_t(padded - dim) * 4);
+  for (int64_t r = 0; r < item.rows; r++) {
+    const int64_t token = (item.row + r) / q.group, head = item.kv_head * q.group + (item.row + r) % q.group;
+    const int64_t at = (item.first + token) * q.query_token + head * q.query_head;
+    load_row((const char*)q.query + at * size_of(q.dtype), q.dtype, dim, b.row);
+    if (q.rotate) transform_row(b.row, dim, rotation, b.scratch);
+    I magnitude = set1(0);
+    for (int64_t i = 0; i < dim; i += W) magnitude = max(magnitude, magnitude_bits(load(b.row + i)));
+    const uint32_t most = uint32_t(hmax(magnitude));
+    const float largest = most < 0x7f800000u ? float_of(most) : float_of(0x7fc00000u);
+    int8_t* codes = b.query + r * QUERY;
+    to_bytes(b.row, padded, largest > 1e-30f ? 127.0f / largest : 0.0f, nullptr, codes);
+    b.sum[r] = float(sum_i8(codes, dim));
+    b.factor[r] = largest / 127.0f * (q.scale * 1.44269504f);
+    b.end[r] = item.length - item.tokens + token + 1;
+  }
+}
+
+// Positions that the last row of a block sees.
+inline int64_t end_of(const KVQuery& q, const KVItem& item) {
+  return item.length - item.tokens + (item.row + item.rows - 1) / q.group + 1;
+}
+
+inline void attend_chunk(Block& b, const KVQuery& q, const KVItem& item, int64_t chunk, Softmax& s) {
+  const int64_t seen = end_of(q, item), last = (chunk + 1) * kv_chunk, end = seen < last ? seen : last;
+  const auto find = [&](int64_t begin, Tile& tile) {
+    find_tile(q.pages, item, begin, end < begin + TILE ? end : begin + TILE, tile);
+  };
+  Tile tiles[2];
+  s.clear(item.rows);
+  int64_t begin = chunk * kv_chunk;
+  if (begin < end) find(begin, tiles[0]);
+  for (int i = 0; begin < end; i ^= 1, begin += TILE) {
+    const bool more = begin + TILE < end;
+    Tile &tile = tiles[i], &next = tiles[more ? i ^ 1 : i];
+    load_scales(tile, q.pages.symmetric);
+    if (more) find(begin + TILE, next);
+    meet_rows(b, tile, next, item.rows, q.pages.head_dim, s);
+  }
+}
+
+inline void finish(const KVQuery& q, const KVItem& item, const Softmax& s, float* row) {
+  const int64_t dim = q.pages.head_dim;
+  for (int64_t r = 0; r < item.rows; r++) {
+    const int64_t token = (item.row + r) / q.group, head = item.kv_head * q.group + (item.row + r) % q.group;
+    const int64_t at = (item.first + token) * q.out_token + head * q.out_head;
+    const float* sums = s.sums + r * s.columns;
+    F total = set1(0.0f);
+    for (int64_t i = dim; i < dim + 16; i += W) total = total + load(sums + i);
+    total = set1(hsum(total));
+    for (int64_t i = 0; i < dim; i += W) store(row + i, load(sums + i) / total);
+    write((char*)q.out + at * size_of(q.dtype), q.dtype, dim, row);
+  }
+}
+
+// A whole block of rows.
+void kv4_attend(const KVQuery& q, const KVItem& item, void* scratch) {
+  Block& b = *(Block*)scratch;
+  const int64_t dim = q.pages.head_dim;
+  Softmax chunk(b.chunk, item.rows, dim), whole(b.whole, item.rows, dim);
+  load_queries(b, q, item);
+  whole.clear(item.rows);
+  for (int64_t c = 0; c * kv_chunk < end_of(q, item); c++) {
+    attend_chunk(b, q, item, c, chunk);
+    merge(whole, chunk, item.rows);
+  }
+  finish(q, item, whole, b.row);
+}
+
+// One chunk of a block, into `partial`, rows * kv_partial(head_dim) floats.
+void kv4_attend_chunk(const KVQuery& q, const KVItem& item, int64_t chunk, float* partial, void* scratch) {
+  Block& b = *(Block*)scratch;
+  Softmax s(partial, item.rows, q.pages.head_dim);
+  load_queries(b, q, item);
+  attend_chunk(b, q, item, chunk, s);
+}
+
+// A block from its chunks, which lie one after the other.
+void kv4_merge(const KVQuery& q, const KVItem& item, int64_t chunks, float* partials, void* scratch) {
+  const int64_t dim = q.pages.head_dim;
+  Block& b = *(Block*)scratch;
+  Softmax whole(b.whole, item.rows, dim);
+  whole.clear(item.rows);
+  for (int64_t c = 0; c < chunks; c++)
+    merge(whole, Softmax(partials + c * item.rows * kv_partial(dim), item.rows, dim), item.rows);
+  finish(q, item, whole, b.row);
+}
+
+}  // namespace
+}  // namespace RQ_TIER

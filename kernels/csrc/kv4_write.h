@@ -1,0 +1,113 @@
+// Stores K and V in pages of 4-bit codes; bit for bit reference.kv4_write.
+#pragma once
+
+#include "kv4_dot.h"
+#include "rows.h"
+
+namespace RQ_TIER {
+namespace {
+
+// Where 16 tokens lie in their (block, head) plane; see reference.py, kv_planes.
+struct Subtile {
+  uint8_t *keys, *values;  // tiles of codes
+  uint8_t *key_scale, *value_scale, *key_zero, *value_zero;
+};
+
+// `place`: the first token's position in its page, a multiple of 16.
+inline Subtile subtile_of(const KVPages& p, int64_t block, int64_t head, int64_t place) {
+  const int64_t n = p.tokens, codes = n * p.head_dim / 2;  // bytes of K's codes, and of V's
+  uint8_t* plane = p.data + block * p.block_stride + head * p.head_stride;
+  uint8_t *keys = plane + place * p.head_dim / 2, *scales = plane + 2 * codes;
+  uint8_t* zeros = scales + 4 * n;
+  return {keys, keys + codes, scales + 2 * place, scales + 2 * (n + place), zeros + place, zeros + n + place};
+}
+
+struct Coded {
+  uint16_t scale;  // float16
+  int8_t zero;
+};
+
+// convention.kv_qparams: scale of a row rounded to float16, zero point made with the rounded scale.
+inline Coded kv_qparams(const float* x, int64_t n, bool symmetric, float clip) {
+  I magnitude = set1(0);
+  F low = set1(0.0f), high = low;
+  for (int64_t i = 0; i < n; i += W) {
+    const F v = load(x + i);
+    magnitude = max(magnitude, magnitude_bits(v));
+    low = min(low, v);
+    high = max(high, v);
+  }
+  const uint32_t largest = uint32_t(hmax(magnitude));
+  const float smallest = hmin(low) * clip;
+  const float raw = symmetric ? float_of(largest) * clip / 7.5f : (hmax(high) * clip - smallest) / 15.0f;
+  if (largest >= 0x7f800000u || bits_of(raw) >= 0x7f800000u) return {0x7e00, 0};  // no finite number comes from it
+  const float tiny = 0x1p-14f, most = 65504.0f;
+  const uint16_t scale = float_to_f16(raw < tiny ? tiny : raw > most ? most : raw);
+  if (symmetric) return {scale, 0};
+  const F zero = set1(-8.0f) - set1(smallest) / set1(f16_to_float(scale));
+  return {scale, int8_t(first(to_float(round(min(max(zero, set1(-8.0f)), set1(7.0f))))))};
+}
+
+// Codes + 8 of a row, 0 to 15; all 8 where there is no scale.
+inline void kv_codes(const float* x, int64_t n, Coded q, int32_t* codes) {
+  const bool finite = q.scale != 0x7e00;
+  const F scale = set1(finite ? f16_to_float(q.scale) : 1.0f), zero = set1(float(q.zero));
+  for (int64_t i = 0; i < n; i += W) {
+    const F v = min(max(load(x + i) / scale + zero, set1(-8.0f)), set1(7.0f));
+    store(codes + i, finite ? round(v) + set1(8) : set1(8));
+  }
+}
+
+inline void store_key(uint8_t* subtile, int64_t token, const int32_t* codes, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint32_t word = 0;
+    for (int t = 0; t < 4; t++) word |= uint32_t(codes[i + t] | codes[i + 4 + t] << 4) << (8 * t);
+    memcpy(subtile + 8 * i + 4 * token, &word, 4);
+  }
+}
+
+// Byte 4c + token % 4 of a line belongs to two tokens: this one's nibble is changed, as words of 4 bytes.
+inline void store_value(uint8_t* subtile, int64_t token, const int32_t* codes, int64_t n) {
+  const int shift = int(8 * (token % 4) + 4 * (token / 4 % 2));
+  const I others = set1(int32_t(~(15u << shift)));
+  for (int64_t i = 0; i < n; i += W) {
+    int32_t* words = (int32_t*)(subtile + 8 * (i / 16 * 16) + 64 * (token / 8)) + i % 16;
+    store(words, (load(words) & others) | shift_left(load(codes + i), shift));
+  }
+}
+
+// Tokens of one head whose 16-token subtile has a number that is `part` modulo `parts`: two threads never
+// share a byte, and the pages do not depend on the number of threads.
+void kv4_write(const KVWrite& w, int64_t head, int64_t part, int64_t parts) {
+  const KVPages& pages = w.pages;
+  const int64_t dim = pages.head_dim, size = size_of(w.dtype);
+  const Transform rotation{Transform::hadamard, w.rotate, nullptr};
+  alignas(64) float row[kv_max_dim], scratch[kv_max_dim];
+  alignas(64) int32_t codes[kv_max_dim];
+  for (int64_t t = 0; t < w.tokens; t++) {
+    const int64_t slot = w.slots[t];
+    if (slot < 0 || (parts > 1 && slot / 16 % parts != part)) continue;
+    const int64_t place = slot % pages.tokens, token = place % 16;
+    const Subtile to = subtile_of(pages, slot / pages.tokens, head, place - token);
+
+    load_row((const char*)w.key + (t * w.key_token + head * w.key_head) * size, w.dtype, dim, row);
+    if (w.rotate) transform_row(row, dim, rotation, scratch);
+    const Coded key = kv_qparams(row, dim, pages.symmetric, w.key_clip);
+    kv_codes(row, dim, key, codes);
+    store_key(to.keys, token, codes, dim);
+    memcpy(to.key_scale + 2 * token, &key.scale, 2);
+
+    load_row((const char*)w.value + (t * w.value_token + head * w.value_head) * size, w.dtype, dim, row);
+    const Coded value = kv_qparams(row, dim, pages.symmetric, w.value_clip);
+    kv_codes(row, dim, value, codes);
+    store_value(to.values, token, codes, dim);
+    memcpy(to.value_scale + 2 * token, &value.scale, 2);
+    if (!pages.symmetric) {
+      to.key_zero[token] = uint8_t(key.zero);
+      to.value_zero[token] = uint8_t(value.zero);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace RQ_TIER
