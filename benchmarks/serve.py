@@ -24,7 +24,6 @@ import asyncio
 import io
 import math
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -39,6 +38,7 @@ from typing import Any
 
 import psutil
 
+import machine
 import rotquant
 import serve_report
 from rotquant.demo import terminated_like_interrupted
@@ -95,7 +95,6 @@ WARM_UP = Load(64, 8, 2)  # once a server: the first request pays for what later
 METRICS = re.compile(r"(mean|median|p99)_(ttft|tpot|itl|e2el)_ms|\w+_throughput|duration|completed|total_\w+_tokens")
 # How stock vLLM's log names what computes; bf16 is not named there.
 KERNEL = re.compile(r"(?:Selected|Using) (\w+Kernel)\b")
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,14 +189,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
     """Name of the processor, how many of them this process may use, and the instructions that matter here."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", info)
-    flags = set(" ".join(re.findall(r"^flags\s*: (.*)", info, re.MULTILINE)).split())
-    return {
-        "name": name[1] if name else platform.machine(),
-        "count": len(psutil.Process().cpu_affinity()),
-        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
-    }
+    about = machine.describe()
+    return {"name": about["cpu"], "count": about["cpus"], "instructions": about["flags"]}
 
 
 # ---- running ----------------------------------------------------------------------------------------

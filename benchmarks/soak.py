@@ -30,11 +30,10 @@ import torch
 from transformers import AutoTokenizer
 
 import rotquant
-from rotquant.demo import cache_folder, hardened, quantized
+from rotquant.demo import DATA, cache_folder, hardened, quantized
 from rotquant.progress import say
 from rotquant.server import Server
 
-DATA = Path(rotquant.__file__).parent / "data"
 # A 4-bit code that falls on the other side of a tie in one of the two engines moves logits by some tenths.
 PROBE_TOKENS, NEAR_TIE, TIES, GROWTH = 24, 1.0, 0.02, 0.05
 KINDS = {"probe": 2, "plain": 3, "stream": 3, "abort": 2}

@@ -14,6 +14,8 @@
 
 namespace rotquant {
 
+#define REQUIRE(condition, ...) STD_TORCH_CHECK(condition, "rotquant: ", __VA_ARGS__)
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -25,12 +27,12 @@ inline DType dtype_of(const Tensor& t, const char* what) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "rotquant: ", what, " must be float32, bfloat16 or float16");
+    default: REQUIRE(false, what, " must be float32, bfloat16 or float16");
   }
 }
 
 inline void check_dense(const Tensor& t, ScalarType type, const char* what) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), "rotquant: ", what, " has a wrong dtype or is not contiguous");
+  REQUIRE(t.scalar_type() == type && t.is_contiguous(), what, " has a wrong dtype or is not contiguous");
 }
 
 // Memory of this thread that grows and stays: `slot` tells apart what is in use at the same time.
@@ -46,7 +48,7 @@ inline void* scratch(int slot, size_t bytes) {
     free(b.data);
     b.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
     b.data = aligned_alloc(4096, b.size);
-    STD_TORCH_CHECK(b.data, "rotquant: out of memory");
+    REQUIRE(b.data, "out of memory");
   }
   return b.data;
 }

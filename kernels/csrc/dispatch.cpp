@@ -15,7 +15,7 @@ const Tier* find(const std::string& name) {
   if (avx2 && (name.empty() || name == tier_avx2.name)) return &tier_avx2;
 #endif
   if (name.empty() || name == tier_scalar.name) return &tier_scalar;
-  STD_TORCH_CHECK(false, "rotquant: ROTQUANT_CPU_TIER=", name, " is not a tier of this machine: avx512, avx2 or scalar");
+  REQUIRE(false, "ROTQUANT_CPU_TIER=", name, " is not a tier of this machine: avx512, avx2 or scalar");
 }
 
 const Tier*& chosen() {

@@ -11,8 +11,6 @@
 namespace RQ_TIER {
 namespace {
 
-constexpr int64_t PANEL = 64;
-
 // acc[r][c] += sum_k a[r][k] w[c][k] for `steps` times 8 inputs and the 64 channels of a panel, tier by
 // tier; `Packed` weights are nibbles, others bytes.
 
@@ -217,7 +215,7 @@ static_assert(sizeof(PanelScratch) <= GEMM_SCRATCH);
 
 // acc = -offset sum(a) - zero sum(w)
 inline void start(const Gemm& g, int64_t m0, int64_t m1, const int32_t* weight_sums, int64_t group, int32_t* acc) {
-  const int offset = g.weight.bits == 4 ? 8 : 128;
+  const int offset = weight_offset(g.weight.bits);
   for (int64_t m = m0; m < m1; m++, acc += PANEL) {
     const I base = set1(-offset * g.sums[m * g.weight.groups + group]), zero = set1(g.quant[m].zero);
     if (g.quant[m].zero == 0)
@@ -227,33 +225,24 @@ inline void start(const Gemm& g, int64_t m0, int64_t m1, const int32_t* weight_s
   }
 }
 
-// acc += codes times the weights of one group, `steps` times 8 inputs.
+// acc += codes times the weights of one group, `steps` times 8 inputs. Several tiles of rows share a block of weights,
+// whose nibbles are unpacked once where that pays.
 inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t lda, int64_t steps, const uint8_t* w,
                      PanelScratch& s) {
-  const int64_t count = m1 - m0, size = g.weight.bits == 4 ? 256 : 512;
+  const int64_t count = m1 - m0, block = count <= TILE_ROWS ? steps : BLOCK_STEPS;
+  const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
-  if (count <= TILE_ROWS) {
-    if (g.weight.bits == 4) return rows<true>(w, a, lda, int(count), steps, g.act_bits, s.acc);
-    return rows<false>(w, a, lda, int(count), steps, g.act_bits, s.acc);
-  }
-  for (int64_t k = 0; k < steps; k += BLOCK_STEPS, w += BLOCK_STEPS * size, a += 8 * BLOCK_STEPS) {
-    const int64_t part = steps - k < BLOCK_STEPS ? steps - k : BLOCK_STEPS;
-    const bool packed = g.weight.bits == 4 && !UNPACK_ONCE;
-    if (g.weight.bits == 4 && UNPACK_ONCE) unpack(w, part, s.bytes);
-    const uint8_t* from = g.weight.bits == 4 && UNPACK_ONCE ? s.bytes : w;
+  for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
+    const int64_t part = steps - k < block ? steps - k : block;
+    if (unpacked) unpack(w, part, s.bytes);
     for (int64_t r = 0; r < count; r += TILE_ROWS) {
       const int many = int(count - r < TILE_ROWS ? count - r : TILE_ROWS);
-      if (packed)
-        rows<true>(from, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
+      if (nibbles && !unpacked)
+        rows<true>(w, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
       else
-        rows<false>(from, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
+        rows<false>(unpacked ? s.bytes : w, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
     }
   }
-}
-
-inline float number(const void* x, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return ((const float*)x)[i];
-  return dtype == DType::bf16 ? bf16_to_float(((const uint16_t*)x)[i]) : f16_to_float(((const uint16_t*)x)[i]);
 }
 
 // total += acc s_w, the groups in their order
@@ -271,7 +260,8 @@ inline void add_group(const Gemm& g, int64_t count, int64_t first, int64_t chann
 
 // out = total s_x + (x down) up + bias
 inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, PanelScratch& s) {
-  for (int64_t c = 0; c < PANEL; c++) s.bias[c] = g.bias && c < channels ? number(g.bias, g.bias_dtype, first + c) : 0.0f;
+  memset(s.bias, 0, sizeof(s.bias));
+  if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
   const int64_t rank = g.low_rank.rank, up_size = size_of(g.low_rank.dtype);
   for (int64_t m = m0; m < m1; m++) {
     float* total = s.total + (m - m0) * PANEL;
@@ -292,7 +282,7 @@ inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t
 void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memory) {
   PanelScratch& s = *(PanelScratch*)memory;
   const Weight& w = g.weight;
-  const int64_t padded = (w.columns / w.groups + 7) / 8 * 8, lda = padded * w.groups;
+  const int64_t padded = w.padded(), lda = padded * w.groups;
   const int64_t first = panel * PANEL, channels = w.rows - first < PANEL ? w.rows - first : PANEL;
   const int64_t group_bytes = padded * PANEL * w.bits / 8;
   for (int64_t group = 0; group < w.groups; group++) {

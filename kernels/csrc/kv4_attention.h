@@ -95,10 +95,8 @@ inline void load_queries(Block& b, const KVQuery& q, const KVItem& item) {
     const int64_t at = (item.first + token) * q.query_token + head * q.query_head;
     load_row((const char*)q.query + at * size_of(q.dtype), q.dtype, dim, b.row);
     if (q.rotate) transform_row(b.row, dim, rotation, b.scratch);
-    I magnitude = set1(0);
-    for (int64_t i = 0; i < dim; i += W) magnitude = max(magnitude, magnitude_bits(load(b.row + i)));
-    const uint32_t most = uint32_t(hmax(magnitude));
-    const float largest = most < 0x7f800000u ? float_of(most) : float_of(0x7fc00000u);
+    const Range range = range_of(b.row, dim, true);
+    const float largest = range.finite ? range.most : float_of(0x7fc00000u);
     int8_t* codes = b.query + r * QUERY;
     to_bytes(b.row, padded, largest > 1e-30f ? 127.0f / largest : 0.0f, nullptr, codes);
     b.sum[r] = float(sum_i8(codes, dim));

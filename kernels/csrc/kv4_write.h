@@ -29,23 +29,12 @@ struct Coded {
 
 // convention.kv_qparams: scale of a row rounded to float16, zero point made with the rounded scale.
 inline Coded kv_qparams(const float* x, int64_t n, bool symmetric, float clip) {
-  I magnitude = set1(0);
-  F low = set1(0.0f), high = low;
-  for (int64_t i = 0; i < n; i += W) {
-    const F v = load(x + i);
-    magnitude = max(magnitude, magnitude_bits(v));
-    low = min(low, v);
-    high = max(high, v);
-  }
-  const uint32_t largest = uint32_t(hmax(magnitude));
-  const float smallest = hmin(low) * clip;
-  const float raw = symmetric ? float_of(largest) * clip / 7.5f : (hmax(high) * clip - smallest) / 15.0f;
-  if (largest >= 0x7f800000u || bits_of(raw) >= 0x7f800000u) return {0x7e00, 0};  // no finite number comes from it
-  const float tiny = 0x1p-14f, most = 65504.0f;
-  const uint16_t scale = float_to_f16(raw < tiny ? tiny : raw > most ? most : raw);
+  const Range range = range_of(x, n, symmetric);
+  const float raw = qparams(range, {4, symmetric, clip}).scale;
+  if (raw != raw) return {0x7e00, 0};
+  const uint16_t scale = float_to_f16(clamp(raw, 0x1p-14f, 65504.0f));
   if (symmetric) return {scale, 0};
-  const F zero = set1(-8.0f) - set1(smallest) / set1(f16_to_float(scale));
-  return {scale, int8_t(first(to_float(round(min(max(zero, set1(-8.0f)), set1(7.0f))))))};
+  return {scale, int8_t(zero_point(range.low * clip, f16_to_float(scale), 4))};
 }
 
 // Codes + 8 of a row, 0 to 15; all 8 where there is no scale.

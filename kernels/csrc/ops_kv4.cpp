@@ -7,8 +7,6 @@
 namespace rotquant {
 namespace {
 
-#define REQUIRE(condition, ...) STD_TORCH_CHECK(condition, "rotquant: ", __VA_ARGS__)
-
 // Pages of a cache, uint8 or int8 [blocks, heads, N, C]; each (block, head) plane is contiguous.
 KVPages pages_of(const Tensor& cache, int64_t head_dim, bool symmetric) {
   const bool bytes = cache.scalar_type() == ScalarType::Byte || cache.scalar_type() == ScalarType::Char;

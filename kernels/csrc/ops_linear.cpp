@@ -8,10 +8,6 @@
 namespace rotquant {
 namespace {
 
-using torch::headeronly::DeviceType;
-
-constexpr int64_t PANEL = 64;
-
 // The rows of a tensor, [..., K]: any distance between rows, numbers of a row side by side.
 struct Rows {
   Tensor held;
@@ -23,7 +19,7 @@ struct Rows {
 };
 
 Rows rows_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "rotquant: x must have at least one column");
+  REQUIRE(x.dim() >= 1 && x.size(-1) > 0, "x must have at least one column");
   const DType dtype = dtype_of(x, "x");
   const int64_t columns = x.size(-1), count = x.numel() / columns;
   const bool strided = x.dim() == 2 && x.stride(1) == 1;
@@ -39,23 +35,23 @@ struct HeldTransform : Transform {
 
 HeldTransform transform_of(const std::string& name, int64_t block, const std::optional<Tensor>& matrix, int64_t columns) {
   if (name == "none") return {{Transform::none, 1, nullptr}, {}};
-  STD_TORCH_CHECK(block > 0 && columns % block == 0, "rotquant: transform block ", block, " does not divide ", columns, " columns");
+  REQUIRE(block > 0 && columns % block == 0, "transform block ", block, " does not divide ", columns, " columns");
   if (name == "hadamard") {
-    STD_TORCH_CHECK((block & (block - 1)) == 0, "rotquant: Hadamard block ", block, " is not a power of two");
+    REQUIRE((block & (block - 1)) == 0, "Hadamard block ", block, " is not a power of two");
     return {{Transform::hadamard, block, nullptr}, {}};
   }
-  STD_TORCH_CHECK(name == "dense", "rotquant: unknown transform ", name);
-  STD_TORCH_CHECK(matrix.has_value(), "rotquant: a dense transform needs its matrix");
-  STD_TORCH_CHECK(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 && matrix->size(0) == block &&
+  REQUIRE(name == "dense", "unknown transform ", name);
+  REQUIRE(matrix.has_value(), "a dense transform needs its matrix");
+  REQUIRE(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 && matrix->size(0) == block &&
                       matrix->size(1) == block,
-                  "rotquant: matrix must be float32 [block, block]");
+                  "matrix must be float32 [block, block]");
   const Tensor held = torch::stable::contiguous(*matrix);
   return {{Transform::dense, block, (const float*)held.const_data_ptr()}, held};
 }
 
 ActFormat act_format(int64_t bits, bool symmetric, double clip) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 8, "rotquant: activations of ", bits, " bits are not supported");
-  STD_TORCH_CHECK(clip > 0 && clip <= 1, "rotquant: clip must be in (0, 1]");
+  REQUIRE(bits >= 2 && bits <= 8, "activations of ", bits, " bits are not supported");
+  REQUIRE(clip > 0 && clip <= 1, "clip must be in (0, 1]");
   return {int(bits), symmetric, float(clip)};
 }
 
@@ -111,9 +107,9 @@ struct PackedSize {
 };
 
 PackedSize packed_size(int64_t rows, int64_t columns, int64_t groups, int64_t bits) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, "rotquant: weights of ", bits, " bits are not supported");
-  STD_TORCH_CHECK(groups > 0 && columns % groups == 0, "rotquant: ", groups, " scale groups do not divide ", columns, " columns");
-  const int64_t panels = (rows + PANEL - 1) / PANEL, padded = (columns / groups + 7) / 8 * 8;
+  REQUIRE(bits == 4 || bits == 8, "weights of ", bits, " bits are not supported");
+  REQUIRE(groups > 0 && columns % groups == 0, groups, " scale groups do not divide ", columns, " columns");
+  const int64_t panels = (rows + PANEL - 1) / PANEL, padded = padded_group(columns, groups);
   const int64_t group_bytes = padded * PANEL * bits / 8, data = panels * groups * group_bytes;
   return {panels, padded, group_bytes, data, data + panels * groups * PANEL * 4};
 }
@@ -130,7 +126,7 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 // One panel of one group, layout P64 (gemm.h), and the sums of its channels.
 void pack_group(const uint8_t* from, int64_t row_bytes, int64_t channels, int64_t begin, int64_t group, int64_t padded,
                 int64_t bits, uint8_t* to, int32_t* sums) {
-  const int offset = bits == 4 ? 8 : 128;
+  const int offset = weight_offset(bits);
   std::vector<uint8_t> codes(size_t(PANEL * padded), uint8_t(offset));
   for (int64_t c = 0; c < channels; c++) {
     const uint8_t* row = from + c * row_bytes;
@@ -155,8 +151,8 @@ void pack_group(const uint8_t* from, int64_t row_bytes, int64_t channels, int64_
 
 Tensor pack_weight(const Tensor& packed, int64_t bits, int64_t columns, int64_t groups) {
   check_dense(packed, ScalarType::Int, "packed weight");
-  STD_TORCH_CHECK(packed.dim() == 2 && columns > 0 && packed.size(1) == (columns * bits + 31) / 32,
-                  "rotquant: packed weight does not hold ", columns, " columns of ", bits, " bits");
+  REQUIRE(packed.dim() == 2 && columns > 0 && packed.size(1) == (columns * bits + 31) / 32,
+                  "packed weight does not hold ", columns, " columns of ", bits, " bits");
   const int64_t rows = packed.size(0), row_bytes = packed.size(1) * 4;
   const PackedSize size = packed_size(rows, columns, groups, bits);
   Tensor out = torch::stable::new_empty(packed, {size.bytes}, ScalarType::Byte);
@@ -177,21 +173,21 @@ Tensor pack_weight(const Tensor& packed, int64_t bits, int64_t columns, int64_t 
 
 LowRank low_rank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t columns, int64_t rows) {
   if (!down.has_value() && !up.has_value()) return {0, nullptr, nullptr, DType::f32};
-  STD_TORCH_CHECK(down.has_value() && up.has_value(), "rotquant: low_rank_down and low_rank_up come together");
+  REQUIRE(down.has_value() && up.has_value(), "low_rank_down and low_rank_up come together");
   const int64_t rank = up->size(0);
-  STD_TORCH_CHECK(down->dim() == 2 && up->dim() == 2 && down->size(0) == columns && down->size(1) == rank &&
+  REQUIRE(down->dim() == 2 && up->dim() == 2 && down->size(0) == columns && down->size(1) == rank &&
                       up->size(1) == rows && down->is_contiguous() && up->is_contiguous() &&
                       down->scalar_type() == up->scalar_type(),
-                  "rotquant: low_rank_down must be [K, r] and low_rank_up [r, N], contiguous and of one dtype");
+                  "low_rank_down must be [K, r] and low_rank_up [r, N], contiguous and of one dtype");
   return {rank, down->const_data_ptr(), up->const_data_ptr(), dtype_of(*down, "low_rank_down")};
 }
 
 Weight weight_of(const Tensor& weight, const Tensor& scale, int64_t bits, int64_t columns) {
   check_dense(scale, ScalarType::Float, "weight_scale");
-  STD_TORCH_CHECK(scale.dim() == 2, "rotquant: weight_scale must be [N, groups]");
+  REQUIRE(scale.dim() == 2, "weight_scale must be [N, groups]");
   const PackedSize size = packed_size(scale.size(0), columns, scale.size(1), bits);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && weight.numel() == size.bytes,
-                  "rotquant: weight is not in the layout of this kernel for ", scale.size(0), " x ", columns, " at ", bits,
+  REQUIRE(weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && weight.numel() == size.bytes,
+                  "weight is not in the layout of this kernel for ", scale.size(0), " x ", columns, " at ", bits,
                   " bits; prepare_weight makes it");
   const uint8_t* data = (const uint8_t*)weight.const_data_ptr();
   return {data, (const int32_t*)(data + size.data), (const float*)scale.const_data_ptr(), int(bits),
@@ -200,7 +196,7 @@ Weight weight_of(const Tensor& weight, const Tensor& scale, int64_t bits, int64_
 
 // What quantize_row and project_row leave for the GEMM, one buffer of the calling thread.
 void quantize_all(const Rows& x, const Transform& transform, const ActFormat& format, Gemm& g) {
-  const int64_t group = x.columns / g.weight.groups, padded = (group + 7) / 8 * 8, lda = padded * g.weight.groups;
+  const int64_t group = x.columns / g.weight.groups, padded = g.weight.padded(), lda = padded * g.weight.groups;
   const int64_t rank = g.low_rank.rank, m = x.count, groups = g.weight.groups;
   char* memory = (char*)scratch(1, size_t(m * (lda + 8 + int64_t(sizeof(QuantRow)) + 4 * groups + 4 * rank) + 64));
   int8_t* codes = (int8_t*)memory;
@@ -227,7 +223,7 @@ Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   g.weight = weight_of(weight, weight_scale, weight_bits, rows.columns);
   g.low_rank = low_rank_of(low_rank_down, low_rank_up, rows.columns, g.weight.rows);
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == g.weight.rows, "rotquant: bias must be [N]");
+    REQUIRE(bias->is_contiguous() && bias->numel() == g.weight.rows, "bias must be [N]");
     g.bias = bias->const_data_ptr();
     g.bias_dtype = dtype_of(*bias, "bias");
   }
@@ -238,7 +234,7 @@ Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   g.out_dtype = rows.dtype;
   g.rows = rows.count;
   g.act_bits = int(act_bits);
-  STD_TORCH_CHECK(act_bits == 4 || act_bits == 8, "rotquant: activations of ", act_bits, " bits are not supported");
+  REQUIRE(act_bits == 4 || act_bits == 8, "activations of ", act_bits, " bits are not supported");
   const HeldTransform held = transform_of(transform, block, matrix, rows.columns);
   quantize_all(rows, held, act_format(act_bits, act_symmetric, act_clip), g);
 

@@ -92,11 +92,11 @@ template <int COUNT>
 inline void later_strides(float* row, int64_t s, F norm) {
   for (int64_t i = 0; i < s; i += W) {
     F v[COUNT];
-  #pragma GCC unroll 16
-  for (int r = 0; r < COUNT; r++) v[r] = load(row + r * s + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < COUNT; r++) v[r] = load(row + r * s + i);
     vectors<COUNT>(v);
-  #pragma GCC unroll 16
-  for (int r = 0; r < COUNT; r++) store(row + r * s + i, v[r] * norm);
+#pragma GCC unroll 16
+    for (int r = 0; r < COUNT; r++) store(row + r * s + i, v[r] * norm);
   }
 }
 
@@ -226,11 +226,16 @@ inline float clamp(float x, float low, float high) { return x < low ? low : x > 
 
 constexpr float EPSILON = 0x1p-23f;
 
+// convention.zero_point
+inline int32_t zero_point(float smallest, float scale, int bits) {
+  const float lowest = -float(1 << (bits - 1)), highest = -lowest - 1;
+  return int32_t(round_half_even(clamp(lowest - smallest / scale, lowest, highest)));
+}
+
 // convention.qparams, in its order of operations. A row that is not finite has the scale NaN and the codes
 // 0, so that whatever is made from it is NaN and never passes for a number.
 inline QuantRow qparams(const Range& range, const ActFormat& format) {
   const float levels = float((1 << format.bits) - 1);
-  const float lowest = -float(1 << (format.bits - 1)), highest = -lowest - 1;
   const QuantRow none{float_of(0x7fc00000u), 0};
   if (!range.finite) return none;
   if (format.symmetric) {
@@ -241,7 +246,7 @@ inline QuantRow qparams(const Range& range, const ActFormat& format) {
   float scale = (high - low) / levels;
   if (bits_of(scale) == 0x7f800000u) return none;
   scale = scale == 0 ? EPSILON : scale;
-  return {scale, int32_t(round_half_even(clamp(lowest - low / scale, lowest, highest)))};
+  return {scale, zero_point(low, scale, format.bits)};
 }
 
 // Codes of n numbers, by true division as the convention says. Multiplying by 1 / scale is several times

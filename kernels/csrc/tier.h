@@ -36,16 +36,24 @@ struct LowRank {
   DType dtype;
 };
 
+// Layout P64 of packed weights (gemm.h): channels of a panel, inputs that a scale group is filled up to, and what is
+// added to a code so that it is stored unsigned.
+constexpr int64_t PANEL = 64;
+constexpr int64_t padded_group(int64_t columns, int64_t groups) { return (columns / groups + 7) / 8 * 8; }
+constexpr int weight_offset(int64_t bits) { return 1 << (bits - 1); }
+
 constexpr int64_t GEMM_ROWS = 192;  // rows of one call of gemm_panel at most
 constexpr int64_t GEMM_SCRATCH = 1 << 17;  // bytes
 
-// Packed weights, layout P64 (gemm.h).
+// Packed weights, layout P64.
 struct Weight {
   const uint8_t* panels;
   const int32_t* sums;  // [panels, groups, 64], sum of each channel's codes over a group
   const float* scale;  // [N, groups]
   int bits;
   int64_t rows, columns, groups;  // N, K, G
+
+  int64_t padded() const { return padded_group(columns, groups); }
 };
 
 struct Gemm {

@@ -18,10 +18,14 @@ from rotquant_kernels import build
 TIER = "ROTQUANT_CPU_TIER"  # avx512, avx2, scalar, or reference for none
 
 
+def cache_root() -> Path:
+    """The user's folder for everything that rotquant makes once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotquant"
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept, one folder for each state of the sources."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "rotquant" / f"kernels-{build.fingerprint()}"
+    return cache_root() / f"kernels-{build.fingerprint()}"
 
 
 def library() -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -68,15 +67,15 @@ def demo(*, once: bool = False, port: int = 0, keep: Path | None = None) -> int:
 
 def cache_folder() -> Path:
     """A folder for everything that this version of rotquant makes of this bundled model."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     import rotquant_kernels
+    from rotquant_kernels.native import cache_root
 
     total = hashlib.sha256()
     for package in (Path(__file__).parent, Path(rotquant_kernels.__file__).parent):
         for file in sorted(package.rglob("*")):
             if file.suffix in (".py", ".yaml", ".txt", ".json", ".safetensors"):
                 total.update(f"{file.relative_to(package)}:".encode() + file.read_bytes())
-    return base / "rotquant" / f"demo-{total.hexdigest()[:12]}"
+    return cache_root() / f"demo-{total.hexdigest()[:12]}"
 
 
 def hardened(folder: Path) -> Path:

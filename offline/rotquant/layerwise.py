@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ from rotquant_kernels import convention, int_linear, prepare_weight, quantize_ro
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape. `prepared` is what runs."""
+    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape."""
 
     packed: Tensor
-    prepared: Tensor
     scale: Tensor
     shape: tuple[int, int]
+    bits: int
+
+    @cached_property
+    def prepared(self) -> Tensor:
+        """The weights as they run; made when they first do, which lm_head, for one, never does."""
+        return prepare_weight(self.packed, self.bits, self.shape[1], self.scale.shape[1])
 
     def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         return {
@@ -38,9 +44,7 @@ class PackedLinear:
 
 
 def pack(codes: Tensor, scale: Tensor, bits: int) -> PackedLinear:
-    packed = convention.pack_int32(codes, bits)
-    prepared = prepare_weight(packed, bits, codes.shape[1], scale.shape[1])
-    return PackedLinear(packed, prepared, scale, (codes.shape[0], codes.shape[1]))
+    return PackedLinear(convention.pack_int32(codes, bits), scale, (codes.shape[0], codes.shape[1]), bits)
 
 
 class LayerQuantizer:
@@ -149,7 +153,7 @@ class LayerQuantizer:
         linear, act = self.done[name], self.recipe.activations
         bias = self.tensors.get(f"{name}.bias")
         settings = (*self._transform(name), act.bits, act.symmetric, act.clip)
-        return int_linear(x, linear.prepared, linear.scale, bias, self.recipe.weights.bits, *settings)
+        return int_linear(x, linear.prepared, linear.scale, bias, linear.bits, *settings)
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
