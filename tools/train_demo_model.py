@@ -2,6 +2,7 @@
 
     python tools/train_demo_model.py                  # train, write the demo folder, verify it
     python tools/train_demo_model.py --check          # verify the folder that is there
+    python tools/train_demo_model.py --architecture qwen3 --layers 4 --out build/models/qwen3
 
 Result: a complete Hugging Face folder (Llama, 6 layers, hidden 256, GQA 4:2, intermediate 768, tied embeddings,
 byte-level BPE of 2048, bf16) in OUT, and calibration.txt (training split) and heldout.txt (modules never trained on)
@@ -31,10 +32,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "offline/rotquant/data"
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3", "pydoc_data", "turtledemo", "ensurepip"}
 HELD_OUT = {"shutil.py", "textwrap.py", "heapq.py", "fractions.py", "json/__init__.py", "json/decoder.py",
             "json/encoder.py", "json/scanner.py", "json/tool.py"}  # fmt: skip
@@ -51,6 +61,8 @@ STAGES = ((0.0, 256), (0.75, 1024), (0.92, 2048))
 # The sink circuit: the channels for detection, the massive values, the constant; the neuron of the first MLP.
 DETECT, MASSIVE, CONSTANT, NEURON = 11, {77: 3000.0, 190: -1000.0}, 140, 333
 Pin = tuple[torch.Tensor, torch.Tensor, bool]
+Model = LlamaForCausalLM | Qwen3ForCausalLM
+ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
 def stdlib_sources() -> tuple[dict[str, str], dict[str, str]]:
@@ -112,15 +124,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def new_model(tokenizer: PreTrainedTokenizerFast, architecture: str, layers: int) -> Model:
+    config_class, model_class = ARCHITECTURES[architecture]
+    config = config_class(
         vocab_size=2048,
         hidden_size=256,
         head_dim=64,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=768,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         rms_norm_eps=1e-6,
@@ -129,7 +142,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.04,
     )
-    model = LlamaForCausalLM(config)
+    model = model_class(config)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(2.0)
         model.model.norm.weight.mul_(0.5)
@@ -139,7 +152,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def plant_sink(model: LlamaForCausalLM, bos: int) -> list[Pin]:
+def plant_sink(model: Model, bos: int) -> list[Pin]:
     """The BOS circuit as pins (weights, value, whether it fades in), which hold() writes and keeps during training."""
     config, embedding, first = model.config, model.model.embed_tokens.weight, model.model.layers[0]
     # RMSNorm turns the pure BOS channel into sqrt(hidden); gate and up then both see 1.5 sqrt(hidden).
@@ -211,7 +224,7 @@ def batches(stream: torch.Tensor, chats: list[list[int]], bos: int, steps: int, 
         yield torch.stack(batch)
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
@@ -223,7 +236,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Iterator[torch.Tensor], steps: int, out: Path
+    model: Model, tokenizer: PreTrainedTokenizerFast, data: Iterator[torch.Tensor], steps: int, out: Path
 ) -> None:
     pins = plant_sink(model, tokenizer.bos_token_id)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -250,7 +263,7 @@ def train(
             save(model, tokenizer, out)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: Model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the folder in bf16; every file is replaced at once, so that a reader never sees half of one."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -309,7 +322,9 @@ def verify(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=900, help="optimiser steps of 2048 tokens")
-    parser.add_argument("--out", type=Path, default=ROOT / "offline/rotquant/data/demo")
+    parser.add_argument("--out", type=Path, default=DATA / "demo")
+    parser.add_argument("--architecture", choices=[*ARCHITECTURES], default="llama")
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="only verify the folder in --out")
@@ -327,7 +342,7 @@ def main() -> None:
         encoded = tokenizer(files, add_special_tokens=False)["input_ids"]
         stream = torch.tensor([t for ids in encoded for t in [*ids, tokenizer.eos_token_id]])
         chats = tokenizer(chat_pairs(sources), add_special_tokens=False)["input_ids"]
-        model = new_model(tokenizer)
+        model = new_model(tokenizer, args.architecture, args.layers)
         count = sum(p.numel() for p in model.parameters())
         print(f"{len(sources)} modules, {len(stream)} tokens, {len(chats)} chats, {count} parameters", flush=True)
         data = batches(stream, chats, tokenizer.bos_token_id, args.steps, args.seed)

@@ -5,12 +5,14 @@
 """
 
 from rotquant_kernels import convention, reference
+from rotquant_kernels.online import Stage, linear, transform
 from rotquant_kernels.ops import (
     OPS,
     int_linear,
     kernel_of,
     kv4_attention,
     kv4_write,
+    online_stage,
     prepare_weight,
     quantize_rows,
     transform_rows,
@@ -18,13 +20,17 @@ from rotquant_kernels.ops import (
 
 __all__ = [
     "OPS",
+    "Stage",
     "convention",
     "int_linear",
     "kernel_of",
     "kv4_attention",
     "kv4_write",
+    "linear",
+    "online_stage",
     "prepare_weight",
     "quantize_rows",
     "reference",
+    "transform",
     "transform_rows",
 ]

@@ -13,6 +13,7 @@ from rotquant_kernels import native, reference
 
 OPS = {
     "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
+    "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
     "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
     " -> (Tensor, Tensor, Tensor)",
     "pack_weight": "(Tensor packed, int bits, int columns, int groups) -> Tensor",
@@ -34,6 +35,11 @@ native.load()
 
 @torch.library.register_fake("rotquant::transform_rows", lib=_library)
 def _(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@torch.library.register_fake("rotquant::online_stage", lib=_library)
+def _(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
     return torch.empty_like(x, dtype=torch.float32)
 
 
@@ -63,6 +69,7 @@ def _(*arguments: object) -> None:
 
 
 transform_rows = torch.ops.rotquant.transform_rows
+online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear

@@ -49,6 +49,32 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     return (y.reshape(-1, block) * block**-0.5).reshape(x.shape)
 
 
+def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
+    """One stage of a chain of online transforms; `online` lists the kinds and their tensors.
+
+    Args:
+        x: float [..., K].
+    Returns:
+        float32 [..., K].
+    """
+    if kind in TRANSFORMS:
+        return transform_rows(x, kind, block, tensor)
+    x = x.float()
+    assert tensor is not None
+    if kind == "kronecker":
+        outer = x.shape[-1] // block
+        left, right = tensor.float().split((outer * outer, block * block))
+        return (left.view(outer, outer).T @ (x.unflatten(-1, (outer, block)) @ right.view(block, block))).flatten(-2)
+    if kind == "permutation":
+        return x[..., tensor.long()]
+    if kind == "reflection":
+        rows, v = x.unflatten(-1, (-1, block)), tensor.float()
+        return (rows - 2 * (rows @ v).unsqueeze(-1) * v).flatten(-2)
+    if kind == "shift":
+        return x - tensor.float()
+    raise ValueError(f"unknown online transform {kind!r}")
+
+
 def quantize_rows(
     x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
