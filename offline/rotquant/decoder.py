@@ -6,8 +6,9 @@ be quantized from the inputs that they will really see:
     x1 = norm(h);  qkv(x1) -> x2 = attention;  h2 = h + o(x2), x3 = norm(h2);  x4 = silu(gate x3) up x3;
     h' = h2 + down(x4)
 
-`linear(name, x)` is passed in: float weights for the equivalence gate, the served op for calibration.
-Shapes: h [T, hidden] of one sequence; x2 [T, heads * d]; x4 [T, intermediate].
+`linear(name, x)` is passed in: float weights for the equivalence gate, the served op for calibration, fake-quantized
+weights for learning; `cache(q, k, v)` gives queries, keys and values back as the KV cache would.
+Shapes: h [..., T, hidden], the last T tokens of each sequence; x2 [..., T, heads * d]; x4 [..., T, intermediate].
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rotquant.format import KVFormat
 from rotquant.models import Architecture
-from rotquant_kernels import convention
-from rotquant_kernels.reference import attend, hadamard
+from rotquant.space import LayerTransforms
+from rotquant_kernels import convention, reference
 
 Linear = Callable[[str, Tensor], Tensor]
+Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
 
 
 class Decoder:
@@ -30,11 +33,10 @@ class Decoder:
 
     Args:
         arch: sizes; cos, sin: float32 [positions, d] from `models.rotary`.
-        kv: format of the KV cache, None for full precision.
     """
 
-    def __init__(self, arch: Architecture, cos: Tensor, sin: Tensor, kv: KVFormat | None = None) -> None:
-        self.arch, self.cos, self.sin, self.kv = arch, cos, sin, kv
+    def __init__(self, arch: Architecture, cos: Tensor, sin: Tensor) -> None:
+        self.arch, self.cos, self.sin = arch, cos, sin
 
     def norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm in float32, in x's dtype."""
@@ -42,48 +44,63 @@ class Decoder:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.arch.eps)
         return (y * gain.to(y)).to(x.dtype)
 
-    def attention(self, tensors: dict[str, Tensor], x1: Tensor, linear: Linear) -> Tensor:
-        """Causal attention of one sequence, x1 [T, hidden] to x2 [T, heads * d]."""
-        steps, size = x1.shape[0], self.arch.head_dim
-        query, key, value = (linear(f"self_attn.{n}_proj", x1).view(steps, -1, size) for n in "qkv")
+    def attention(self, tensors: dict[str, Tensor], x1: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """Causal attention of each sequence, x1 [..., T, hidden] to x2 [..., T, heads * d]."""
+        query, key, value = (
+            linear(f"self_attn.{n}_proj", x1).unflatten(-1, (-1, self.arch.head_dim)) for n in "qkv"
+        )
         if "self_attn.q_norm.weight" in tensors:
             query = self.norm(query, tensors["self_attn.q_norm.weight"])
             key = self.norm(key, tensors["self_attn.k_norm.weight"])
-        query, key = self.rotary(query).float(), self.rotary(key).float()
-        value = value.float()
-        if self.kv:
-            if self.kv.rotate:
-                query, key = hadamard(query, self.kv.rotate), hadamard(key, self.kv.rotate)
-            key = convention.kv_fake_quantize(key, self.kv.symmetric, self.kv.k_clip)
-            value = convention.kv_fake_quantize(value, self.kv.symmetric, self.kv.v_clip)
-        ends = torch.tensor([steps])
-        mixed = attend(query[None], key.movedim(1, 0)[None], value.movedim(1, 0)[None], ends, size**-0.5)
-        return mixed[0].flatten(1).to(x1.dtype)
+        query, key, value = self.rotary(query).float(), self.rotary(key).float(), value.float()
+        if cache:
+            query, key, value = cache(query, key, value)
+        by_head = (x.transpose(-3, -2) for x in (query, key, value))
+        mixed = scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+        return mixed.transpose(-3, -2).flatten(-2).to(x1.dtype)
 
     def rotary(self, x: Tensor) -> Tensor:
-        """Rotary position embedding of x [T, heads, d], halves convention."""
-        cos, sin = (t[: x.shape[0], None].to(x) for t in (self.cos, self.sin))
+        """Rotary position embedding of x [..., T, heads, d], halves convention."""
+        cos, sin = (t[: x.shape[-3], None].to(x) for t in (self.cos, self.sin))
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
     def mlp_input(self, x3: Tensor, linear: Linear) -> Tensor:
         """x4, the input of down_proj."""
-        return torch.nn.functional.silu(linear("mlp.gate_proj", x3)) * linear("mlp.up_proj", x3)
+        return silu(linear("mlp.gate_proj", x3)) * linear("mlp.up_proj", x3)
 
-    def layer(self, tensors: dict[str, Tensor], h: Tensor, linear: Linear) -> Tensor:
-        """The whole layer, h [T, hidden] to h' [T, hidden]."""
-        x2 = self.attention(tensors, self.norm(h, tensors["input_layernorm.weight"]), linear)
+    def layer(self, tensors: dict[str, Tensor], h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """The whole layer, h to h'."""
+        x2 = self.attention(tensors, self.norm(h, tensors["input_layernorm.weight"]), linear, cache)
         h = h + linear("self_attn.o_proj", x2)
         x4 = self.mlp_input(self.norm(h, tensors["post_attention_layernorm.weight"]), linear)
         return h + linear("mlp.down_proj", x4)
 
 
-def float_linear(tensors: dict[str, Tensor], r4: int) -> Linear:
-    """Linears in the precision of the tensors, with the online R4 before down_proj."""
+def float_linear(tensors: dict[str, Tensor], transforms: LayerTransforms | None = None) -> Linear:
+    """Linears in the precision of the tensors, behind the online stages of the layer."""
 
     def linear(name: str, x: Tensor) -> Tensor:
-        if r4 and name == "mlp.down_proj":
-            x = hadamard(x, r4)
-        return torch.nn.functional.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+        for stage in transforms.chain(name) if transforms else ():
+            x = reference.online_stage(x, *stage)
+        return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
 
     return linear
+
+
+def bias_of(tensors: dict[str, Tensor], linear: str) -> Tensor | None:
+    """The bias and what a shift adds to the output (see `fold`); None where there is neither."""
+    found = [tensors[name] for name in (f"{linear}.bias", f"{linear}.shift") if name in tensors]
+    return sum(found[1:], found[0]) if found else None
+
+
+def kv4_cache(kv: KVFormat) -> Cache:
+    """A 4-bit cache by the numeric convention."""
+
+    def cache(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if kv.rotate:
+            query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
+        key = convention.kv_fake_quantize(key, kv.symmetric, kv.k_clip)
+        return query, key, convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip)
+
+    return cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from importlib.metadata import version
@@ -13,11 +12,12 @@ import torch
 
 from rotquant.calibrate import Calibrated
 from rotquant.checkpoint import COPIED, INDEX, save_text
-from rotquant.fold import Fold, Online
 from rotquant.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.journal import Journal
+from rotquant.layerwise import stored_stage
 from rotquant.models import Architecture
-from rotquant.recipe import Activations, KVCache, LMHead, Recipe
+from rotquant.recipe import Activations, KVCache, LMHead, OnlineStages, Recipe
+from rotquant.space import SITE_OF, SITES, Transforms
 from rotquant_kernels.reference import hadamard, kv_token_bytes
 
 R4_NAME = "R4"
@@ -27,13 +27,16 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
     """The recipe as a profile can express it.
 
     "portable" keeps what transformers and stock vLLM read exactly: folded rotations, int4 weights and
-    symmetric unclipped activations; no online transform, no KV scheme, a 16-bit lm_head.
+    symmetric unclipped activations; no online transform, no low-rank branch, no KV scheme, a 16-bit lm_head.
     """
     if profile == "full":
         return recipe
     return recipe.model_copy(
         update={
             "rotations": recipe.rotations.model_copy(update={"r3": "none", "r4": "none"}),
+            "online": OnlineStages(),
+            "learn": recipe.learn.without_clips(),
+            "weights": recipe.weights.model_copy(update={"rank": 0}),
             "activations": Activations(bits=recipe.activations.bits, symmetric=True, clip=1.0),
             "kv": KVCache(bits=16),
             "lm_head": LMHead(bits=16),
@@ -41,7 +44,7 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
     )
 
 
-def quantization_config(recipe: Recipe, arch: Architecture, online: Online) -> dict[str, Any]:
+def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:
     """`quantization_config` of config.json, in compressed-tensors' schema.
 
     `format` stands at the top and in each group: newer compressed-tensors would otherwise infer another.
@@ -61,16 +64,52 @@ def quantization_config(recipe: Recipe, arch: Architecture, online: Online) -> d
             "num_bits": 4, "type": "int", "symmetric": recipe.kv.symmetric,
             "strategy": "group", "group_size": arch.head_dim, "dynamic": True,
         }  # fmt: skip
-    transforms = {}
-    if online.r3:
+    declared = {}
+    if transforms.r3:
         places = [{"targets": ["re:.*self_attn$"], "location": place} for place in ("q_attn", "k_cache")]
-        transforms["R3"] = {"type": "hadamard", "head_dim": online.r3, "apply": places}
-    if online.r4:
+        declared["R3"] = {"type": "hadamard", "head_dim": transforms.r3, "apply": places}
+    if block := r4_block(transforms):
         place = {"targets": ["re:.*down_proj$"], "location": "input"}
-        transforms[R4_NAME] = {"type": "hadamard", "head_dim": online.r4, "apply": [place]}
-    if transforms:
-        config["transform_config"] = {"config_groups": transforms}
+        declared[R4_NAME] = {"type": "hadamard", "head_dim": block, "apply": [place]}
+    if declared:
+        config["transform_config"] = {"config_groups": declared}
     return config
+
+
+def r4_block(transforms: Transforms) -> int:
+    """Block of R4, 0 for none. compressed-tensors' schema knows it; all other stages stand in our own key."""
+    chain = transforms.shared_chain("down")
+    return chain[0].block if chain and chain[0].kind == "hadamard" else 0
+
+
+def own_stages(transforms: Transforms, site: str) -> dict[str, int]:
+    """Names of a site's stages in the checkpoint, and their places in the chain; R4 is not among them."""
+    first = 1 if site == "down" and r4_block(transforms) else 0
+    return {f"{site.capitalize()}{i}": i for i in range(first, len(transforms.shared_chain(site)))}
+
+
+def input_transforms(transforms: Transforms) -> list[dict[str, Any]]:
+    """`rotquant.input_transforms`: the online stages, those of a site in their order."""
+    found = []
+    for site, linears in SITES.items():
+        targets = [f"re:.*{linear.rpartition('.')[2]}$" for linear in linears]
+        for name, i in own_stages(transforms, site).items():
+            stage = transforms.shared_chain(site)[i]
+            found.append({"name": name, "kind": stage.kind, "block": stage.block, "targets": targets})
+    return found
+
+
+def layer_tensors(stored: dict[str, torch.Tensor], transforms: Transforms, index: int) -> dict[str, torch.Tensor]:
+    """What a layer's shard holds: the quantizer's tensors under the checkpoint's names, and its online stages'."""
+    out = {name: tensor for name, tensor in stored.items() if not name.endswith(".shift")}
+    layer = transforms.layers[index]
+    for linear, site in SITE_OF.items():
+        for name, i in own_stages(transforms, site).items():
+            stage = layer.inputs[site][i]
+            out[f"{linear}.{name}_input.weight"] = stored_stage(stage)
+            if stage.kind == "shift":
+                out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
+    return out | (marker(r4_block(transforms), out["input_layernorm.weight"].dtype) if index == 0 else {})
 
 
 def scheme(targets: list[str], bits: int, group_size: int, activations: Activations) -> dict[str, Any]:
@@ -83,32 +122,50 @@ def scheme(targets: list[str], bits: int, group_size: int, activations: Activati
     return {"targets": targets, "format": "pack-quantized", "weights": weights, "input_activations": inputs}
 
 
-def marker(online: Online, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def marker(block: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """R4's matrix, stored once in layer 0.
 
     Nothing needs it to run. An engine that would ignore the transform meets a tensor it does not know, and
     says so instead of computing garbage.
     """
-    if not online.r4:
+    if not block:
         return {}
-    matrix = hadamard(torch.eye(online.r4, dtype=torch.float64), online.r4)
-    return {f"model.layers.0.mlp.down_proj.{R4_NAME}_input.weight": matrix.to(dtype)}
+    matrix = hadamard(torch.eye(block, dtype=torch.float64), block)
+    return {f"mlp.down_proj.{R4_NAME}_input.weight": matrix.to(dtype)}
 
 
-def extension(recipe: Recipe, profile: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def extension(recipe: Recipe, transforms: Transforms, profile: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
     clip = {"default": recipe.activations.clip}
     if recipe.lm_head.bits == 8:
         clip["lm_head"] = 1.0
+    for index, layer in enumerate(transforms.layers):
+        for linear, site in SITE_OF.items():
+            if site in layer.clips:
+                clip[f"model.layers.{index}.{linear}"] = layer.clips[site]
     out: dict[str, Any] = {"format_version": FORMAT_VERSION, "profile": profile, "activation_clip": clip}
     if recipe.kv.bits == 4:
-        out["kv_clip"] = {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
+        out["kv_clip"] = kv_clip(recipe, transforms)
+    if stages := input_transforms(transforms):
+        out["input_transforms"] = stages
+    if recipe.weights.rank:
+        targets = [f"re:.*{linear}$" for linear in SITE_OF]
+        out["low_rank"] = [{"rank": recipe.weights.rank, "targets": targets}]
     return out | {"provenance": provenance}
 
 
-def provenance(
-    recipe: Recipe, fold: Fold, seed: int, tp_max: int, source: str, calibrated: Calibrated | None
-) -> dict[str, Any]:
+def kv_clip(recipe: Recipe, transforms: Transforms) -> dict[str, Any]:
+    """Clip ratios of keys and values, and of the layers that have their own."""
+    defaults = {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
+    own = {
+        f"model.layers.{index}.self_attn": {name: layer.clips.get(name, defaults[name]) for name in defaults}
+        for index, layer in enumerate(transforms.layers)
+        if defaults.keys() & layer.clips.keys()
+    }
+    return defaults | ({"layers": own} if own else {})
+
+
+def provenance(recipe: Recipe, seed: int, tp_max: int, source: str, calibrated: Calibrated | None) -> dict[str, Any]:
     """Where the checkpoint comes from. No paths, no times: two runs of one seed give one file."""
     out: dict[str, Any] = {
         "recipe": recipe.model_dump(),
@@ -117,9 +174,6 @@ def provenance(
         "source_sha256": source,
         "versions": {name: version(name) for name in ("rotquant", "torch", "transformers", "compressed-tensors")},
     }
-    if fold.r1:
-        signs = fold.r1.signs.to(torch.int8).numpy().tobytes()
-        out["r1"] = {"order": fold.r1.order, "signs_sha256": hashlib.sha256(signs).hexdigest()}
     if calibrated:
         samples, seq_len = calibrated.tokens.shape
         out["calibration"] = {
@@ -188,7 +242,7 @@ vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{nam
 
 
 def write_card(
-    output: Path, journal: Journal, recipe: Recipe, arch: Architecture, online: Online, profile: str,
+    output: Path, journal: Journal, recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str,
     calibrated: Calibrated | None, size: int, before: int,
 ) -> None:  # fmt: skip
     """README.md of the model: recipe, numbers, and the commands to use it."""
@@ -196,8 +250,13 @@ def write_card(
     kv, weights, act = recipe.kv, recipe.weights, recipe.activations
     kv_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
     kv4 = arch.layers * arch.kv_heads * kv_token_bytes(arch.head_dim, kv.symmetric)
-    transforms = [f"R3: Hadamard {online.r3} on queries and keys"] if online.r3 else []
-    transforms += [f"R4: block Hadamard {online.r4} before down_proj"] if online.r4 else []
+    online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
+    online += [f"R4: block Hadamard {block} before down_proj"] if (block := r4_block(transforms)) else []
+    online += [
+        f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
+        for stage in input_transforms(transforms)
+    ]
+    online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
@@ -210,10 +269,10 @@ def write_card(
         error=sum(errors) / len(errors),
         a_bits=act.bits,
         a_sym="symmetric" if act.symmetric else "asymmetric",
-        a_clip=act.clip,
+        a_clip="learned for each layer" if any(layer.clips for layer in transforms.layers) else act.clip,
         kv=f"int4 per token and head, {'symmetric' if kv.symmetric else 'asymmetric'}; {kv4} bytes a token,"
         f" {kv_bytes} in bf16 ({kv_bytes / kv4:.2f}x)" if kv.bits == 4 else "not quantized",
-        online="; ".join(transforms) or "none",
+        online="; ".join(online) or "none",
         head=f"int{recipe.lm_head.bits}" if recipe.lm_head.bits == 8 else "not quantized",
         calibration=f"{calibrated.tokens.shape[0]} windows of {calibrated.tokens.shape[1]} tokens from"
         f" `{calibrated.name}`" if calibrated else "none",

@@ -5,78 +5,40 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
     gain   W' = W diag(g), g' = 1            (x/rms) diag(g) Wᵀ = (x/rms) W'ᵀ
     R1     E' = E R1;  W' = W R1 reading the residual stream;  W' = R1ᵀ W, b' = b R1 writing to it
                                               x R1 (W R1)ᵀ = x Wᵀ;  y (R1ᵀ W)ᵀ = (y Wᵀ) R1
+    S_n    g' = g s;  W' = W diag(1/s)       (x diag(s)) (W diag(1/s))ᵀ = x Wᵀ
+    S_ov   W_v' = diag(s) W_v, b_v' = b_v s;  W_o[:, h]' = W_o[:, h] diag(1/s) for each query head h of the group
     R2     per KV head: W_v' = R2ᵀ W_v, b_v' = b_v R2;  W_o[:, h]' = W_o[:, h] R2 for each query head h
-                                              attention mixes tokens, not channels, so v R2 passes through it
-    R4     W_down' = W_down R4, and the server computes x R4 before it:   x R4 (W R4)ᵀ = x Wᵀ
+                                              attention mixes tokens, not channels: both pass through it
+    S_ud   W_up' = diag(s) W_up;  W_down' = W_down diag(1/s)        silu(gate) up is linear in up
+    order  rows p of gate and up, columns p of down
+    S_qk   k diag(s), q diag(1/s), the same s in both channels of a RoPE pair: then it commutes with RoPE
+    input  an online T before a linear (R4 among them): W' = W T⁻ᵀ                 x T (W T⁻ᵀ)ᵀ = x Wᵀ
+    shift  x - b before a linear adds b Wᵀ to its output:                       (x - b) Wᵀ + b Wᵀ = x Wᵀ
     R3     nothing to fold: q R3 (k R3)ᵀ = q kᵀ, both online after RoPE
 
-All in float64. A layer is a dict of tensors named as in the checkpoint, less `model.layers.N.`.
+In float64. Nothing is changed in place, so that learning can differentiate through it. A layer is a dict of tensors
+named as in the checkpoint, less `model.layers.N.`; `<linear>.shift` is b Wᵀ, where there is one.
 """
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
-from rotquant.recipe import Recipe
-from rotquant.transforms.hadamard import RandomHadamard, is_power_of_two, power_of_two_factor
-from rotquant_kernels.reference import hadamard
+from rotquant.space import SITES, LayerTransforms, Rotation, Transforms
+from rotquant_kernels import Stage, reference
 
-READS_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-READS_MLP = ("mlp.gate_proj", "mlp.up_proj")
 WRITES = ("self_attn.o_proj", "mlp.down_proj")
-
-
-@dataclass(frozen=True)
-class Online:
-    """Block sizes of the transforms that the server applies; 0 for none."""
-
-    r3: int
-    r4: int
-
-
-def online_transforms(recipe: Recipe, arch: Architecture, tp_max: int) -> Online:
-    """R3 over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max.
-
-    Raises:
-        RotQuantError: head size that is not a power of two, or tp_max that does not divide.
-    """
-    r3 = r4 = 0
-    if recipe.rotations.r3 != "none" and recipe.kv.bits < 16:
-        if not is_power_of_two(arch.head_dim):
-            raise RotQuantError(
-                f"config.json: head_dim is {arch.head_dim}, and R3 runs online as a Hadamard of a power of two:"
-                " use --set rotations.r3=none"
-            )
-        r3 = arch.head_dim
-    if arch.intermediate_size % tp_max:
-        raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {arch.intermediate_size}")
-    if recipe.rotations.r4 != "none":
-        r4 = power_of_two_factor(arch.intermediate_size // tp_max)
-    return Online(r3, r4)
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """A random stream of its own for each rotation, so that no order of work or resume changes it."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+Tensors = dict[str, Tensor]
 
 
 class Fold:
-    """Folds norms and rotations into the tensors of one model.
+    """Folds a model's transforms into its tensors."""
 
-    Args:
-        recipe: says which rotations; seed: decides their signs; online: from `online_transforms`.
-    """
-
-    def __init__(self, recipe: Recipe, arch: Architecture, online: Online, seed: int) -> None:
-        self.arch, self.online, self.seed = arch, online, seed
-        self.r1 = RandomHadamard(arch.hidden_size, generator(seed, "r1")) if recipe.rotations.r1 != "none" else None
-        self.use_r2 = recipe.rotations.r2 != "none"
+    def __init__(self, arch: Architecture, transforms: Transforms) -> None:
+        self.arch, self.transforms, self.r1 = arch, transforms, transforms.r1
 
     def embedding(self, weight: Tensor) -> Tensor:
         """E R1 for the rows of the embedding [vocab, hidden], in float64."""
@@ -90,36 +52,142 @@ class Fold:
             return weight, gain
         return self.r1.rows(weight * gain), torch.ones_like(gain)
 
-    def layer(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    def layer(self, tensors: Tensors, index: int) -> Tensors:
         """The folded tensors of decoder layer `index`, float64."""
         out = {name: tensor.double() for name, tensor in tensors.items()}
         if self.r1:
-            self._fold_gain(out, "input_layernorm", READS_ATTENTION)
-            self._fold_gain(out, "post_attention_layernorm", READS_MLP)
-            for linear in READS_ATTENTION + READS_MLP:
-                out[f"{linear}.weight"] = self.r1.rows(out[f"{linear}.weight"])
-            for linear in WRITES:
-                out[f"{linear}.weight"] = self.r1.columns(out[f"{linear}.weight"])
-                if f"{linear}.bias" in out:
-                    out[f"{linear}.bias"] = self.r1.rows(out[f"{linear}.bias"])
-        if self.use_r2:
-            self._fold_r2(out, index)
-        if self.online.r4:
-            out["mlp.down_proj.weight"] = hadamard(out["mlp.down_proj.weight"], self.online.r4)
-        return out
+            out = fold_r1(out, self.r1)
+        return fold_layer(out, self.transforms.layers[index], self.arch)
 
-    def _fold_gain(self, out: dict[str, Tensor], norm: str, linears: tuple[str, ...]) -> None:
+
+def fold_r1(tensors: Tensors, r1: Rotation) -> Tensors:
+    """The norms' gains and R1, in the dtype of the tensors."""
+    out = dict(tensors)
+    for site, norm in NORMS.items():
         gain = out[f"{norm}.weight"]
-        for linear in linears:
-            out[f"{linear}.weight"] = out[f"{linear}.weight"] * gain
+        for linear in SITES[site]:
+            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"] * gain)
         out[f"{norm}.weight"] = torch.ones_like(gain)
+    for linear in WRITES:
+        out[f"{linear}.weight"] = r1.columns(out[f"{linear}.weight"])
+        if f"{linear}.bias" in out:
+            out[f"{linear}.bias"] = r1.rows(out[f"{linear}.bias"])
+    return out
 
-    def _fold_r2(self, out: dict[str, Tensor], index: int) -> None:
-        size = self.arch.head_dim
-        r2 = RandomHadamard(size, generator(self.seed, f"r2.{index}"))
-        value = out["self_attn.v_proj.weight"]  # [kv_heads * d, hidden]
-        out["self_attn.v_proj.weight"] = r2.rows(value.unflatten(0, (-1, size)).mT).mT.flatten(0, 1)
-        if "self_attn.v_proj.bias" in out:
-            out["self_attn.v_proj.bias"] = r2.rows(out["self_attn.v_proj.bias"].unflatten(0, (-1, size))).flatten()
-        output = out["self_attn.o_proj.weight"]  # [hidden, heads * d]
-        out["self_attn.o_proj.weight"] = r2.rows(output.unflatten(1, (-1, size))).flatten(1)
+
+def fold_layer(tensors: Tensors, t: LayerTransforms, arch: Architecture) -> Tensors:
+    """Everything but R1, in the dtype of the tensors."""
+    out = dict(tensors)
+    for site, scale in (("attn", t.s_attn), ("mlp", t.s_mlp)):
+        if scale is not None:
+            fold_norm_scale(out, site, scale)
+    if t.s_qk is not None:
+        fold_qk(out, t.s_qk, arch)
+    if t.s_ov is not None:
+        fold_values_scale(out, t.s_ov, arch)
+    if t.r2 is not None:
+        fold_r2(out, t.r2, arch)
+    if t.s_ud is not None:
+        multiply_rows(out, "mlp.up_proj", t.s_ud)
+        out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"] / like(t.s_ud, out)
+    if t.order is not None:
+        fold_order(out, t.order)
+    for site, stages in t.inputs.items():
+        for linear in SITES[site]:
+            fold_stages(out, linear, stages)
+    return out
+
+
+def like(factors: Tensor, out: Tensors) -> Tensor:
+    return factors.to(out["mlp.down_proj.weight"])
+
+
+def multiply_rows(out: Tensors, linear: str, factors: Tensor) -> None:
+    """Scales the outputs of a linear, its bias among them."""
+    factors = like(factors, out)
+    out[f"{linear}.weight"] = out[f"{linear}.weight"] * factors[:, None]
+    if f"{linear}.bias" in out:
+        out[f"{linear}.bias"] = out[f"{linear}.bias"] * factors
+
+
+def fold_norm_scale(out: Tensors, site: str, scale: Tensor) -> None:
+    scale = like(scale, out)
+    out[f"{NORMS[site]}.weight"] = out[f"{NORMS[site]}.weight"] * scale
+    for linear in SITES[site]:
+        out[f"{linear}.weight"] = out[f"{linear}.weight"] / scale
+
+
+def fold_qk(out: Tensors, s_qk: Tensor, arch: Architecture) -> None:
+    """S_qk goes to q_norm and k_norm where the model has them: they come after the projections and hold no mixing."""
+    pairs = torch.cat((s_qk, s_qk), dim=-1)  # RoPE turns channel i into i + d / 2
+    if "self_attn.k_norm.weight" in out:
+        out["self_attn.k_norm.weight"] = out["self_attn.k_norm.weight"] * like(pairs[0], out)
+        out["self_attn.q_norm.weight"] = out["self_attn.q_norm.weight"] / like(pairs[0], out)
+        return
+    multiply_rows(out, "self_attn.k_proj", pairs.flatten())
+    multiply_rows(out, "self_attn.q_proj", per_query_head(1 / pairs, arch).flatten())
+
+
+def per_query_head(per_kv_head: Tensor, arch: Architecture) -> Tensor:
+    """[kv_heads, ...] to [heads, ...]: query heads h share KV head h // (heads / kv_heads)."""
+    return per_kv_head.repeat_interleave(arch.heads // arch.kv_heads, dim=0)
+
+
+def fold_values_scale(out: Tensors, s_ov: Tensor, arch: Architecture) -> None:
+    multiply_rows(out, "self_attn.v_proj", s_ov)
+    per_head = per_query_head(s_ov.view(arch.kv_heads, arch.head_dim), arch).flatten()
+    out["self_attn.o_proj.weight"] = out["self_attn.o_proj.weight"] / like(per_head, out)
+
+
+def fold_r2(out: Tensors, r2: Tensor, arch: Architecture) -> None:
+    r2, size = like(r2, out), arch.head_dim
+    value = out["self_attn.v_proj.weight"].unflatten(0, (-1, size))  # [kv_heads, d, hidden]
+    out["self_attn.v_proj.weight"] = (r2.mT @ value).flatten(0, 1)
+    if "self_attn.v_proj.bias" in out:
+        bias = out["self_attn.v_proj.bias"].view(-1, 1, size)
+        out["self_attn.v_proj.bias"] = (bias @ r2).flatten()
+    output = out["self_attn.o_proj.weight"].unflatten(1, (-1, size)).transpose(0, 1)  # [heads, hidden, d]
+    rotated = output @ per_query_head(r2, arch)
+    out["self_attn.o_proj.weight"] = rotated.transpose(0, 1).flatten(1)
+
+
+def fold_order(out: Tensors, order: Tensor) -> None:
+    for linear in ("mlp.gate_proj", "mlp.up_proj"):
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in out:
+                out[name] = out[name][order]
+    out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"][:, order]
+
+
+def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
+    """W' = W T⁻ᵀ for each stage in turn; a shift leaves W and adds to the output."""
+    weight = out[f"{linear}.weight"]
+    for stage in stages:
+        if stage.kind == "shift":
+            assert stage.tensor is not None
+            moved = weight @ stage.tensor.to(weight)
+            out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
+        else:
+            weight = inverse_transposed(stage, weight)
+    out[f"{linear}.weight"] = weight
+
+
+def inverse_transposed(stage: Stage, weight: Tensor) -> Tensor:
+    """W T⁻ᵀ, T the matrix of an online stage: W [N, K]. Hadamards, reflections and permutations are orthogonal."""
+    kind, block, tensor = stage
+    if kind == "hadamard":
+        return reference.hadamard(weight, block)
+    assert tensor is not None
+    if kind == "permutation":
+        return weight[:, tensor.long()]
+    tensor = tensor.to(weight)
+    if kind == "reflection":
+        rows = weight.unflatten(-1, (-1, block))
+        return (rows - 2 * (rows @ tensor).unsqueeze(-1) * tensor).flatten(-2)
+    if kind == "dense":
+        return (weight.unflatten(-1, (-1, block)) @ torch.linalg.inv(tensor).mT).flatten(-2)
+    assert kind == "kronecker", kind
+    outer = weight.shape[-1] // block
+    left, right = tensor.split((outer * outer, block * block))
+    left, right = (torch.linalg.inv(m.view(n, n)) for m, n in ((left, outer), (right, block)))
+    return (left @ (weight.unflatten(-1, (outer, block)) @ right.mT)).flatten(-2)

@@ -44,7 +44,7 @@ def check_equivalence(
         tensors = source.layer(arch.layer_prefix(index))
         original = original_layer(model.model.layers[index], tensors, original, (cos, sin))
         equal = {name: tensor.float() for name, tensor in fold.layer(tensors, index).items()}
-        folded = decoder.layer(equal, folded, float_linear(equal, fold.online.r4))
+        folded = decoder.layer(equal, folded, float_linear(equal, fold.transforms.layers[index]))
         expected = fold.r1.rows(original.double()).float() if fold.r1 else original
         compare(f"layer {index}", expected, folded)
         layer_done(index)

@@ -66,7 +66,7 @@ class Journal:
                 f"{self.folder}: the unfinished run differs in {', '.join(changed)}; repeat its settings or remove it"
             )
         for step, facts in state["steps"].items():
-            for name, digest in facts["files"].items():
+            for name, digest in (facts["files"] | facts.get("kept", {})).items():
                 if not (self.folder / name).is_file() or file_digest(self.folder / name) != digest:
                     raise RotQuantError(f"{self.folder / name}: changed since step {step}; remove {self.folder}")
         self.state = state
@@ -89,6 +89,18 @@ class Journal:
         self.state["steps"][step] = {"files": files, "facts": facts}
         save_text(self.file, json.dumps(self.state, indent=1))
 
+    def keep(self, step: str, tensors: dict[str, Tensor]) -> None:
+        """Counts a step as done whose tensors later steps need and the output does not hold."""
+        name = f"kept-{step.replace(' ', '-')}.safetensors"
+        save_tensors(self.folder / name, tensors)
+        self.state["steps"][step] = {"files": {}, "kept": {name: file_digest(self.folder / name)}, "facts": {}}
+        save_text(self.file, json.dumps(self.state, indent=1))
+
+    def kept(self, step: str) -> dict[str, Tensor] | None:
+        """The tensors of a step that `keep` finished, None where it is still to be done."""
+        names = self.state["steps"].get(step, {}).get("kept", {})
+        return {k: t for name in names for k, t in load_file(self.folder / name).items()} if names else None
+
     def save_chain(self, index: int, chain: Tensor) -> None:
         """Stores the chain that enters layer `index`. Call before `finish`; older chains go after it."""
         save_tensors(self._chain(index), {"chain": chain})
@@ -108,7 +120,7 @@ class Journal:
 
     def publish(self) -> None:
         """Renames the finished work folder to the output."""
-        for leftover in (*self.folder.glob("chain-*"), self.file, self.folder / "lock"):
+        for leftover in (*self.folder.glob("chain-*"), *self.folder.glob("kept-*"), self.file, self.folder / "lock"):
             leftover.unlink(missing_ok=True)
         self.folder.rename(self.output)
         self._lock.close()
@@ -116,7 +128,7 @@ class Journal:
     def abandon(self) -> None:
         """Removes the work folder if no step was finished, so that a refused run leaves nothing behind."""
         self._lock.close()
-        if self.folder.exists() and not self.files():
+        if self.folder.exists() and not self.files() and not any(self.folder.glob("kept-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

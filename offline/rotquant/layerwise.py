@@ -13,22 +13,26 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rotquant.decoder import Decoder
-from rotquant.fold import READS_ATTENTION, READS_MLP, Online
+from rotquant.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.fold import NORMS
+from rotquant.format import KVFormat
 from rotquant.models import LINEARS
 from rotquant.recipe import Recipe
-from rotquant.weights import gptq, rtn
-from rotquant_kernels import convention, int_linear, prepare_weight, quantize_rows, transform_rows
+from rotquant.space import SITE_OF, SITES, LayerTransforms, Transforms
+from rotquant.weights import gptq, low_rank, rtn
+from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape."""
+    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape; low-rank factors D, U."""
 
     packed: Tensor
     scale: Tensor
     shape: tuple[int, int]
     bits: int
+    down: Tensor | None = None  # [K, r], in the checkpoint's dtype
+    up: Tensor | None = None  # [r, N]
 
     @cached_property
     def prepared(self) -> Tensor:
@@ -36,39 +40,53 @@ class PackedLinear:
         return prepare_weight(self.packed, self.bits, self.shape[1], self.scale.shape[1])
 
     def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {
+        stored = {
             f"{name}.weight_packed": self.packed.cpu(),
             f"{name}.weight_scale": self.scale.to(dtype).cpu(),
             f"{name}.weight_shape": torch.tensor(self.shape),
         }
+        if self.down is not None and self.up is not None:
+            stored |= {f"{name}.low_rank_down": self.down.cpu(), f"{name}.low_rank_up": self.up.cpu()}
+        return stored
 
 
-def pack(codes: Tensor, scale: Tensor, bits: int) -> PackedLinear:
-    return PackedLinear(convention.pack_int32(codes, bits), scale, (codes.shape[0], codes.shape[1]), bits)
+def pack(
+    codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None
+) -> PackedLinear:
+    packed = convention.pack_int32(codes, bits)
+    return PackedLinear(packed, scale, (codes.shape[0], codes.shape[1]), bits, down, up)
 
 
 class LayerQuantizer:
     """Quantizes decoder layers one at a time.
 
     Args:
-        recipe, online: what to do; decoder: how a layer computes; dtype: of the checkpoint.
+        recipe, transforms: what to do; decoder: how a layer computes; dtype: of the checkpoint.
     """
 
-    def __init__(self, recipe: Recipe, online: Online, decoder: Decoder, dtype: torch.dtype, device: str) -> None:
-        self.recipe, self.online, self.decoder, self.dtype, self.device = recipe, online, decoder, dtype, device
+    def __init__(
+        self, recipe: Recipe, transforms: Transforms, decoder: Decoder, dtype: torch.dtype, device: str
+    ) -> None:
+        self.recipe, self.transforms, self.decoder, self.dtype, self.device = (
+            recipe, transforms, decoder, dtype, device,
+        )  # fmt: skip
         self.errors: list[float] = []  # relative rounding error of each weight matrix
 
-    def __call__(self, folded: dict[str, Tensor], chain: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+    def __call__(
+        self, index: int, folded: dict[str, Tensor], chain: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Quantizes a layer and moves the chain through it.
 
         Args:
-            folded: float64 tensors of the layer; chain: [samples, T, hidden] or None without calibration.
+            folded: float64 tensors of layer `index`; chain: [samples, T, hidden] or None without calibration.
         Returns:
             the tensors to store, and the chain after the layer.
         """
         self.errors = []
+        self.layer = self.transforms.layers[index]
         others = {n: t.to(self.dtype) for n, t in folded.items() if n.removesuffix(".weight") not in LINEARS}
         self.tensors = {n: t.to(self.device) for n, t in others.items()}
+        self.stages = {site: [self._placed(stage) for stage in found] for site, found in self.layer.inputs.items()}
         self.done: dict[str, PackedLinear] = {}
         weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in LINEARS}
         folded.clear()
@@ -78,25 +96,34 @@ class LayerQuantizer:
         else:
             chain = self._calibrate(weights, chain)
         stored = dict(others)
-        for name, linear in self.done.items():
-            stored |= linear.tensors(name, self.dtype)
+        for name, packed in self.done.items():
+            stored |= packed.tensors(name, self.dtype)
         return stored, chain
+
+    def _placed(self, stage: Stage) -> Stage:
+        """The stage as it will be served: its tensor as the checkpoint stores it."""
+        return stage._replace(tensor=None if stage.tensor is None else stored_stage(stage).to(self.device))
+
+    def _cache(self) -> Cache | None:
+        found = kv_format(self.recipe, self.transforms, self.layer)
+        return kv4_cache(found) if found else None
 
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next."""
-        norm, gain1, gain2 = (self.decoder.norm, *(self.tensors[f"{n}.weight"] for n in NORMS))
-        self._step(weights, READS_ATTENTION, (norm(h, gain1) for h in self._samples(chain)))
+        norm, gain1, gain2 = (self.decoder.norm, *(self.tensors[f"{n}.weight"] for n in NORMS.values()))
+        self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
         mixed = torch.empty(*chain.shape[:2], weights["self_attn.o_proj"].shape[1], dtype=chain.dtype)
+        cache = self._cache()
         for i, h in enumerate(self._samples(chain)):
-            mixed[i] = self.decoder.attention(self.tensors, norm(h, gain1), self.linear).cpu()
-        self._step(weights, ("self_attn.o_proj",), self._samples(mixed))
+            mixed[i] = self.decoder.attention(self.tensors, norm(h, gain1), self.linear, cache).cpu()
+        self._step(weights, "o", self._samples(mixed))
         after = torch.empty_like(chain)
         for i, (h, x2) in enumerate(zip(self._samples(chain), self._samples(mixed), strict=True)):
             after[i] = (h + self.linear("self_attn.o_proj", x2)).cpu()
         del mixed
-        self._step(weights, READS_MLP, (norm(h, gain2) for h in self._samples(after)))
+        self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(after)))
         x4 = (self.decoder.mlp_input(norm(h, gain2), self.linear) for h in self._samples(after))
-        self._step(weights, ("mlp.down_proj",), x4)
+        self._step(weights, "down", x4)
         for i, h in enumerate(self._samples(after)):
             down = self.linear("mlp.down_proj", self.decoder.mlp_input(norm(h, gain2), self.linear))
             after[i] = (h + down).cpu()
@@ -105,55 +132,83 @@ class LayerQuantizer:
     def _samples(self, chain: Tensor) -> Iterator[Tensor]:
         return (sample.to(self.device) for sample in chain)
 
-    def _step(self, weights: dict[str, Tensor], names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
-        """Quantizes the linears that share these inputs."""
-        if self.recipe.weights.method == "rtn":
-            for name in names:
+    def _step(self, weights: dict[str, Tensor], site: str, inputs: Iterator[Tensor]) -> None:
+        """Quantizes the linears of a site, which share these inputs."""
+        if not self.recipe.weights.needs_inputs:
+            for name in SITES[site]:
                 self._quantize(name, weights.pop(name), None)
             return
-        hessian, cross = self._moments(names[0], inputs)
+        hessian, cross = self._moments(site, inputs)
         refit = gptq.refit(hessian, cross, self.recipe.weights.damping) if self.recipe.weights.refit else None
-        for name in names:
+        for name in SITES[site]:
             weight = weights.pop(name)
             self._quantize(name, weight if refit is None else weight @ refit, hessian)
 
-    def _moments(self, name: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        """Means of x̂ᵀ x̂ and xᵀ x̂ over all tokens; x the inputs of `name`, x̂ the same quantized.
+    def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Means of x̂ᵀ x̂ and xᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
 
         Returns:
             float32 [K, K] each.
         """
         hessian, cross, count = torch.zeros(()), torch.zeros(()), 0
-        act = self.recipe.activations
         for x in inputs:
-            exact = transform_rows(x, *self._transform(name))
-            q, scale, zero = quantize_rows(x, *self._transform(name), act.bits, act.symmetric, act.clip)
+            exact = transform(x, self.stages.get(site, [])).float()
+            q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
             seen = convention.dequantize(q, scale, zero.float())
             hessian = hessian.to(seen) + seen.T @ seen
             cross = cross.to(seen) + exact.T @ seen
             count += len(x)
         return hessian / count, cross / count
 
-    def _transform(self, name: str) -> tuple[str, int, None]:
-        r4 = self.online.r4 if name == "mlp.down_proj" else 0
-        return ("hadamard" if r4 else "none"), r4, None
+    def _activations(self, site: str) -> tuple[int, bool, float]:
+        act = self.recipe.activations
+        return act.bits, act.symmetric, self.layer.clips.get(site, act.clip)
 
     def _quantize(self, name: str, weight: Tensor, hessian: Tensor | None) -> None:
-        options = self.recipe.weights
+        options, down, up = self.recipe.weights, None, None
+        if options.rank:
+            down, up, weight = self._branch(weight, hessian)
         scale = rtn.weight_scale(weight, options.bits, options.group_size, options.clip_search, self.dtype)
-        if hessian is None:
+        if hessian is None or options.method == "rtn":
             codes = rtn.quantize(weight, scale, options.bits)
         else:
             codes = gptq.quantize(weight, scale, hessian, options.bits, options.damping, options.act_order)
         self.errors.append(((rtn.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
-        self.done[name] = pack(codes, scale, options.bits)
+        self.done[name] = pack(codes, scale, options.bits, down, up)
+
+    def _branch(self, weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """D, U in the checkpoint's dtype and what is left of the weight."""
+        options = self.recipe.weights
+
+        def rounded(rest: Tensor) -> Tensor:
+            scale = rtn.weight_scale(rest, options.bits, options.group_size, False, self.dtype)
+            return rtn.dequantize(rtn.quantize(rest, scale, options.bits), scale)
+
+        split = low_rank.low_rank(
+            weight, options.rank, rounded, torch.Generator().manual_seed(0), hessian,
+            row_maxima=options.branch == "tsvd", dtype=self.dtype,
+        )  # fmt: skip
+        return split.down.to(self.dtype), split.up.to(self.dtype), split.residual
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """The served linear: the same op on the same packed weights."""
-        linear, act = self.done[name], self.recipe.activations
-        bias = self.tensors.get(f"{name}.bias")
-        settings = (*self._transform(name), act.bits, act.symmetric, act.clip)
-        return int_linear(x, linear.prepared, linear.scale, bias, linear.bits, *settings)
+        packed, site = self.done[name], SITE_OF[name]
+        return linear(
+            x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.bits, self.stages.get(site, []),
+            *self._activations(site), packed.down, packed.up,
+        )  # fmt: skip
 
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
+def stored_stage(stage: Stage) -> Tensor:
+    """A stage's tensor as the checkpoint stores it: indices int32, a transform in full float32 precision."""
+    assert stage.tensor is not None
+    return stage.tensor.to(torch.int32 if stage.kind == "permutation" else torch.float32).contiguous()
+
+
+def kv_format(recipe: Recipe, transforms: Transforms, layer: LayerTransforms) -> KVFormat | None:
+    """The 4-bit cache of one layer, None where the cache is not quantized."""
+    kv = recipe.kv
+    if kv.bits == 16:
+        return None
+    clips = (layer.clips.get("key", kv.key_clip), layer.clips.get("value", kv.value_clip))
+    return KVFormat(kv.symmetric, *clips, transforms.r3)

@@ -1,6 +1,6 @@
 """The main path, top to bottom: a Hugging Face checkpoint becomes a served 4-bit checkpoint.
 
-    check the source  ->  calibration tokens  ->  equivalence gate  ->  embeddings
+    check the source  ->  calibration tokens  ->  learn the transforms  ->  equivalence gate  ->  embeddings
       ->  each decoder layer: read, fold, quantize, write, note in the journal  ->  lm_head  ->  config, card
 
 One layer is in memory at a time; what a layer needs of the ones before it is the calibration chain.
@@ -27,14 +27,18 @@ from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
 from rotquant.decoder import Decoder
 from rotquant.errors import RotQuantError
-from rotquant.fold import Fold, Online, generator, online_transforms
-from rotquant.format import FORMAT_VERSION, KVFormat
+from rotquant.fold import Fold
+from rotquant.format import FORMAT_VERSION
 from rotquant.gate import check_equivalence
+from rotquant.initial import generator, initial_transforms
 from rotquant.journal import Journal
 from rotquant.layerwise import LayerQuantizer, pack
+from rotquant.learn.plan import learn
+from rotquant.learn.stream import Learner
 from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
+from rotquant.space import Transforms
 from rotquant.weights import rtn
 
 GATE_TOKENS = 64
@@ -50,13 +54,16 @@ class Run:
     arch: Architecture
     recipe: Recipe
     profile: str
-    online: Online
-    fold: Fold
+    transforms: Transforms  # those that need no learning at first; `learn_transforms` completes them
     calibrated: Calibrated | None
     dtype: torch.dtype
     device: str
     seed: int
     tp_max: int
+
+    @property
+    def fold(self) -> Fold:
+        return Fold(self.arch, self.transforms)
 
     def shard(self, number: int) -> str:
         """Name of a shard: 1 the embeddings, then one a layer, the last one the head."""
@@ -107,6 +114,7 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
+            learn_transforms(run, journal)
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
@@ -133,7 +141,7 @@ def prepare(
     expected = expected_shapes(arch.config)
     source.check(expected, optional=[LM_HEAD] if arch.tied else [])
     check_groups(chosen, expected)
-    online = online_transforms(chosen, arch, tp_max)
+    transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
         length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
@@ -144,8 +152,7 @@ def prepare(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[EMBEDDING]]
-    fold = Fold(chosen, arch, online, seed)
-    return Run(folder, source, arch, chosen, profile, online, fold, calibrated, dtype, device, seed, tp_max)
+    return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
 def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
@@ -207,15 +214,24 @@ def finished(run: Run, output: Path, digest: str) -> bool:
     """True where the output folder is what this run would make."""
     try:
         found = json.loads((output / "config.json").read_text())["rotquant"]
+        made = found["profile"], found["provenance"]
     except (OSError, ValueError, KeyError):
         return False
-    return found == json.loads(json.dumps(extension(run, digest)))
+    return made == (run.profile, json.loads(json.dumps(provenance(run, digest))))
 
 
-def extension(run: Run, digest: str) -> dict[str, Any]:
-    """The key `rotquant` of the output's config.json."""
-    origin = export.provenance(run.recipe, run.fold, run.seed, run.tp_max, digest, run.calibrated)
-    return export.extension(run.recipe, run.profile, origin)
+def provenance(run: Run, digest: str) -> dict[str, Any]:
+    return export.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+
+
+def learn_transforms(run: Run, journal: Journal) -> None:
+    """Finds the values of the transforms that depend on the model, and puts them into the run."""
+    if not run.recipe.needs_learning:
+        return
+    assert run.calibrated is not None
+    tokens = run.calibrated.tokens
+    job = Learner(run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max)
+    learn(job, journal)
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -244,25 +260,23 @@ def write_embedding(run: Run, journal: Journal) -> None:
 
 def write_layers(run: Run, journal: Journal) -> None:
     """Folds, quantizes and writes the decoder layers that are not written yet."""
-    arch, kv = run.arch, run.recipe.kv
+    arch, fold = run.arch, run.fold
     first = next((i for i in range(arch.layers) if not journal.done(f"layer {i}")), arch.layers)
     if first == arch.layers:
         return
     if first:
         say(f"resuming at layer {first}")
     cos, sin = rotary(arch.config, run.calibrated.tokens.shape[1] if run.calibrated else 1)
-    cache = KVFormat(kv.symmetric, kv.key_clip, kv.value_clip, run.online.r3) if kv.bits == 4 else None
-    decoder = Decoder(arch, cos[0].to(run.device), sin[0].to(run.device), cache)
-    quantizer = LayerQuantizer(run.recipe, run.online, decoder, run.dtype, run.device)
+    decoder = Decoder(arch, cos[0].to(run.device), sin[0].to(run.device))
+    quantizer = LayerQuantizer(run.recipe, run.transforms, decoder, run.dtype, run.device)
     chain = journal.load_chain(first) if run.calibrated else None
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
             prefix = arch.layer_prefix(index)
-            stored, chain = quantizer(run.fold.layer(run.source.layer(prefix), index), chain)
+            stored, chain = quantizer(index, fold.layer(run.source.layer(prefix), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = {prefix + name: tensor for name, tensor in stored.items()}
-            tensors |= export.marker(run.online, run.dtype) if index == 0 else {}
+            tensors = {prefix + name: t for name, t in export.layer_tensors(stored, run.transforms, index).items()}
             journal.finish(f"layer {index}", run.shard(index + 2), tensors, errors=quantizer.errors)
             journal.drop_chain(index)
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
@@ -291,9 +305,10 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
     """config.json, index, tokenizer and model card; read back before they count."""
-    quantization = export.quantization_config(run.recipe, run.arch, run.online)
+    quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
     export.copy_companions(run.model, journal.folder)
-    export.write_config(run.model, journal.folder, run.arch, quantization, extension(run, digest))
+    extension = export.extension(run.recipe, run.transforms, run.profile, provenance(run, digest))
+    export.write_config(run.model, journal.folder, run.arch, quantization, extension)
     written: dict[str, str] = {}
     for shard in journal.files():
         for name in Source.names(journal.folder / shard):
@@ -301,5 +316,5 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
     size = export.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
     export.write_card(
-        journal.output, journal, run.recipe, run.arch, run.online, run.profile, run.calibrated, size, before
+        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
     )

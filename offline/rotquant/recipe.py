@@ -1,7 +1,11 @@
 """Recipes: a quantization method as data. One YAML file each, in `recipes/`, or a file of your own.
 
-rotations    r1 residual stream, r2 values, r3 queries and keys (online), r4 down_proj input (online)
-weights      bits, group size, RTN or GPTQ, clip search
+rotations    what R1 to R4 start from: residual stream, values, queries and keys (online), down_proj's input (online)
+scales       channel factors that are folded: behind the norms, between values and o_proj, between up and down_proj
+online       more transforms that run before the linears of a site, beside R4
+learn        how the values of all these are found: surrogate (R1, R2, without backpropagation through the model),
+             blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
+weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
@@ -20,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rotquant.errors import RotQuantError
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
-Rotation = Literal["none", "hadamard"]
+Site = Literal["attn", "o", "mlp", "down"]
 
 
 class _Part(BaseModel):
@@ -28,12 +32,110 @@ class _Part(BaseModel):
 
 
 class Rotations(_Part):
-    """Which rotations are used. R1 and R2 are folded into the weights, R3 and R4 run online."""
+    """Where the rotations start; `learn` moves R1 and R2. R1 and R2 are folded into the weights, R3 and R4 run online.
 
-    r1: Rotation = "none"
-    r2: Rotation = "none"
-    r3: Rotation = "none"
-    r4: Rotation = "none"
+    random: a uniformly drawn orthogonal matrix. klt: eigenvectors (of the weights that read the residual stream for R1,
+    of o_proj for R2, as OSTQuant) times a Hadamard. walsh: Walsh matrices in order of sequency on the diagonal.
+    """
+
+    r1: Literal["none", "hadamard", "walsh", "random", "klt"] = "none"
+    r2: Literal["none", "hadamard", "random", "klt"] = "none"
+    r3: Literal["none", "hadamard"] = "none"
+    r4: Literal["none", "hadamard"] = "none"
+    walsh_block: int = Field(default=128, ge=2, description="size of the blocks of r1: walsh")
+    mean_to_ones: bool = Field(
+        default=False,
+        description="append to R1 the reflection of the tokens' mean onto the all-ones direction: the mean becomes a"
+        " constant of each token, which an asymmetric quantizer's zero point takes",
+    )
+
+
+class Scales(_Part):
+    """Channel factors, each none or smooth: max|X|^alpha / max|W|^(1 - alpha). Learning starts from them, or from 1."""
+
+    norms: Literal["none", "smooth"] = "none"
+    values: Literal["none", "smooth"] = "none"
+    up: Literal["none", "smooth"] = "none"
+    alpha: float | Literal["search"] = Field(
+        default=0.5, description="0: weights decide, 1: activations; search: least error of each site on a grid"
+    )
+    order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
+
+
+class OnlineStages(_Part):
+    """Online transforms at each site, in order, after R4. greedy: RUQuant's or DuQuant's product of rotations."""
+
+    attn: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
+    o: list[Literal["heads", "kronecker", "dense", "greedy", "shift"]] = []
+    mlp: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
+    down: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
+    block: int = Field(default=128, ge=2, description="size of the blocks of dense and greedy")
+    greedy: Literal["ruquant", "duquant"] = "ruquant"
+
+    def of(self, site: str) -> list[str]:
+        return list(getattr(self, site))
+
+
+class Surrogate(_Part):
+    """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
+
+    targets: list[Literal["r1", "r2"]] = ["r1"]
+    objective: Literal[
+        "quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"
+    ] = "quantization_error"
+    optimiser: Literal["procrustes", "qr", "cayley", "adam"] = "procrustes"
+    steps: int = Field(default=100, ge=1)
+    polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
+    lr: float = Field(default=0.01, gt=0)
+    massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
+    rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
+
+
+class Blockwise(_Part):
+    """AdamW on one decoder layer at a time: its output, fake-quantized, is to equal the full-precision one."""
+
+    learns: list[Literal["s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip", "weight_clip", "r2", "online"]] = [
+        "s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip",
+    ]  # fmt: skip
+    epochs: int = Field(default=5, ge=1)
+    batch: int = Field(default=4, ge=1)
+    lr: float = Field(default=5e-3, gt=0)
+    clip_lr: float = Field(default=5e-2, gt=0)
+    rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
+    samples: int = Field(default=128, ge=1)
+    inputs: Literal["full", "quantized"] = Field(
+        default="full", description="what a layer sees while it learns: full-precision inputs, or those of the layers before"
+    )
+    weight_bits: Literal[4, 8, 16] = Field(default=4, description="while learning; 16 leaves the weights to GPTQ")
+
+
+class EndToEnd(_Part):
+    """Gradients of a loss of the logits through the whole fake-quantized model."""
+
+    objective: Literal["cross_entropy", "kl_top"] = "kl_top"
+    learns: list[Literal["r1", "r2", "s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip", "online"]] = ["r1", "r2"]
+    optimiser: Literal["cayley", "adam"] = Field(default="adam", description="of the rotations")
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=8, ge=1)
+    lr: float = Field(default=1e-2, gt=0, description="of the rotations")
+    scale_lr: float = Field(default=2e-3, gt=0)
+    top: int = Field(default=1000, ge=1, description="kl_top: how many of the teacher's tokens")
+    weight_bits: Literal[4, 8, 16] = 16
+
+
+class Learning(_Part):
+    surrogate: Surrogate | None = None
+    blockwise: Blockwise | None = None
+    end_to_end: EndToEnd | None = None
+
+    def without_clips(self) -> Learning:
+        """The same for a checkpoint that can hold no clip ratio and no online matrix."""
+
+        def fewer(part: Any) -> Any:
+            kept = [name for name in part.learns if name not in ("act_clip", "kv_clip", "online")] if part else []
+            return part.model_copy(update={"learns": kept}) if kept else None
+
+        return self.model_copy(update={"blockwise": fewer(self.blockwise), "end_to_end": fewer(self.end_to_end)})
 
 
 class Weights(_Part):
@@ -44,6 +146,14 @@ class Weights(_Part):
     damping: float = Field(default=0.01, gt=0, description="GPTQ: share of the mean Hessian diagonal added to it")
     refit: bool = Field(default=True, description="GPTQ: first fit the weights to the inputs as they are quantized")
     act_order: bool = Field(default=True, description="GPTQ: quantize the columns of largest Hessian diagonal first")
+    rank: int = Field(default=0, ge=0, description="of a low-rank branch in full precision beside the integers")
+    branch: Literal["svd", "tsvd"] = Field(
+        default="svd", description="svd: alternate with quantization; tsvd: also lower the residual's row maxima (FRTQ)"
+    )
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.method == "gptq" or self.rank > 0
 
 
 class Activations(_Part):
@@ -74,6 +184,9 @@ class Recipe(_Part):
     paper: str = ""
     deviations: str = Field(default="", description="where this recipe differs from its paper")
     rotations: Rotations = Rotations()
+    scales: Scales = Scales()
+    online: OnlineStages = OnlineStages()
+    learn: Learning = Learning()
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv: KVCache = KVCache()
@@ -82,12 +195,20 @@ class Recipe(_Part):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.method == "gptq"
+        return self.weights.needs_inputs or self.needs_learning
 
     @property
-    def folds(self) -> bool:
-        """True where the norm gains have to be folded into the linears that follow them."""
-        return self.rotations.r1 != "none"
+    def needs_learning(self) -> bool:
+        """True where some transform depends on the model's weights or on calibration text."""
+        scales, online, learn = self.scales, self.online, self.learn
+        return bool(
+            "klt" in (self.rotations.r1, self.rotations.r2)
+            or self.rotations.mean_to_ones
+            or "smooth" in (scales.norms, scales.values, scales.up)
+            or scales.order
+            or any(online.of(site) for site in ("attn", "o", "mlp", "down"))
+            or learn.surrogate or learn.blockwise or learn.end_to_end
+        )  # fmt: skip
 
 
 def shipped() -> list[tuple[str, str]]:

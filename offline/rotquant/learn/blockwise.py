@@ -1,0 +1,84 @@
+"""AdamW on one decoder layer: scales, clips and online matrices that keep its quantized output near the exact one.
+
+    loss = mean over tokens of |f_q(x_t) - f(h_t)|² / |f(h_t)|²
+
+Relative per token, because the next norm divides every token by its size: a massive token must not hide the others.
+x is the exact input h, or what the quantized layers before make of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rotquant.decoder import Decoder
+from rotquant.fold import Tensors
+from rotquant.initial import generator
+from rotquant.learn.orthogonal import StiefelAdam
+from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
+from rotquant.learn.stream import Learner
+from rotquant.recipe import Blockwise
+from rotquant.space import LayerTransforms
+
+
+def quantized_layer(
+    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int
+) -> QuantizedLayer:
+    """The layer with its quantizers, `start` being where the learned parts of its transforms begin."""
+    qk_norm = "self_attn.k_norm.weight" in tensors
+    parameters = LayerParameters(start, learns, job.recipe, job.arch, qk_norm).to(job.device)
+    layer = QuantizedLayer(parameters, job.recipe, decoder, job.transforms.r3, weight_bits, job.dtype)
+    layer.search_clips(tensors)
+    return layer
+
+
+def learn_blockwise(
+    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor, index: int
+) -> LayerTransforms:
+    """Learns what `recipe.learn.blockwise.learns` names.
+
+    Args:
+        tensors: of the layer, R1 folded, float32; start: where learning begins.
+        inputs, wanted: [samples, T, hidden] before the layer, and after the exact layer.
+        index: of the layer, for the order of the batches.
+    """
+    options = job.recipe.learn.blockwise
+    assert options is not None
+    layer = quantized_layer(job, decoder, tensors, start, list(options.learns), options.weight_bits)
+    random = generator(job.seed, f"batches.{index}")
+    steps = options.epochs * math.ceil(len(inputs) / options.batch)
+    optimisers, schedule = make_optimisers(layer.parameters, options, steps)
+    for step, chosen in enumerate(batches(len(inputs), options, random)):
+        loss = relative_error(layer(tensors, inputs[chosen].to(job.device)), wanted[chosen].to(job.device))
+        loss.backward()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+    return layer.parameters.result()
+
+
+def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of |output - wanted|² / |wanted|²; [..., hidden] each."""
+    return ((output - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+
+
+def make_optimisers(parameters: LayerParameters, options: Blockwise, steps: int):  # type: ignore[no-untyped-def]
+    plain, rotations = parameters.groups(options.lr, options.clip_lr, options.rotation_lr)
+    made: list[torch.optim.Optimizer] = []
+    if plain:
+        made.append(torch.optim.AdamW(plain, weight_decay=0))
+    if rotations:
+        made.append(StiefelAdam(rotations))
+    for optimiser in made:
+        for group in optimiser.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+
+def batches(count: int, options: Blockwise, random: torch.Generator) -> list[Tensor]:
+    """Indices of the windows of each step."""
+    return [part for _ in range(options.epochs) for part in torch.randperm(count, generator=random).split(options.batch)]

@@ -1,0 +1,120 @@
+"""Rotations and scales by gradients of a loss of the logits, through the whole fake-quantized model.
+
+    cross_entropy   -mean log q(next token)                                  (SpinQuant)
+    kl_top          Σ p log(p / q) over the teacher's most likely tokens     (OSTQuant; `objectives.kl_top`)
+
+p is the full-precision model, q the quantized one. Every layer's weights are in memory, in float32; a layer's
+activations are computed anew for its gradients, so that those of one layer are kept at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rotquant.decoder import float_linear
+from rotquant.fold import fold_r1
+from rotquant.initial import generator
+from rotquant.learn import objectives, procrustes
+from rotquant.learn.blockwise import quantized_layer
+from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
+from rotquant.learn.stream import Learner
+from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD
+from rotquant.progress import Progress
+from rotquant.recipe import EndToEnd
+from rotquant.transforms.dense import Dense
+
+
+class QuantizedModel:
+    """The whole model with quantization that gradients pass through; R1 is a parameter where it is learned."""
+
+    def __init__(self, job: Learner, options: EndToEnd) -> None:
+        self.job, self.decoder, arch, source = job, job.decoder(), job.arch, job.source
+        rotation = job.transforms.r1
+        eye = torch.eye(arch.hidden_size, dtype=torch.float64)
+        self.r1 = nn.Parameter(rotation.rows(eye).float(), requires_grad="r1" in options.learns) if rotation else None
+        embedding = source.get(EMBEDDING)
+        self.embedding, self.gain = embedding.float(), source.get(FINAL_NORM).float()
+        self.head = self.embedding if arch.tied else source.get(LM_HEAD).float()
+        self.tensors, self.layers = [], []
+        for index in range(arch.layers):
+            folded, raw = job.layer(index), job.source.layer(arch.layer_prefix(index))
+            start = job.transforms.layers[index]
+            learns = [name for name in options.learns if name != "r1"]
+            self.layers.append(quantized_layer(job, self.decoder, folded, start, learns, options.weight_bits))
+            self.tensors.append({name: tensor.float() for name, tensor in raw.items()})
+
+    def teacher(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, vocab] of the full-precision model."""
+        h = self.embedding[tokens]
+        for tensors in self.tensors:
+            h = self.decoder.layer(tensors, h, float_linear(tensors))
+        return self.decoder.norm(h, self.gain) @ self.head.T
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, vocab] of the quantized model."""
+        h = self.embedding[tokens]
+        rotation = Dense(self.r1) if self.r1 is not None else None
+        h = rotation.rows(h) if rotation else h
+        for tensors, layer in zip(self.tensors, self.layers, strict=True):
+            def run(h: Tensor, tensors=tensors, layer=layer) -> Tensor:  # type: ignore[no-untyped-def]
+                return layer(fold_r1(tensors, rotation) if rotation else tensors, h)
+
+            h = checkpoint(run, h, use_reentrant=False)
+        h = h @ self.r1.T if self.r1 is not None else h  # the head is not quantized: in the model's own basis
+        return self.decoder.norm(h, self.gain) @ self.head.T
+
+
+def learn_end_to_end(job: Learner) -> None:
+    """Learns what `recipe.learn.end_to_end.learns` names, and puts it into job.transforms."""
+    options = job.recipe.learn.end_to_end
+    assert options is not None
+    model = QuantizedModel(job, options)
+    optimisers = make_optimisers(model, options)
+    random = generator(job.seed, "end_to_end")
+    with Progress("end to end: step", options.steps) as progress:
+        for step in range(options.steps):
+            chosen = torch.randint(len(job.tokens), (options.batch,), generator=random)
+            total = 0.0
+            for window in chosen.tolist():  # gradients add up over the batch
+                loss = loss_of(model, job.tokens[window : window + 1], options) / options.batch
+                loss.backward()
+                total += loss.item()
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = group["initial_lr"] * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+            progress.step(f"loss {total:.4f}")
+    job.transforms.layers = [layer.parameters.result() for layer in model.layers]
+    if model.r1 is not None:
+        job.transforms.r1 = Dense(procrustes.nearest_rotation(model.r1.detach().double()))
+
+
+def loss_of(model: QuantizedModel, tokens: Tensor, options: EndToEnd) -> Tensor:
+    logits = model(tokens)
+    if options.objective == "cross_entropy":
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    with torch.no_grad():
+        exact = model.teacher(tokens)
+    return objectives.kl_top(logits.flatten(0, 1), exact.flatten(0, 1), options.top)
+
+
+def make_optimisers(model: QuantizedModel, options: EndToEnd) -> list[torch.optim.Optimizer]:
+    plain, rotations = [], []
+    for layer in model.layers:
+        groups = layer.parameters.groups(options.scale_lr, options.scale_lr, options.lr)
+        plain += groups[0]
+        rotations += groups[1]
+    if model.r1 is not None and model.r1.requires_grad:
+        rotations.append({"params": [model.r1], "lr": options.lr})
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(plain, weight_decay=0)] if plain else []
+    if rotations:
+        made.append((CayleySGD if options.optimiser == "cayley" else StiefelAdam)(rotations))
+    for optimiser in made:
+        for group in optimiser.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made

@@ -1,0 +1,170 @@
+"""The transforms of one layer after another: scales, R2, the order of channels, online stages; then blockwise learning.
+
+Smoothing takes its scales from the tokens and the weights of a site (`transforms.scaling`); what is folded is 1 / λ.
+α is given, or searched: at the norms and at up_proj the one of least output error, at the values always 0.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rotquant.fold import Tensors, per_query_head
+from rotquant.initial import generator
+from rotquant.learn.blockwise import learn_blockwise, quantized_layer
+from rotquant.learn.greedy import greedy_stages
+from rotquant.learn.procrustes import massive_tokens
+from rotquant.learn.rotations import learn_r2
+from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.recipe import Blockwise
+from rotquant.space import SITES, LayerTransforms
+from rotquant.transforms.hadamard import RandomHadamard
+from rotquant.transforms.kronecker import factor_pair
+from rotquant.transforms.permutation import zigzag
+from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant_kernels import Stage, reference
+
+ROWS = 4096  # tokens of a site that are kept
+VALUES_ALPHA = 0.5
+
+
+class LayerLearner:
+    """Learns the layers from the first to the last.
+
+    The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+    """
+
+    def __init__(self, job: Learner) -> None:
+        self.job, self.decoder = job, job.decoder()
+        self.block = job.recipe.learn.blockwise
+        samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
+        self.chain = job.embedded(samples)
+        self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
+
+    def __call__(self, index: int, known: LayerTransforms | None = None) -> LayerTransforms:
+        """The transforms of layer `index`, in turn; `known` ones, of an interrupted run, are only passed through."""
+        job, tensors = self.job, self.job.layer(index)
+        seen = Capture(ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
+        after = forward(job, self.decoder, tensors, self.chain, seen)
+        layer = known or SampleLearner(job, index, tensors, seen).layer
+        if self.block and known is None:
+            inputs = self.chain if self.quantized is None else self.quantized
+            layer = learn_blockwise(job, self.decoder, tensors, layer, inputs, after, index)
+        if self.block and self.quantized is not None:
+            fixed = quantized_layer(job, self.decoder, tensors, layer, [], self.block.weight_bits)
+            with torch.no_grad():
+                self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
+        self.chain = after
+        return layer
+
+
+class SampleLearner:
+    """What needs no gradients through the layer: everything from samples of what its sites see.
+
+    Args:
+        tensors: of the layer, R1 folded.
+    """
+
+    def __init__(self, job: Learner, index: int, tensors: Tensors, seen: Capture) -> None:
+        self.job, self.index, self.recipe, self.tensors = job, index, job.recipe, tensors
+        self.x = {site: seen.rows(site) for site in (*SITES, "v")}
+        self.layer = replace(job.transforms.layers[index])
+        self.layer.inputs = {site: list(stages) for site, stages in self.layer.inputs.items()}
+        self.smooth()
+        if self.layer.r2 is not None:
+            self.layer.r2 = learn_r2(job, index, self.x["v"])
+            self.x["o"] = self.heads_rotated(self.x["o"], self.layer.r2)
+        if self.recipe.scales.order:
+            self.layer.order = zigzag(self.x["down"].abs().amax(0), self.r4_block() or 1, job.tp_max)
+            self.x["down"] = self.x["down"][:, self.layer.order]
+        for site in SITES:
+            self.add_stages(site)
+
+    def smooth(self) -> None:
+        """The scales that the recipe asks for, into the layer, and what the sites see behind them."""
+        scales, layer, x = self.recipe.scales, self.layer, self.x
+        if scales.norms == "smooth":
+            layer.s_attn, layer.s_mlp = 1 / self.scale("attn"), 1 / self.scale("mlp")
+            x["attn"], x["mlp"] = x["attn"] * layer.s_attn.float(), x["mlp"] * layer.s_mlp.float()
+        if scales.values == "smooth":
+            layer.s_ov = 1 / self.values_scale()
+            per_head = per_query_head(layer.s_ov.view(self.job.arch.kv_heads, -1), self.job.arch).flatten()
+            x["v"], x["o"] = x["v"] * layer.s_ov.float(), x["o"] * per_head.float()
+        if scales.up == "smooth":
+            layer.s_ud = 1 / self.scale("down")
+            x["down"] = x["down"] * layer.s_ud.float()
+
+    def scale(self, site: str) -> Tensor:
+        """λ float64 [K] of a site."""
+        x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
+        weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in SITES[site]])
+        if alpha != "search":
+            return smooth_scale(x.abs().amax(0), weight.abs().amax(0), float(alpha))
+        block = self.r4_block() if site == "down" else 0
+
+        def rotate(rows: Tensor) -> Tensor:
+            return reference.hadamard(rows, block) if block else rows
+
+        return search_scale(
+            x, weight, rotate, act.bits, act.symmetric, act.clip, self.recipe.weights.bits
+        )[1]  # fmt: skip
+
+    def values_scale(self) -> Tensor:
+        """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""
+        arch, alpha = self.job.arch, self.recipe.scales.alpha
+        x, weight = (
+            t.abs().amax(0).view(arch.kv_heads, -1, arch.head_dim).amax(1).flatten()
+            for t in (self.x["o"], self.tensors["self_attn.o_proj.weight"].cpu())
+        )
+        return smooth_scale(x, weight, VALUES_ALPHA if alpha == "search" else float(alpha))
+
+    def heads_rotated(self, x: Tensor, r2: Tensor) -> Tensor:
+        rotation = per_query_head(r2, self.job.arch).float()
+        return torch.einsum("nhd,hde->nhe", x.unflatten(1, (-1, self.job.arch.head_dim)), rotation).flatten(1)
+
+    def r4_block(self) -> int:
+        return next((stage.block for stage in self.job.transforms.layers[0].inputs.get("down", [])), 0)
+
+    def add_stages(self, site: str) -> None:
+        """The site's own online stages, behind R4 where there is one; learning may move their tensors."""
+        wanted = self.recipe.online.of(site)
+        if not wanted:
+            return
+        chain, x = self.layer.inputs.setdefault(site, []), self.x[site]
+        for stage in chain:
+            x = reference.online_stage(x, *stage)
+        for kind in wanted:
+            for stage in self.stages(kind, site, x):
+                chain.append(stage)
+                x = reference.online_stage(x, *stage)
+
+    def stages(self, kind: str, site: str, x: Tensor) -> list[Stage]:
+        """The stages that a name of the recipe stands for; x [n, K] is what they will see."""
+        width, options = x.shape[1], self.recipe.online
+        random = generator(self.job.seed, f"{kind}.{site}.{self.index}")
+        if kind == "shift":
+            return [Stage("shift", width, x[~massive_tokens(x)].mean(0))]
+        if kind == "dense":
+            return [Stage("dense", options.block, rotation(options.block, random))]
+        if kind == "greedy":
+            made = greedy_stages(x, options.block, random, options.greedy, self.recipe.activations.symmetric, self.job.tp_max)
+            if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
+                made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
+            return made
+        if kind == "heads":
+            size = self.job.arch.head_dim
+            return [kronecker(rotation(width // size, random), torch.eye(size))]
+        outer, inner = factor_pair(width)
+        return [kronecker(rotation(outer, random), rotation(inner, random))]
+
+
+def rotation(size: int, random: torch.Generator) -> Tensor:
+    """A random Hadamard rotation as a matrix, float32 [size, size]."""
+    return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64)).float()
+
+
+def kronecker(left: Tensor, right: Tensor) -> Stage:
+    return Stage("kronecker", len(right), torch.cat((left.flatten(), right.flatten())))
+

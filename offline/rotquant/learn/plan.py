@@ -1,0 +1,84 @@
+"""Learning in its order: R1, then the layers from the first to the last, then end to end.
+
+Every step's result is a file of the journal: an interrupted run reads it back, and goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rotquant.journal import Journal
+from rotquant.learn.end_to_end import learn_end_to_end
+from rotquant.learn.layers import LayerLearner
+from rotquant.learn.rotations import learn_r1
+from rotquant.learn.stream import Learner
+from rotquant.progress import Progress
+from rotquant.recipe import Recipe
+from rotquant.space import LayerTransforms
+from rotquant.transforms.dense import Dense
+
+
+def learn(job: Learner, journal: Journal) -> None:
+    """Completes job.transforms as job.recipe says."""
+    if learns_r1(job.recipe):
+        known = journal.kept("learn r1")
+        if known is None:
+            known = learn_r1(job)
+            journal.keep("learn r1", known)
+        job.transforms.r1 = Dense(known["r1"])
+    if learns_layers(job.recipe):
+        learn_layers(job, journal)
+    if job.recipe.learn.end_to_end:
+        known = journal.kept("learn end to end")
+        if known is None:
+            learn_end_to_end(job)
+            known = all_tensors(job)
+            journal.keep("learn end to end", known)
+        restore(job, known)
+
+
+def learns_r1(recipe: Recipe) -> bool:
+    surrogate = recipe.learn.surrogate
+    learned = surrogate is not None and "r1" in surrogate.targets
+    return recipe.rotations.r1 != "none" and (
+        recipe.rotations.r1 == "klt" or recipe.rotations.mean_to_ones or learned
+    )
+
+
+def learns_layers(recipe: Recipe) -> bool:
+    scales, surrogate = recipe.scales, recipe.learn.surrogate
+    return (
+        recipe.learn.blockwise is not None
+        or recipe.rotations.r2 == "klt"
+        or (surrogate is not None and "r2" in surrogate.targets)
+        or "smooth" in (scales.norms, scales.values, scales.up)
+        or scales.order
+        or any(recipe.online.of(site) for site in ("attn", "o", "mlp", "down"))
+    )
+
+
+def learn_layers(job: Learner, journal: Journal) -> None:
+    learner = LayerLearner(job)
+    with Progress("learning: layer", job.arch.layers) as progress:
+        for index in range(job.arch.layers):
+            known = journal.kept(f"learn layer {index}")
+            layer = learner(index, LayerTransforms.from_tensors(known) if known else None)
+            if known is None:
+                journal.keep(f"learn layer {index}", layer.tensors())
+            job.transforms.layers[index] = layer
+            progress.step()
+
+
+def all_tensors(job: Learner) -> dict[str, Tensor]:
+    found = {f"layers.{i}.{k}": t for i, layer in enumerate(job.transforms.layers) for k, t in layer.tensors().items()}
+    return found | ({"r1": job.transforms.r1.matrix} if isinstance(job.transforms.r1, Dense) else {})
+
+
+def restore(job: Learner, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `all_tensors`."""
+    if "r1" in tensors:
+        job.transforms.r1 = Dense(tensors["r1"])
+    for i in range(job.arch.layers):
+        prefix = f"layers.{i}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        job.transforms.layers[i] = LayerTransforms.from_tensors(own)

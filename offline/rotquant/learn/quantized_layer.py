@@ -1,0 +1,171 @@
+"""A decoder layer with quantization that gradients pass through, and the parameters that learning moves.
+
+The forward pass is the served one: transforms folded by `fold`, weights, activations, K and V rounded by the numeric
+convention (`quantizers`), weights to nearest. What learning changes is the content of a `LayerTransforms`:
+
+    s_norms, s_ov, s_ud, s_qk    factors, learned as logarithms (they stay positive, and 1 is the neutral start)
+    act_clip, kv_clip            clip ratios of the four sites, of keys and values, behind a sigmoid
+    weight_clip                  one ratio for each scale of each weight matrix, behind a sigmoid (LWC of OmniQuant)
+    r2                           a rotation for each KV head, kept orthogonal by its optimiser
+    online                       the tensors of kronecker, dense and shift stages
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rotquant.decoder import Decoder, bias_of
+from rotquant.fold import Tensors, fold_layer
+from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
+from rotquant.models import LINEARS, Architecture
+from rotquant.recipe import Recipe
+from rotquant.space import SITE_OF, SITES, LayerTransforms
+from rotquant.weights import rtn
+from rotquant_kernels import convention, reference
+
+LEARNED_STAGES = ("kronecker", "dense", "shift")
+CLIPS = {"act_clip": tuple(SITES), "kv_clip": ("key", "value")}
+
+
+class LayerParameters(nn.Module):
+    """The learned part of one layer's transforms.
+
+    Args:
+        start: where learning begins; what is not learned stays as it is.
+        learns: names of the table above.
+        qk_norm: whether queries and keys are normalised behind their projections (then s_qk is one row).
+        dtype: of the parameters.
+    """
+
+    def __init__(self, start: LayerTransforms, learns: list[str], recipe: Recipe, arch: Architecture, qk_norm: bool):
+        super().__init__()
+        self.start, self.learns = start, learns
+        hidden, half = arch.hidden_size, arch.head_dim // 2
+        sizes = {
+            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (arch.kv_heads * arch.head_dim,),
+            "s_ud": (arch.intermediate_size,), "s_qk": (1 if qk_norm else arch.kv_heads, half),
+        }  # fmt: skip
+        kinds = {"s_attn": "s_norms", "s_mlp": "s_norms"}
+        self.scales, self.clips, self.stages = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, size in sizes.items():
+            if kinds.get(name, name) in learns:
+                first = getattr(start, name)
+                self.scales[name] = nn.Parameter(torch.zeros(size) if first is None else first.float().log())
+        defaults = dict.fromkeys(SITES, recipe.activations.clip)
+        defaults |= {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
+        for kind, names in CLIPS.items():
+            for name in names if kind in learns else ():
+                ratio = start.clips.get(name, defaults[name])
+                self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=0.98).logit())
+        self.r2 = nn.Parameter(start.r2.float().clone()) if "r2" in learns and start.r2 is not None else None
+        if "online" in learns:
+            for site, stages in start.inputs.items():
+                for i, stage in enumerate(stages):
+                    if stage.kind in LEARNED_STAGES and stage.tensor is not None:
+                        self.stages[f"{site}-{i}"] = nn.Parameter(stage.tensor.float().clone())
+        self.weight_clips = nn.ParameterDict()  # filled by `QuantizedLayer`, which knows the weights
+
+    def transforms(self) -> LayerTransforms:
+        """The transforms as they are now, with gradients; clips are left to `clip`."""
+        now = LayerTransforms(**{name: getattr(self.start, name) for name in ("r2", "order")}, inputs={})
+        for name in ("s_attn", "s_mlp", "s_ov", "s_ud", "s_qk"):
+            setattr(now, name, self.scales[name].exp() if name in self.scales else getattr(self.start, name))
+        if self.r2 is not None:
+            now.r2 = self.r2
+        for site, stages in self.start.inputs.items():
+            now.inputs[site] = [
+                stage._replace(tensor=self.stages[key]) if (key := f"{site}-{i}") in self.stages else stage
+                for i, stage in enumerate(stages)
+            ]
+        return now
+
+    def clip(self, name: str, default: float) -> Tensor | float:
+        """Clip ratio of a site, of "key" or of "value"."""
+        if name in self.clips:
+            return self.clips[name].sigmoid()
+        return self.start.clips.get(name, default)
+
+    @torch.no_grad()
+    def result(self) -> LayerTransforms:
+        """What was learned, for folding."""
+        made = LayerTransforms.from_tensors({k: t.clone() for k, t in self.transforms().tensors().items()})
+        made.clips = self.start.clips | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
+        return made
+
+    def groups(self, lr: float, clip_lr: float, rotation_lr: float) -> tuple[list[dict], list[dict]]:
+        """Parameter groups for AdamW, and for an optimiser of rotations."""
+        plain = [{"params": [*self.scales.values(), *self.stages.values()], "lr": lr}]
+        plain += [{"params": [*self.clips.values(), *self.weight_clips.values()], "lr": clip_lr}]
+        rotations = [{"params": [self.r2], "lr": rotation_lr}] if self.r2 is not None else []
+        return [group for group in plain if group["params"]], rotations
+
+
+class QuantizedLayer:
+    """The forward pass of a layer as it will be served.
+
+    Args:
+        parameters: what is learned; decoder: how a layer computes; r3: Hadamard block on queries and keys.
+        weight_bits: 16 leaves weights as they are; dtype: of the checkpoint's scales.
+    """
+
+    def __init__(
+        self, parameters: LayerParameters, recipe: Recipe, decoder: Decoder, r3: int, weight_bits: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.parameters, self.recipe, self.decoder, self.r3 = parameters, recipe, decoder, r3
+        self.weight_bits, self.dtype = weight_bits, dtype
+        self.ratios: dict[str, Tensor] = {}
+
+    def search_clips(self, base: Tensors) -> None:
+        """Starts each weight scale's clip ratio at the one that `weights.rtn` would choose."""
+        if self.weight_bits == 16:
+            return
+        with torch.no_grad():
+            folded = fold_layer(base, self.parameters.transforms(), self.decoder.arch)
+        options = self.recipe.weights
+        for name in LINEARS:
+            weight = folded[f"{name}.weight"]
+            best = rtn.weight_scale(weight, self.weight_bits, options.group_size, options.clip_search, torch.float32)
+            full = convention.qparams(rtn.grouped(weight, options.group_size), self.weight_bits, True)[0].squeeze(-1)
+            self.ratios[name] = (best / full).clamp(max=1)
+        if "weight_clip" in self.parameters.learns:
+            for name, ratio in self.ratios.items():
+                logit = ratio.clamp(max=0.98).logit()
+                self.parameters.weight_clips[name.replace(".", "-")] = nn.Parameter(logit)
+
+    def __call__(self, base: Tensors, h: Tensor) -> Tensor:
+        """h' of h [..., T, hidden]; base: the layer's tensors, R1 folded."""
+        transforms = self.parameters.transforms()
+        tensors = fold_layer(base, transforms, self.decoder.arch)
+        for name in LINEARS:
+            tensors[f"{name}.weight"] = self._weight(name, tensors[f"{name}.weight"])
+        seen: tuple[str, Tensor] | None = None  # the linears of a site share their quantized input
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            nonlocal seen
+            site = SITE_OF[name]
+            if seen is None or seen[0] != site:
+                y = x
+                for stage in transforms.inputs.get(site, []):
+                    y = reference.online_stage(y, *stage)
+                act = self.recipe.activations
+                seen = site, fake_quantize(y, act.bits, act.symmetric, self.parameters.clip(site, act.clip))
+            return nn.functional.linear(seen[1], tensors[f"{name}.weight"], bias_of(tensors, name))
+
+        return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
+
+    def _weight(self, name: str, weight: Tensor) -> Tensor:
+        if self.weight_bits == 16:
+            return weight
+        learned = self.parameters.weight_clips
+        key = name.replace(".", "-")
+        ratio = learned[key].sigmoid() if key in learned else self.ratios[name]
+        return fake_quantize_weight(weight, self.weight_bits, self.recipe.weights.group_size, ratio, self.dtype)
+
+    def _cache(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kv, clip = self.recipe.kv, self.parameters.clip
+        if self.r3:
+            query, key = reference.hadamard(query, self.r3), reference.hadamard(key, self.r3)
+        key = fake_quantize_kv(key, kv.symmetric, clip("key", kv.key_clip))
+        return query, key, fake_quantize_kv(value, kv.symmetric, clip("value", kv.value_clip))

@@ -1,0 +1,152 @@
+"""R1 for the whole model and R2 for each layer from samples of the rows they rotate: no gradients through the model.
+
+R1 rotates the residual stream; what is quantized is its RMS-normalised rows x / rms(x), whatever the norms' gains, which
+are folded. So rows of every site count the same (FRTQ's uniform preconditioning holds by construction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rotquant.initial import generator
+from rotquant.learn import objectives, orthogonal, procrustes, targets
+from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.progress import Progress
+from rotquant.recipe import Activations, KVCache, Surrogate
+from rotquant.space import SITES
+from rotquant.transforms.dense import Dense
+from rotquant.transforms.householder import mean_to_ones, reflect_rows
+from rotquant.transforms.klt import covariance, equal_variances
+
+BATCH = 2048
+
+
+def learn_r1(job: Learner) -> dict[str, Tensor]:
+    """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it."""
+    options, rotations = job.recipe.learn.surrogate, job.recipe.rotations
+    eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
+    assert job.transforms.r1 is not None
+    r1 = job.transforms.r1.rows(eye)
+    job.transforms.r1 = None  # rows and weights in the model's own basis
+    if rotations.r1 == "klt":
+        r1 = equal_variances(reading_covariance(job))
+    learns = options is not None and "r1" in options.targets
+    if learns or rotations.mean_to_ones:
+        rows = residual_rows(job, options.rows if options else Surrogate().rows)
+        if options and learns:
+            r1 = surrogate(rows, r1, options, job.recipe.activations)
+        if rotations.mean_to_ones:
+            r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))
+    job.transforms.r1 = Dense(r1)
+    return {"r1": r1}
+
+
+def residual_rows(job: Learner, budget: int) -> Tensor:
+    """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
+    arch, found = job.arch, []
+    random, decoder, chain = generator(job.seed, "rows"), job.decoder(), job.embedded(len(job.tokens))
+    with Progress("R1: rows of layer", arch.layers) as progress:
+        for index in range(arch.layers):
+            tensors = job.layer(index)
+            gains = {"attn": tensors["input_layernorm.weight"], "mlp": tensors["post_attention_layernorm.weight"]}
+            seen = Capture(budget // (2 * arch.layers), len(chain), random)
+            chain = forward(job, decoder, without_gains(tensors), chain, seen)
+            found += [seen.rows(site) for site in gains]
+            progress.step()
+    return torch.cat(found)
+
+
+def without_gains(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same layer with its norms' gains in the weights."""
+    out = dict(tensors)
+    for norm, site in (("input_layernorm", "attn"), ("post_attention_layernorm", "mlp")):
+        for linear in SITES[site]:
+            out[f"{linear}.weight"] = tensors[f"{linear}.weight"] * tensors[f"{norm}.weight"]
+        out[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
+    return out
+
+
+def reading_covariance(job: Learner) -> Tensor:
+    """Covariance of all weight rows that read the residual stream, gains folded (OSTQuant's start of R1)."""
+
+    def rows() -> Iterator[Tensor]:
+        for index in range(job.arch.layers):
+            tensors = without_gains(job.layer(index))
+            yield from (tensors[f"{linear}.weight"].cpu() for linear in (*SITES["attn"], *SITES["mlp"]))
+
+    return covariance(rows())
+
+
+def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: Activations | KVCache) -> Tensor:
+    """A rotation, float64 [d, d], that makes an objective of rows [n, d] small; see `recipe.Surrogate`."""
+    weights = partial(procrustes.token_weights, gamma=options.massive_weight) if options.massive_weight != 1 else None
+
+    def batches() -> tuple[Tensor, ...]:
+        return rows.split(BATCH)
+
+    if options.optimiser == "procrustes":
+        moved, _ = procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)
+        return moved
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    rows = rows[order]  # a step sees rows of all sites
+    objective = gradient_objective(options, quantizer)
+    moved, _ = orthogonal.learn_rotation(
+        batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights
+    )
+    return moved
+
+
+def clip_of(quantizer: Activations | KVCache) -> float:
+    return quantizer.clip if isinstance(quantizer, Activations) else quantizer.value_clip
+
+
+def procrustes_targets(options: Surrogate, quantizer: Activations | KVCache) -> list[procrustes.Target]:
+    symmetric = quantizer.symmetric
+    quantized = partial(
+        targets.quantized_target, bits=quantizer.bits, symmetric=symmetric, clip=clip_of(quantizer)
+    )
+    found: dict[str, Callable[[], list[procrustes.Target]]] = {
+        "quantization_error": lambda: [quantized] * options.steps,
+        "clip": lambda: procrustes.annealed_clip(options.steps, symmetric=symmetric),
+        "corner": lambda: [targets.corner_target] * options.steps,
+        "uniform": lambda: [partial(targets.uniform_target, symmetric=symmetric)] * options.steps,
+    }
+    return found[options.objective]() + [quantized] * options.polish
+
+
+def gradient_objective(options: Surrogate, quantizer: Activations | KVCache) -> orthogonal.Objective:
+    bits, symmetric = quantizer.bits, quantizer.symmetric
+    found: dict[str, orthogonal.Objective] = {
+        "whip": objectives.whip,
+        "kurtosis": objectives.kurtosis,
+        "variance": objectives.variance,
+        "gsr": partial(objectives.gsr_loss, bits=bits, symmetric=symmetric),
+        "quantization_error": partial(
+            objectives.quantization_error, bits=bits, symmetric=symmetric, clip=clip_of(quantizer)
+        ),
+    }
+    return found[options.objective]
+
+
+def learn_r2(job: Learner, index: int, values: Tensor) -> Tensor:
+    """R2 of a layer, float64 [kv_heads, d, d], from rows of its values [n, kv_heads * d] (S_ov folded)."""
+    options, start = job.recipe.learn.surrogate, job.transforms.layers[index].r2
+    assert start is not None
+    heads = values.unflatten(1, (job.arch.kv_heads, -1)).unbind(1)
+    if job.recipe.rotations.r2 == "klt":
+        start = output_rotation(job, index)
+    if options is None or "r2" not in options.targets:
+        return start
+    quantizer = job.recipe.kv if job.recipe.kv.bits == 4 else job.recipe.activations
+    return torch.stack([surrogate(h, r, options, quantizer) for h, r in zip(heads, start, strict=True)])
+
+
+def output_rotation(job: Learner, index: int) -> Tensor:
+    """For each KV head R2 = U H of o_proj's covariance over the head's channels, float64 [kv_heads, d, d]."""
+    arch = job.arch
+    weight = job.layer(index)["self_attn.o_proj.weight"].cpu().unflatten(1, (arch.kv_heads, -1, arch.head_dim))
+    return torch.stack([equal_variances(covariance([w.flatten(0, 1)])) for w in weight.unbind(1)])

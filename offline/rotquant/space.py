@@ -1,0 +1,102 @@
+"""The design space: every transform that a recipe may choose or learn for a model.
+
+A method is a point in this space: which of these are there, and how their values are found (`learn`).
+`fold` puts them into the weights; what cannot be folded runs online, as stages of `rotquant_kernels.online`.
+
+    R1             residual stream; orthogonal [hidden, hidden], one for the model
+    R2             values, one for each KV head; orthogonal [kv_heads, d, d], folded into v_proj and o_proj
+    R3             queries and keys after RoPE; a Hadamard, online
+    s_attn, s_mlp  S_n: factors of the norms' outputs (after R1); the norm's gain takes them
+    s_ov, s_ud     factors of the values (before R2) and of up_proj's output; their producers take them
+    s_qk           factors of keys, divided out of queries; equal in the two channels that RoPE turns into each other
+    order          permutation of the intermediate channels: rows of gate and up, columns of down
+    inputs         for each site the chain of online stages before its linears; R4 is the one before down_proj
+    clips          activation clip of each site, clips of keys and values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import Stage
+
+SITES: dict[str, tuple[str, ...]] = {
+    "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+SITE_OF = {linear: site for site, linears in SITES.items() for linear in linears}
+
+
+class Rotation(Protocol):
+    """An orthogonal matrix R by what it does."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x R for x [..., n]."""
+
+    def columns(self, w: Tensor) -> Tensor:
+        """Rᵀ w for w [n, ...]."""
+
+
+@dataclass
+class LayerTransforms:
+    """The transforms of one decoder layer; None where there is none. Factors multiply what the linear reads."""
+
+    r2: Tensor | None = None
+    s_attn: Tensor | None = None  # [hidden]
+    s_mlp: Tensor | None = None  # [hidden]
+    s_ov: Tensor | None = None  # [kv_heads * d]
+    s_ud: Tensor | None = None  # [intermediate]
+    s_qk: Tensor | None = None  # [kv_heads or 1, d / 2]; one row where q_norm and k_norm take it
+    order: Tensor | None = None  # int64 [intermediate]
+    inputs: dict[str, list[Stage]] = field(default_factory=dict)
+    clips: dict[str, float] = field(default_factory=dict)  # by site, and "key", "value"
+
+    def chain(self, linear: str) -> list[Stage]:
+        """The online stages before a linear of this layer."""
+        return self.inputs.get(SITE_OF[linear], [])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it as a flat dict, for a file; `from_tensors` is the inverse."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        for site, stages in self.inputs.items():
+            for i, stage in enumerate(stages):
+                tensor = torch.empty(0) if stage.tensor is None else stage.tensor
+                found[f"inputs.{site}.{i}.{stage.kind}.{stage.block}"] = tensor
+        for name, clip in self.clips.items():
+            found[f"clips.{name}"] = torch.tensor(clip, dtype=torch.float64)
+        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerTransforms:
+        made = cls()
+        for name in sorted(tensors):  # the stages of a site in their order
+            part, _, rest = name.partition(".")
+            if part == "clips":
+                made.clips[rest] = tensors[name].item()
+            elif part == "inputs":
+                site, _, kind, block = rest.split(".")
+                tensor = tensors[name] if tensors[name].numel() else None
+                made.inputs.setdefault(site, []).append(Stage(kind, int(block), tensor))
+            else:
+                setattr(made, part, tensors[name])
+        return made
+
+
+@dataclass
+class Transforms:
+    """The transforms of a model. `r3` is the Hadamard block on queries and keys, 0 for none."""
+
+    r1: Rotation | None
+    r3: int
+    layers: list[LayerTransforms]
+
+    def shared_chain(self, site: str) -> list[Stage]:
+        """The online stages of a site, whose kinds and blocks are those of every layer."""
+        return self.layers[0].inputs.get(site, [])
