@@ -10,8 +10,10 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.objectives import gsr_loss, kurtosis, quantization_error, variance, whip
 from rotquant.learn.orthogonal import CayleySGD, QROrth, StiefelAdam, learn_rotation, qr_rotation
 from rotquant.learn.procrustes import alternate, annealed_clip, massive_tokens, nearest_rotation, token_weights
+from rotquant.learn.quantizers import fake_quantize
 from rotquant.learn.targets import clipped_target, corner_target, quantized_target, uniform_target
 from rotquant.transforms.hadamard import RandomHadamard
+from rotquant.transforms.householder import mean_to_ones, reflect_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -158,6 +160,33 @@ def test_every_objective_falls_when_it_is_trained(objective):
     start = random_rotation(16, 9).float()
     r, _ = learn_rotation(lambda: x.split(100), objective, start, "qr", steps=160, lr=0.02)
     assert objective(x @ r.float()) < 0.8 * objective(x @ start)
+
+
+def test_mean_to_ones_corrects_the_bias_of_normal_tokens_and_spares_massive_ones():
+    """What a subtracted bias does to the few tokens that do not share the mean, the reflection does not."""
+    mean = torch.randn(128, generator=generator(1))
+    normal = mean + torch.randn(800, 128, generator=generator(2))
+    massive = torch.randn(20, 128, generator=generator(3))
+    massive[:, 9] = 80
+    h = RandomHadamard(128, generator(4)).rows(torch.eye(128, dtype=torch.float64)).float()
+    v = mean_to_ones((normal @ h).mean(0))
+    ways = {
+        "h": lambda x: x @ h,
+        "bias": lambda x: (x - normal.mean(0)) @ h,
+        "ones": lambda x: reflect_rows(x @ h, v),
+    }
+    error = {}
+    for name, way in ways.items():
+        exact = (normal, massive)
+        turned = [way(x) for x in exact]
+        error[name] = [
+            ((y - fake_quantize(y, 4, False)).square().sum() / x.square().sum()).item()
+            for x, y in zip(exact, turned, strict=True)
+        ]
+    assert error["ones"][0] < 0.7 * error["h"][0]
+    assert error["ones"][0] < 1.1 * error["bias"][0]
+    assert error["bias"][1] > 1.2 * error["h"][1]
+    assert error["ones"][1] < 1.1 * error["h"][1]
 
 
 class Toy:

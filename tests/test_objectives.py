@@ -32,6 +32,20 @@ def test_quantization_error_is_that_of_the_served_arithmetic():
     assert loss.item() == pytest.approx((error[0] / y[0].square().sum()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("d", "symmetric", "clip", "gain"), [(4096, 0, 0.7, 0.65), (4096, 1, 0.65, 0.55), (128, 0, 0.9, 0.97)]
+)
+def test_the_best_clip_ratio_of_gaussian_tokens(d, symmetric, clip, gain):
+    """Wide tokens want much more clipping than short ones: the rows of a residual stream, and the heads of KV."""
+    y = GAUSS.reshape(-1, d)
+    errors = {
+        c: objectives.quantization_error(y, 4, bool(symmetric), c).item() for c in [i / 20 for i in range(10, 21)]
+    }
+    best = min(errors, key=lambda c: errors[c])
+    assert best == pytest.approx(clip, abs=0.06)
+    assert errors[best] < gain * errors[1.0]
+
+
 def test_gsr_by_hand_and_as_prediction_of_the_rounding_error():
     y = torch.tensor([[3.0, -1.0, -1.0, -1.0]])
     assert objectives.gsr(y, 4, False).item() == pytest.approx(4 / 15 / math.sqrt(3))

@@ -51,8 +51,8 @@ def gsr(y: Tensor, bits: int = 4, symmetric: bool = False) -> Tensor:
 def gsr_loss(y: Tensor, bits: int = 4, symmetric: bool = False, weights: Tensor | None = None) -> Tensor:
     """Mean of Δ_t² / (12 |y_t|² / d): the relative rounding error that the range alone predicts.
 
-    |y_t|² / d takes the place of sigma_t² (equal for tokens of zero mean), because a rotation can change sigma_t by moving
-    energy into the token's mean, which lowers the error of an asymmetric quantizer and must count as a gain.
+    |y_t|² / d takes the place of sigma_t² (equal for tokens of zero mean), because a rotation can lower sigma_t by
+    moving energy into the token's mean, which helps an asymmetric quantizer and must count as a gain.
     """
     return _mean(step_size(y, bits, symmetric).square() / (12 * _mean_square(y)), weights)
 
