@@ -1,0 +1,1 @@
+"""Learning rotations, scales and clip ratios: quantizers with gradients, objectives and optimisers. Pure torch."""
