@@ -1,15 +1,15 @@
 """The key `rotquant` of config.json: what compressed-tensors' schema cannot say.
 
-    format_version    1
-    profile           "full" or "portable"
-    activation_clip   {"default": 0.9, "<linear module>": 0.85, ...}
-    kv_clip           {"key": 0.95, "value": 0.95, "layers": {"<attention module>": {"key": 0.9, "value": 0.9}, ...}}
-    input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": ["re:.*down_proj$"]}, ...]
-                      online transforms of linear inputs, run in list order after those of `transform_config`; kinds
-                      as in `rotquant_kernels.online`, tensors as in `stored`
-    low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
-                      a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
-    provenance        recipe, seed, calibration, versions; not needed to run
+format_version    1
+profile           "full" or "portable"
+activation_clip   {"default": 0.9, "<linear module>": 0.85, ...}
+kv_clip           {"key": 0.95, "value": 0.95, "layers": {"<attention module>": {"key": 0.9, "value": 0.9}, ...}}
+input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": ["re:.*down_proj$"]}, ...]
+                  online transforms of linear inputs, run in list order after those of `transform_config`; kinds
+                  as in `rotquant_kernels.online`, tensors as in `stored`
+low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
+                  a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
+provenance        recipe, seed, calibration, versions; not needed to run
 """
 
 from __future__ import annotations

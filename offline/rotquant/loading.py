@@ -31,8 +31,8 @@ from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
 from rotquant.models import read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
-from rotquant_kernels import kv4_write, reference
 from rotquant_kernels import kv4_attention as run_kv4_attention
+from rotquant_kernels import kv4_write, reference
 
 KV4_ATTENTION = "rotquant_kv4"
 PAGE = 128  # tokens of a page
@@ -226,7 +226,9 @@ def _slot(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module | None, s
     owner = modules.get(owner_name)
     if owner is None:
         return None, ""
-    without_slot = "weight_shape" if isinstance(owner, QuantLinear) else "weight" if isinstance(owner, StoredInput) else ""
+    without_slot = (
+        "weight_shape" if isinstance(owner, QuantLinear) else "weight" if isinstance(owner, StoredInput) else ""
+    )
     return (owner, leaf) if leaf == without_slot or leaf in owner.state_dict() else (None, "")
 
 

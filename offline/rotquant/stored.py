@@ -66,7 +66,7 @@ def check(where: str, transform: Transform, tensor: Tensor, inputs: int) -> Tens
 
 
 def _is_hadamard(tensor: Tensor, block: int) -> bool:
-    true = hadamard(torch.eye(block), block)
+    true = hadamard(torch.eye(block, device="cpu"), block)
     return torch.allclose(tensor.float().cpu(), true, rtol=torch.finfo(tensor.dtype).eps, atol=0)
 
 
@@ -96,7 +96,11 @@ def sample(transform: Transform, inputs: int) -> Tensor | None:
         return torch.cat((normal(outer * outer) * outer**-0.5, normal(block * block) * block**-0.5))
     if transform.kind == "permutation":
         span = transform.span(inputs)
-        return (normal(inputs // span, span).argsort(1) + torch.arange(0, inputs, span)[:, None]).flatten().int()
+        return (
+            (normal(inputs // span, span).argsort(1) + torch.arange(0, inputs, span, device="cpu")[:, None])
+            .flatten()
+            .int()
+        )
     if transform.kind == "reflection":
         return torch.nn.functional.normalize(normal(block), dim=0)
     return normal(inputs) if transform.kind == "shift" else None
