@@ -30,7 +30,7 @@ from vllm_fixtures import (
     write_checkpoint,
     write_plain,
 )
-from vllm_rotquant.rotation import StoredMatrix, check_shard
+from vllm_rotquant.rotation import StoredInput, check_shard
 
 BASE = Spec()
 PROMPTS = prompts((7, 33, 70))
@@ -261,18 +261,35 @@ def test_refuses_a_missing_tensor(child: Child, tmp_path: Path, name: str, messa
 
 
 def test_marker_must_be_the_declared_hadamard() -> None:
-    stored = StoredMatrix("down_proj.R4_input.weight", Transform("hadamard", 4, "R4"))
-    stored.load(stored.weight, normalized_hadamard(4).bfloat16())
-    assert stored.matrix is None
+    marker = StoredInput("down_proj.R4_input.weight", Transform("hadamard", 4, "R4"), 8, slice(0, 8), parts=1)
+    marker.load(marker.weight, normalized_hadamard(4).bfloat16())
+    assert marker.take(dummy=False) is None
     with pytest.raises(RotQuantError, match=r"down_proj.R4_input.weight is not the Hadamard matrix"):
-        stored.load(stored.weight, torch.eye(4))
+        marker.load(marker.weight, torch.eye(4))
 
 
-def test_blocks_must_divide_the_shard() -> None:
-    transform = Transform("hadamard", 128, "R4")
-    check_shard("down_proj", transform, 256, tp_size=2)
-    with pytest.raises(RotQuantError, match=r"blocks of 128 inputs.*64 inputs of a rank at --tensor-parallel-size 8"):
-        check_shard("down_proj", transform, 64, tp_size=8)
+def test_parts_of_a_fused_layer_store_one_transform() -> None:
+    receiver = StoredInput("qkv_proj.T0_input.weight", Transform("dense", 4, "T0"), 8, slice(0, 8), parts=3)
+    receiver.load(receiver.weight, torch.eye(4), "q")
+    with pytest.raises(RotQuantError, match=r"qkv_proj.T0_input.weight is missing.*2 of 3 parts"):
+        receiver.take(dummy=False)
+    with pytest.raises(RotQuantError, match=r"parts of this fused layer store different tensors"):
+        receiver.load(receiver.weight, -torch.eye(4), "k")
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "most"),
+    [("hadamard", 128, 2), ("dense", 64, 4), ("reflection", 128, 2), ("permutation", 128, 2), ("permutation", 0, 1),
+     ("kronecker", 16, 1), ("shift", 0, 8)],
+)  # fmt: skip
+def test_a_rank_must_hold_all_that_a_transform_mixes(kind: str, block: int, most: int) -> None:
+    """`most` ranks of a row-parallel layer of 256 inputs can run it."""
+    transform = Transform(kind, block, "T0")
+    check_shard("down_proj", transform, 256 // most, 256)
+    message = rf"down_proj: the online transform T0 {kind}.*inputs of a rank at --tensor-parallel-size {2 * most}: use"
+    if kind != "shift":
+        with pytest.raises(RotQuantError, match=message):
+            check_shard("down_proj", transform, 256 // most // 2, 256)
 
 
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:

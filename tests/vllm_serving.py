@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention, ops, reference
+from rotquant_kernels import convention, online, ops, reference
 
 
 @dataclass
@@ -150,7 +150,8 @@ def swapped(how: str) -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         for name, kernel in wrong[how].items():
-            stack.enter_context(mock.patch.object(ops, name, kernel))
+            owner = online if name == "int_linear" else ops
+            stack.enter_context(mock.patch.object(owner, name, kernel))
         yield
 
 

@@ -68,6 +68,7 @@ __all__ = [
     "lora_is_on",
     "opaque_pages",
     "register_weight_loader_v2_supported_method",
+    "weights_are_dummy",
 ]
 
 # vLLM shows only the loggers below its own name.
@@ -91,6 +92,11 @@ def head_major_layouts() -> Sequence[Any] | None:
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
+
+
+def weights_are_dummy() -> bool:
+    """True under --load-format dummy, which reads no file; to be asked while a model is built."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

@@ -86,16 +86,19 @@ class RotQuantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames the modules that the format names, for models that vLLM builds under other names."""
-
-        def rename(names: list[str]) -> list[str]:
-            return hf_to_vllm_mapper.apply_list(names)
-
-        config = self.quantization_config
-        config["ignore"] = rename(config.get("ignore") or [])
-        for group in config["config_groups"].values():
-            group["targets"] = rename(group["targets"])
-        clip = self.extension.get("activation_clip", {})
-        self.extension |= {"activation_clip": hf_to_vllm_mapper.apply_dict(clip)} if clip else {}
+        config, extension = self.quantization_config, self.extension
+        transforms = (config.get("transform_config") or {}).get("config_groups", {}).values()
+        lists = [
+            (config, "ignore"),
+            *((group, "targets") for group in config["config_groups"].values()),
+            *((place, key) for group in transforms for place in group["apply"] for key in ("targets", "ignore")),
+            *((entry, "targets") for key in ("input_transforms", "low_rank") for entry in extension.get(key, [])),
+        ]
+        dicts = [(extension, "activation_clip"), (extension.get("kv_clip", {}), "layers")]
+        for rename, places in ((hf_to_vllm_mapper.apply_list, lists), (hf_to_vllm_mapper.apply_dict, dicts)):
+            for owner, key in places:
+                if owner.get(key):
+                    owner[key] = rename(owner[key])
         self._parse()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -109,7 +112,8 @@ class RotQuantConfig(QuantizationConfig):
         if isinstance(layer, compat.AttentionLayerBase):
             if not isinstance(layer, compat.Attention):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run {type(layer).__name__} layers")
-            return KVCacheMethod(self, self.format.kv, prefix) if self.format.kv else None
+            kv = self.format.attention(prefix.removesuffix(".attn"))
+            return KVCacheMethod(self, kv, prefix) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:

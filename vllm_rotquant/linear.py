@@ -1,4 +1,4 @@
-"""Linear layers: packed int4 (or int8) weights in, one op out."""
+"""Linear layers: packed int4 (or int8) weights in, one op out, behind a chain of online transforms."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import Parameter
 
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
-from rotquant_kernels import ops
-from vllm_rotquant import compat, rotation
+from rotquant_kernels import convention, online, ops
+from vllm_rotquant import compat, low_rank, rotation
 from vllm_rotquant.proof import Proof
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
@@ -22,8 +22,9 @@ UNLOADED = 0x1F2E3D4C
 class RotQuantLinearMethod(compat.LinearMethodBase):
     """Weights, loading and forward of one quantized linear layer, lm_head included.
 
-    The layer keeps `weight_packed` (LoRA finds the layer's device through this name), `weight_scale`
-    and, for a "dense" transform, the buffer `online_matrix`.
+    The layer keeps `weight_packed` (LoRA finds the layer's device through this name), `weight_scale`,
+    `low_rank_down` and `low_rank_up` (or None), the tensors of its transforms (`rotation.stages`) and
+    `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
     def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
@@ -42,6 +43,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """Declares the tensors of the checkpoint (compressed-tensors' `pack-quantized`) on the layer."""
         inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
         self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
+        self.dummy = compat.weights_are_dummy()
+        # Only a row-parallel layer splits its inputs; its ranks' outputs are summed.
+        first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
+        self.adds_correction = first == 0
         self._check_shard(inputs, input_size)
         if isinstance(layer, compat.ParallelLMHead) and compat.lora_is_on():
             raise RotQuantError(
@@ -69,13 +74,17 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_packed", packed)
         layer.register_parameter("weight_scale", scale)
         layer.register_parameter("weight_shape", shape)
-        rotation.expect_matrix(layer, self.prefix, self.format.transform)
+        span, parts = slice(first, first + inputs), output_partition_sizes
+        transforms, rank = self.format.transforms, self.format.rank
+        rotation.expect_tensors(layer, self.prefix, transforms, input_size, span, parts, loader)
+        low_rank.expect_factors(layer, self.prefix, rank, input_size, span, parts, params_dtype)
         self.proof.expect(layer)
 
     def _check_shard(self, inputs: int, all_inputs: int) -> None:
         """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""
         tp_size = all_inputs // inputs
-        rotation.check_shard(self.prefix, self.format.transform, inputs, tp_size)
+        for transform in self.format.transforms:
+            rotation.check_shard(self.prefix, transform, inputs, all_inputs)
         per_word, group = 32 // self.format.weight_bits, self.format.group_size
         for what, size in (("packed words of", per_word if tp_size > 1 else 1), ("scale groups of", group or 1)):
             if inputs % size:
@@ -86,22 +95,30 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Checks that everything was loaded and brings the weights into the kernel's layout."""
+        if self.dummy:
+            self._fill_at_random(layer)
         unloaded = (layer.weight_packed == UNLOADED).all(dim=1)
         for name, missing in (("weight_packed", unloaded), ("weight_scale", layer.weight_scale.isnan().any(dim=1))):
             if missing.any():
                 raise RotQuantError(
                     f"{self.prefix}.{name} is missing from the checkpoint ({int(missing.sum())} of {len(missing)} rows)"
                 )
+        low_rank.check_loaded(layer, self.prefix)
         packed, device = layer.weight_packed.data, layer.weight_packed.device
+        correction = rotation.take_tensors(layer, self.prefix, self.format.transforms, device, self.dummy)
+        layer.register_buffer("shift_correction", correction if self.adds_correction else None, persistent=False)
         self.proof.keep(layer, packed)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         prepared = ops.prepare_weight(packed, self.format.weight_bits, self.inputs, layer.weight_scale.shape[1])
         layer.weight_packed = Parameter(prepared, requires_grad=False)
         del layer.weight_shape
-        layer.register_buffer(
-            "online_matrix", rotation.take_matrix(layer, self.format.transform, device), persistent=False
-        )
         self.proof.loaded(layer)
+
+    def _fill_at_random(self, layer: Any) -> None:
+        """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""
+        layer.weight_packed.data.random_(-(1 << 31), (1 << 31) - 1)
+        low, high = convention.int_range(self.format.weight_bits)
+        layer.weight_scale.data.fill_((self.inputs / 12) ** -0.5 / (high - low))  # uniform codes
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Linear layer on integers.
@@ -111,19 +128,21 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         Returns:
             [..., N] in x's dtype.
         """
-        linear = self.format
-        return ops.int_linear(
+        linear, correction = self.format, layer.shift_correction
+        if correction is not None:
+            bias = correction if bias is None else bias + correction
+        return online.linear(
             x,
             layer.weight_packed,
             layer.weight_scale,
             bias,
             linear.weight_bits,
-            linear.transform.kind,
-            linear.transform.block,
-            layer.online_matrix,
+            rotation.stages(layer, linear.transforms),
             linear.act_bits,
             linear.act_symmetric,
             linear.act_clip,
+            layer.low_rank_down,
+            layer.low_rank_up,
         )
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
-from rotquant.format import KVFormat, LinearFormat, Transform
-from rotquant_kernels import convention, ops, reference
-from vllm_rotquant import compat
+from rotquant.format import LinearFormat
+from rotquant_kernels import ops, reference
+from rotquant_kernels.online import FUSED
+from vllm_rotquant import compat, rotation
 from vllm_rotquant.kv_cache import KV4Metadata
-from vllm_rotquant.rotation import hadamard_matrix
+from vllm_rotquant.witness import (
+    distance,
+    float_attention,
+    float_linear,
+    limit,
+    r3,
+    sign_of_extreme,
+    transformed,
+    trial,
+    trial_rows,
+)
 
 ROWS = 9  # tokens of a trial input; also run one by one, since kernels treat a single token apart
 PAGE = 16  # tokens of a trial page
@@ -43,8 +54,8 @@ class Proof:
         self.pending.add(id(layer))
 
     def keep(self, layer: Any, packed: Tensor) -> None:
-        """Remembers the checkpoint's packed weights, int32 [N, words], of the first layer of each kind."""
-        key = (kind_of(layer), layer.quant_method.format)
+        """Remembers the checkpoint's packed weights, int32 [N, words], of the first layer of each sort."""
+        key = sort_of(layer)
         if key not in self.packed and not self.done:
             self.packed[key] = (layer, packed.clone())
 
@@ -76,9 +87,9 @@ class Row:
     def passed(self) -> bool:
         return self.error <= self.limit  # False for NaN
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
         verdict = f"{self.error:.2%}" if self.passed else f"{self.error:.2%} MISMATCH"
-        return f"  {self.kind:<14}{self.layers:>6}  {self.kernel:<20}{self.bits:<14}{self.transform:<26}{verdict}"
+        return [self.kind, str(self.layers), self.kernel, self.bits, self.transform, verdict]
 
 
 @torch.inference_mode()
@@ -88,11 +99,12 @@ def run_checks(proof: Proof) -> None:
     Raises:
         RotQuantError: on a mismatch, unless ROTQUANT_STRICT=0.
     """
-    counts = Counter((kind_of(layer), layer.quant_method.format) for layer in proof.layers)
     attention = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
+    counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
-    log_report(rows, attention, proof.unquantized)
+    dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
+    log_report(rows, attention, proof.unquantized, dummy)
     for row in rows:
         if not row.passed:
             message = (
@@ -105,11 +117,13 @@ def run_checks(proof: Proof) -> None:
             compat.logger.error(message)
 
 
-def log_report(rows: list[Row], attention: list[Any], unquantized: set[str]) -> None:
+def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
-    head = f"  {'layer':<14}{'count':>6}  {'kernel':<20}{'bits':<14}{'online transform':<26}distance from reference"
-    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}", head]
-    lines += [str(row) for row in rows]
+    table = [["layer", "count", "kernel", "bits", "online transform", "distance from reference"]]
+    table += [row.cells() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
@@ -120,46 +134,21 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str]) -> 
     kinds = Counter(name.rpartition(".")[2] for name in unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))
+    if dummy:
+        compat.logger.warning(
+            "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS and no file was read. Speed and memory are real, "
+            "what the model writes is noise"
+        )
+
+
+def sort_of(layer: Any) -> tuple[str, LinearFormat]:
+    """What linear layers of one line of the report have in common: all but the clip ratio."""
+    return kind_of(layer), replace(layer.quant_method.format, act_clip=1.0)
 
 
 def kind_of(layer: Any) -> str:
     """Last part of the layer's name, such as qkv_proj; "attention" for the KV cache."""
     return "attention" if isinstance(layer, compat.Attention) else str(layer.quant_method.prefix).rpartition(".")[2]
-
-
-def distance(got: Tensor, expected: Tensor) -> float:
-    """Size of the difference relative to the size of what was expected."""
-    return float((got.double() - expected).norm() / expected.norm())
-
-
-def limit(dtype: torch.dtype, bits: int) -> float:
-    """Largest distance that rounding explains: the output's own, and codes that fall on the other side of a tie.
-
-    Far below the distance to a layer that left its inputs unquantized (about 10% at 4 bits, 0.7% at 8).
-    """
-    return torch.finfo(dtype).eps / 2 + (0.02 if bits == 4 else 0.002)
-
-
-def trial(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
-
-
-def transformed(x: Tensor, transform: Transform, matrix: Tensor | None) -> Tensor:
-    """x (I ⊗ T) by dense products in float64."""
-    if transform.kind == "none":
-        return x.double()
-    dense = hadamard_matrix(transform.block).to(x.device) if matrix is None else matrix
-    return (x.double().unflatten(-1, (-1, transform.block)) @ dense.double()).flatten(-2)
-
-
-def sign_of_extreme(x: Tensor) -> Tensor:
-    """±1 for each row: the sign of its largest magnitude.
-
-    A row whose extreme is negative puts it at -7.5 steps, a tie that the last bit of a sum decides.
-    Trial rows are multiplied by this sign, so that kernel and reference need not agree on that bit.
-    """
-    return x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
 def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
@@ -168,30 +157,30 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     Args:
         packed: int32 [N, words] as in the checkpoint.
     """
-    linear, inputs = layer.quant_method.format, layer.quant_method.inputs
-    x = trial(ROWS, inputs, dtype=layer.quant_method.dtype, device=packed.device)
-    x = x * sign_of_extreme(transformed(x, linear.transform, layer.online_matrix)).to(x.dtype)
-    bias = getattr(layer, "bias", None)
-    together = layer.quant_method.apply(layer, x, bias)
-    alone = torch.cat([layer.quant_method.apply(layer, row, bias) for row in x.split(1)])
-
-    y = transformed(x, linear.transform, layer.online_matrix)
-    scale, zero = convention.qparams(y, linear.act_bits, linear.act_symmetric, linear.act_clip)
-    y = convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero)
-    codes = convention.unpack_int32(packed, linear.weight_bits, inputs)
-    scales = layer.weight_scale.repeat_interleave(inputs // layer.weight_scale.shape[1], dim=1)
-    expected = y.double() @ (codes * scales).double().t() + (0 if bias is None else bias.double())
+    method = layer.quant_method
+    linear, inputs = method.format, method.inputs
+    stages = rotation.stages(layer, linear.transforms)
+    x = trial_rows(ROWS, inputs, stages, method.dtype, packed.device)
+    bias, correction = getattr(layer, "bias", None), layer.shift_correction
+    together = method.apply(layer, x, bias)
+    alone = torch.cat([method.apply(layer, row, bias) for row in x.split(1)])
+    if correction is not None:
+        bias = correction if bias is None else bias.double() + correction
+    factors = layer.low_rank_down, layer.low_rank_up
+    expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
+    before = stages[:-1] if stages and stages[-1].kind in FUSED else stages
+    kernels = {ops.kernel_of(op, packed.device.type) for op in ("int_linear", *("online_stage" for _ in before))}
+    group = f" g{linear.group_size}" if linear.group_size else ""
+    rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
         kind_of(layer),
         count,
-        ops.kernel_of("int_linear", packed.device.type),
-        f"W{linear.weight_bits} A{linear.act_bits}" + (f" g{linear.group_size}" if linear.group_size else ""),
-        f"{linear.transform.name} {linear.transform.kind} {linear.transform.block}"
-        if linear.transform.name
-        else "none",
+        " + ".join(sorted(kernels)),
+        f"W{linear.weight_bits} A{linear.act_bits}{group}{rank}",
+        " + ".join(str(transform) for transform in linear.transforms) or "none",
         max(distance(together, expected), distance(alone, expected)),
         limit(x.dtype, linear.act_bits),
-        layer.quant_method.prefix,
+        method.prefix,
     )
 
 
@@ -204,8 +193,7 @@ def attention_row(layer: Any, count: int) -> Row:
         [trial(n, h, dim, dtype=layer.dtype, device=device, seed=seed + i) for i, n in enumerate(lengths)]
         for seed, h in ((1, layer.num_heads), (3, heads), (5, heads))
     )
-    rotation = Transform("hadamard", kv.rotate, "R3") if kv.rotate else Transform()
-    key = [k * sign_of_extreme(transformed(k, rotation, None)).to(k.dtype) for k in key]
+    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k.dtype) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     got = torch.cat(served_attention(layer, query, key, value))
     expected = torch.cat(
@@ -251,15 +239,3 @@ def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: 
         for s, span, part in zip(active, spans, result.split([step[s] for s in active]), strict=True):
             out[s][span] = part
     return out
-
-
-def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
-    """Causal attention in float64 over K and V as 4 bits give them back; shapes as in `served_attention`."""
-    rotation = Transform("hadamard", kv.rotate, "R3") if kv.rotate else Transform()
-    group = query.shape[1] // key.shape[1]
-    k = convention.kv_fake_quantize(transformed(key, rotation, None), kv.symmetric, kv.k_clip).double()
-    v = convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip).double()
-    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = transformed(query, rotation, None).transpose(0, 1) @ k.mT * scale
-    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)

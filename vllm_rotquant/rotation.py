@@ -1,4 +1,4 @@
-"""Online transforms of linear inputs: where they are legal, and the matrices that the checkpoint stores."""
+"""Online transforms of linear inputs: where they are legal, and the tensors that the checkpoint stores for them."""
 
 from __future__ import annotations
 
@@ -7,81 +7,120 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
-from rotquant_kernels import reference
+from rotquant_kernels import Stage
+from vllm_rotquant import compat
 
 
-def check_shard(prefix: str, transform: Transform, inputs: int, tp_size: int) -> None:
-    """Refuses a transform whose block does not divide the inputs that one rank sees.
+def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int) -> None:
+    """Refuses a transform that mixes inputs of different ranks, or whose block does not divide the inputs.
 
     Args:
-        inputs: width of the layer's input on this rank.
+        inputs: width of the layer's input on this rank; all_inputs: on all ranks together.
     """
-    if transform.kind != "none" and inputs % transform.block:
+    stored.check_block(prefix, transform, all_inputs)
+    span = transform.span(all_inputs)
+    if inputs % span:
         raise RotQuantError(
-            f"{prefix}: the online transform {transform.name} works on blocks of {transform.block} inputs, which do "
-            f"not divide the {inputs} inputs of a rank at --tensor-parallel-size {tp_size}: use a smaller one, or "
-            "quantize again with --tp-max"
+            f"{prefix}: the online transform {transform} works on blocks of {span} inputs, which do not divide the "
+            f"{inputs} inputs of a rank at --tensor-parallel-size {all_inputs // inputs}: use a smaller one, or quantize "
+            "again with --tp-max"
         )
 
 
-def hadamard_matrix(block: int) -> Tensor:
-    """H / sqrt(block), float32 [block, block]."""
-    return reference.hadamard(torch.eye(block, dtype=torch.float32, device="cpu"), block)
+class StoredInput(torch.nn.Module):
+    """Receives the tensor `<module>.<transform>_input.weight` while a checkpoint loads, and keeps this rank's part.
 
-
-class StoredMatrix(torch.nn.Module):
-    """Receives the tensor `<module>.<transform name>_input.weight` while a checkpoint loads.
-
-    A "dense" matrix is kept. The one of a "hadamard" is only a marker, there to make engines fail that
-    do not know the transform: it is compared with the real one and not kept.
+    The tensor of a "hadamard" is only a marker, there to make engines fail that do not know the transform: it is
+    compared with the real one and not kept.
     """
 
-    def __init__(self, where: str, transform: Transform) -> None:
+    def __init__(self, where: str, transform: Transform, all_inputs: int, span: slice, parts: int) -> None:
+        """`span`: inputs of this rank; `parts`: layers of the checkpoint that vLLM runs as this one."""
         super().__init__()
-        self.where, self.transform = where, transform
-        self.matrix: Tensor | None = None
+        self.where, self.transform, self.all_inputs, self.span, self.parts = where, transform, all_inputs, span, parts
+        self.tensor: Tensor | None = None
+        self.loaded = 0
         # Empty until loaded: a large model has a marker in one layer and should not pay for all of them.
         self.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         self.weight.weight_loader = self.load  # type: ignore[attr-defined]
 
     def load(self, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
-        """vLLM's weight loader; called once for each part of a fused layer.
-
-        Args:
-            loaded: float [block, block].
-        """
-        block = self.transform.block
-        if loaded.shape != (block, block):
-            raise RotQuantError(f"{self.where} is {list(loaded.shape)}, the config says [{block}, {block}]")
-        matrix = loaded.detach().float().cpu()
+        """vLLM's weight loader; called once for each part of a fused layer."""
+        tensor = stored.check(self.where, self.transform, loaded.detach().cpu(), self.all_inputs)
+        tensor = stored.shard(self.transform, tensor, self.span.start, self.span.stop)
         if self.transform.kind == "hadamard":
-            if not torch.allclose(matrix, hadamard_matrix(block), rtol=torch.finfo(loaded.dtype).eps, atol=0):
-                raise RotQuantError(f"{self.where} is not the Hadamard matrix that config.json declares")
-        elif self.matrix is not None and not torch.equal(self.matrix, matrix):
-            raise RotQuantError(f"{self.where}: the parts of this fused layer store different matrices")
-        else:
-            self.matrix = matrix.clone()
+            return
+        if self.tensor is not None and not torch.equal(self.tensor, tensor):
+            raise RotQuantError(f"{self.where}: the parts of this fused layer store different tensors")
+        self.tensor = tensor.clone()  # `loaded` may be a view into a file that vLLM closes
+        self.loaded += 1
+
+    def take(self, dummy: bool) -> Tensor | None:
+        """The tensor on the CPU, None for a "hadamard"; a random one under --load-format dummy."""
+        if dummy:
+            return stored.sample(self.transform, self.span.stop - self.span.start)
+        if self.transform.kind != "hadamard" and self.loaded != self.parts:
+            raise RotQuantError(
+                f"{self.where} is missing from the checkpoint ({self.parts - self.loaded} of {self.parts} parts)"
+            )
+        return self.tensor
 
 
-def expect_matrix(layer: torch.nn.Module, prefix: str, transform: Transform) -> None:
-    """Makes `layer` accept the matrix of its transform from the checkpoint."""
-    if transform.kind != "none":
+def expect_tensors(
+    layer: torch.nn.Module, prefix: str, transforms: tuple[Transform, ...], all_inputs: int, span: slice,
+    parts: list[int], loader: Any,
+) -> None:  # fmt: skip
+    """Makes `layer` accept the tensors of its transforms from the checkpoint.
+
+    Args:
+        span: inputs of this rank.
+        parts: outputs on this rank of each checkpoint layer in this one.
+        loader: vLLM's own weight loader of the layer.
+    """
+    for transform in transforms:
         name = f"{transform.name}_input"
-        layer.add_module(name, StoredMatrix(f"{prefix}.{name}.weight", transform))
+        receiver = StoredInput(f"{prefix}.{name}.weight", transform, all_inputs, span, len(parts))
+        layer.add_module(name, receiver)
+        if transform.kind == "shift":
+            # NaN shows after loading which outputs the checkpoint did not fill.
+            data = torch.full((sum(parts),), torch.nan, dtype=torch.float32)
+            output = torch.nn.Module()
+            output.weight = compat.ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+            layer.add_module(f"{transform.name}_output", output)
 
 
-def take_matrix(layer: torch.nn.Module, transform: Transform, device: torch.device) -> Tensor | None:
-    """The loaded matrix of a "dense" transform, float32 [block, block]; else None. Removes the receiver."""
-    if transform.kind == "none":
-        return None
-    name = f"{transform.name}_input"
-    stored = layer.get_submodule(name)
-    assert isinstance(stored, StoredMatrix)
-    delattr(layer, name)
-    if transform.kind == "hadamard":
-        return None
-    if stored.matrix is None:
-        raise RotQuantError(f"{stored.where} is missing from the checkpoint")
-    return stored.matrix.to(device)
+def take_tensors(
+    layer: torch.nn.Module, prefix: str, transforms: tuple[Transform, ...], device: torch.device, dummy: bool
+) -> Tensor | None:
+    """Turns the loaded tensors into the buffers that `stages` reads and removes the receivers.
+
+    Returns:
+        What shifts took away, to be added to the layer's output: float32 [N], None without a shift.
+    """
+    correction: Tensor | None = None
+    for transform in transforms:
+        receiver = layer.get_submodule(f"{transform.name}_input")
+        assert isinstance(receiver, StoredInput)
+        tensor = receiver.take(dummy)
+        delattr(layer, f"{transform.name}_input")
+        layer.register_buffer(buffer_name(transform), None if tensor is None else tensor.to(device), persistent=False)
+        if transform.kind == "shift":
+            name = f"{transform.name}_output"
+            output = layer.get_parameter(f"{name}.weight").data
+            if output.isnan().any():
+                raise RotQuantError(f"{prefix}.{name}.weight is missing from the checkpoint, or has NaN in it")
+            correction = output if correction is None else correction + output
+            delattr(layer, name)
+    return correction
+
+
+def buffer_name(transform: Transform) -> str:
+    return f"online_{transform.name}"
+
+
+def stages(layer: torch.nn.Module, transforms: tuple[Transform, ...]) -> list[Stage]:
+    """The loaded chain as `rotquant_kernels.linear` wants it."""
+    return [Stage(t.kind, t.block, getattr(layer, buffer_name(t))) for t in transforms]

@@ -3,19 +3,13 @@
 One reader for both sides (`rotquant.load` and the vLLM plugin), so that what is measured is what is
 served. Every field is either understood here or refused by name; nothing is skipped.
 
-config.json holds `quantization_config` (compressed-tensors' own schema) and the key `rotquant`:
-
-    format_version    1
-    profile           "full" or "portable"
-    activation_clip   {"default": 0.9, "<module name>": 0.85, ...}
-    kv_clip           {"key": 0.95, "value": 0.95}
-    provenance        recipe, seed, calibration, versions; not needed to run
+config.json holds `quantization_config` (compressed-tensors' own schema) and the key `rotquant` (`extension`).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
@@ -23,33 +17,46 @@ from compressed_tensors.transform import TransformArgs, TransformConfig, Transfo
 from pydantic import ValidationError
 
 from rotquant.errors import RotQuantError
+from rotquant.extension import FORMAT_VERSION, Extension, read_extension
 
-FORMAT_VERSION = 1
-EXTENSION_KEYS = {"format_version", "profile", "activation_clip", "kv_clip", "provenance"}
+__all__ = ["FORMAT_VERSION", "CheckpointFormat", "KVFormat", "LinearFormat", "Transform", "claims", "matches"]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Online transform x (I ⊗ T) of a linear input: kind and block as in `rotquant_kernels.transform_rows`.
+    """Online transform of a linear input: kind and block as in `rotquant_kernels.online`; `stored` has its tensors.
 
-    A "dense" T is stored as `<module>.<name>_input.weight`, float [block, block].
+    A permutation of block b moves inputs only within blocks of b; block 0 means within all inputs.
     """
 
-    kind: str = "none"
-    block: int = 0
-    name: str = ""
+    kind: str
+    block: int
+    name: str
+
+    def span(self, inputs: int) -> int:
+        """How many neighbouring inputs of `inputs` it mixes with each other: who runs it must hold all of them."""
+        if self.kind == "shift":
+            return 1
+        return inputs if self.kind == "kronecker" or not self.block else self.block
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind}" + (f" {self.block}" if self.block else "")
 
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """How one linear layer is stored and run. `group_size` 0 means one scale per output channel."""
+    """How one linear layer is stored and run.
+
+    `group_size` 0 means one scale per output channel, `rank` 0 no low-rank branch; transforms run in their order.
+    """
 
     weight_bits: int
     group_size: int
     act_bits: int
     act_symmetric: bool
     act_clip: float
-    transform: Transform = field(default_factory=Transform)
+    transforms: tuple[Transform, ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class CheckpointFormat:
     """
 
     def __init__(self, quantization_config: dict[str, Any], extension: dict[str, Any], head_dim: int) -> None:
-        self.extension = check_extension(extension)
+        self.extension: Extension = read_extension(extension)
         try:
             config = QuantizationConfig.model_validate(
                 {k: v for k, v in quantization_config.items() if k != "transform_config"}
@@ -112,6 +119,10 @@ class CheckpointFormat:
             check_scheme(f"quantization_config.config_groups.{name}", scheme, quantization_config.get("format"))
             self.schemes.append(scheme)
         self.transforms, rotate = read_transforms(transforms, head_dim)
+        for entry in self.extension.input_transforms:
+            block = 0 if entry.kind == "shift" else entry.block
+            args = TransformArgs(targets=entry.targets, location="input")
+            self.transforms.append((args, Transform(entry.kind, block, entry.name)))
         self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)
 
     def _kv(self, scheme: QuantizationArgs | None, head_dim: int, rotate: int) -> KVFormat | None:
@@ -127,50 +138,59 @@ class CheckpointFormat:
         expect(where, "dynamic", scheme.dynamic, True)
         if head_dim % 2:
             refuse(where, f"an odd head size ({head_dim})")
-        clip = self.extension.get("kv_clip", {})
-        return KVFormat(bool(scheme.symmetric), clip.get("key", 1.0), clip.get("value", 1.0), rotate)
+        clip = self.extension.kv_clip
+        return KVFormat(bool(scheme.symmetric), clip.key, clip.value, rotate)
+
+    def attention(self, name: str) -> KVFormat | None:
+        """Format of the KV cache of the attention module with this full name, None where it is not quantized."""
+        clip = self.extension.kv_clip.of(name)
+        return self.kv and replace(self.kv, k_clip=clip.key, v_clip=clip.value)
 
     def linear(self, name: str) -> LinearFormat | None:
-        """Format of the linear layer with this full name, None where it is not quantized."""
-        if any(matches(name, target, "Linear") for target in self.ignore):
-            return None
-        # A target that names the module wins over one that names its class, as in compressed-tensors.
-        named = [s for s in self.schemes if any(matches(name, t, None) for t in s.targets)]
-        by_class = [s for s in self.schemes if any(matches(name, t, "Linear") for t in s.targets)]
-        scheme = next(iter(named + by_class), None)
+        """Format of the linear layer with this full name, None where it is not quantized.
+
+        Raises:
+            RotQuantError: config.json gives the layer what only a quantized one has, or one thing twice.
+        """
+        scheme = self._scheme(name)
         if scheme is None:
+            self._expect_nothing(name)
             return None
         weights, activations = scheme.weights, scheme.input_activations
         assert weights is not None
         assert activations is not None
-        clip = self.extension.get("activation_clip", {})
-        transform = next((t for args, t in self.transforms if covers(args, name)), Transform())
+        transforms = tuple(transform for args, transform in self.transforms if covers(args, name, "Linear"))
+        ranks = [e.rank for e in self.extension.low_rank if any(matches(name, t, "Linear") for t in e.targets)]
+        if len({transform.name for transform in transforms}) < len(transforms):
+            raise RotQuantError(f"config.json: two online transforms of {name} have one name: rename one")
+        if len(ranks) > 1:
+            raise RotQuantError(f"config.json: rotquant.low_rank: two entries name {name}: keep one")
+        clip = self.extension.activation_clip
         return LinearFormat(
             weight_bits=weights.num_bits,
             group_size=(weights.group_size or 0) if _text(weights.strategy) == "group" else 0,
             act_bits=activations.num_bits,
             act_symmetric=bool(activations.symmetric),
             act_clip=clip.get(name, clip.get("default", 1.0)),
-            transform=transform,
+            transforms=transforms,
+            rank=sum(ranks),
         )
 
+    def _scheme(self, name: str) -> QuantizationScheme | None:
+        if any(matches(name, target, "Linear") for target in self.ignore):
+            return None
+        # A target that names the module wins over one that names its class, as in compressed-tensors.
+        named = [s for s in self.schemes if any(matches(name, t, None) for t in s.targets)]
+        by_class = [s for s in self.schemes if any(matches(name, t, "Linear") for t in s.targets)]
+        return next(iter(named + by_class), None)
 
-def check_extension(extension: dict[str, Any]) -> dict[str, Any]:
-    """Refuses a newer format and keys that this build does not know."""
-    version = extension.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise RotQuantError(
-            f"config.json: rotquant.format_version is {version}, this build reads up to {FORMAT_VERSION}:"
-            " update rotquant"
-        )
-    for key in extension:
-        if key not in EXTENSION_KEYS:
-            refuse(f"rotquant.{key}", "this feature")
-    for key in ("activation_clip", "kv_clip"):
-        for name, ratio in extension.get(key, {}).items():
-            if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-                raise RotQuantError(f"config.json: rotquant.{key}.{name} is {ratio!r}, must be in (0, 1]")
-    return extension
+    def _expect_nothing(self, name: str) -> None:
+        """Refuses what would be left out of a layer that is not quantized; a class name means only quantized ones."""
+        targets = [t for e in self.extension.low_rank for t in e.targets]
+        if any(covers(args, name, None) for args, _ in self.transforms):
+            refuse(f"online transforms of {name}", "them on a layer that is not quantized")
+        if any(matches(name, target, None) for target in targets):
+            refuse("rotquant.low_rank", f"it on {name}, which is not quantized")
 
 
 def check_scheme(where: str, scheme: QuantizationScheme, top_format: str | None) -> None:
@@ -236,8 +256,8 @@ def matches(name: str, target: str, module_class: str | None) -> bool:
     return target in (name, module_class)
 
 
-def covers(args: TransformArgs, name: str) -> bool:
-    targeted = any(matches(name, target, "Linear") for target in args.targets)
+def covers(args: TransformArgs, name: str, module_class: str | None) -> bool:
+    targeted = any(matches(name, target, module_class) for target in args.targets)
     return targeted and not any(matches(name, target, "Linear") for target in args.ignore)
 
 

@@ -1,7 +1,7 @@
 """`rotquant.load`: a quantized checkpoint as a transformers model that runs the served ops.
 
 The plain model is built from config.json with its parameters on the meta device, its quantized
-`nn.Linear`s become `QuantLinear` (packed weights, `rotquant_kernels.int_linear`), and a checkpoint
+`nn.Linear`s become `QuantLinear` (packed weights, `rotquant_kernels.linear`), and a checkpoint
 with a 4-bit KV cache gets an attention function that rotates and quantizes K and V as the cache
 would. Every tensor then comes from the files: one that is missing, unknown or of the wrong shape is
 an error, so no random weight and no ignored transform can hide.
@@ -28,10 +28,11 @@ from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
-from rotquant.format import CheckpointFormat, KVFormat, LinearFormat, claims
+from rotquant.format import CheckpointFormat, KVFormat, claims
 from rotquant.models import read_config
-from rotquant_kernels import int_linear, kv4_write, prepare_weight, reference
+from rotquant.quant_linear import QuantLinear, StoredInput
 from rotquant_kernels import kv4_attention as run_kv4_attention
+from rotquant_kernels import kv4_write, reference
 
 KV4_ATTENTION = "rotquant_kv4"
 PAGE = 128  # tokens of a page
@@ -59,58 +60,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
         if isinstance(module, QuantLinear):
             module.prepare()
         if checkpoint.kv is not None and name.endswith(".self_attn"):
-            module.rotquant_kv = checkpoint.kv  # type: ignore[assignment]
+            module.rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-class QuantLinear(nn.Module):
-    """A linear layer on packed integer weights; the forward is the op that is served.
-
-    Buffers: weight_packed int32 [N, ceil(K * bits / 32)] until `prepare`, then the layout of the device's
-    kernel; weight_scale float32 [N, G], bias [N] or None, matrix float32 [block, block] or None (a dense
-    online transform).
-    """
-
-    weight_packed: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    matrix: Tensor | None
-
-    def __init__(self, name: str, layer: nn.Linear, layer_format: LinearFormat) -> None:
-        super().__init__()
-        self.format = layer_format
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        size, block = layer_format.group_size or layer.in_features, layer_format.transform.block
-        for what, divisor in (("quantization groups", size), ("transform blocks", block or 1)):
-            if layer.in_features % divisor:
-                raise RotQuantError(f"config.json: {name}: {layer.in_features} inputs in {what} of {divisor}")
-
-        def buffer(field: str, dtype: torch.dtype, *shape: int) -> None:
-            self.register_buffer(field, torch.empty(shape, dtype=dtype, device="meta"))
-
-        buffer("weight_packed", torch.int32, layer.out_features, -(-layer.in_features * layer_format.weight_bits // 32))
-        buffer("weight_scale", torch.float32, layer.out_features, layer.in_features // size)
-        self.register_buffer("bias", None)
-        self.register_buffer("matrix", None)
-        if layer.bias is not None:
-            buffer("bias", layer.bias.dtype, layer.out_features)
-        if layer_format.transform.kind == "dense":
-            buffer("matrix", torch.float32, block, block)
-
-    def prepare(self) -> None:
-        """Brings the loaded weights into the kernel's layout."""
-        groups = self.weight_scale.shape[1]
-        self.weight_packed = prepare_weight(self.weight_packed, self.format.weight_bits, self.in_features, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [..., K] to [..., N] of the same dtype."""
-        f = self.format
-        return int_linear(
-            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits,
-            f.transform.kind, f.transform.block, self.matrix, f.act_bits, f.act_symmetric, f.act_clip,
-        )  # fmt: skip
 
 
 # ---- attention over a 4-bit KV cache ----------------------------------------------------------------
@@ -213,7 +166,17 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrai
         layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
         if layer_format is not None:
             model.set_submodule(name, QuantLinear(name, layer, layer_format))
+    _check_clips(model, checkpoint)
     return model, checkpoint
+
+
+def _check_clips(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
+    """Refuses a clip ratio of a module that is not there: nothing else would notice."""
+    extension, modules = checkpoint.extension, dict(model.named_modules())
+    for field, names in (("activation_clip", extension.activation_clip), ("kv_clip.layers", extension.kv_clip.layers)):
+        for name in names:
+            if name != "default" and name not in modules:
+                raise RotQuantError(f"config.json: rotquant.{field}.{name}: this model has no module of that name")
 
 
 @contextmanager
@@ -246,16 +209,13 @@ def _fill(model: PreTrainedModel, source: Source, device: torch.device) -> None:
                 raise RotQuantError(f"{file}: tensor {name} is not part of this model; without it the result is wrong")
         elif isinstance(owner, QuantLinear) and leaf == "weight_shape":
             _expect(file, name, "value", source.get(name).tolist(), [owner.out_features, owner.in_features])
-        elif isinstance(owner, QuantLinear) and leaf == "matrix" and owner.matrix is None:
-            _check_marker(file, name, source.get(name), owner.format.transform.block)
+        elif isinstance(owner, StoredInput):
+            owner.load(f"{file}: tensor {name}", source.get(name), device)
         else:
             _assign(file, name, source.get(name), owner, leaf, device)
     _tie(model, source)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
-            owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-            if isinstance(owner, QuantLinear) and leaf == "matrix":
-                name = name.removesuffix("matrix") + f"{owner.format.transform.name}_input.weight"
             raise RotQuantError(f"{source.folder}: tensor {name} is missing; config.json asks for it")
     nn.Module.to(model, device)  # what is left: RoPE's frequencies
 
@@ -264,15 +224,12 @@ def _slot(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module | None, s
     """The module and attribute that a tensor's name means; None where there is none."""
     owner_name, _, leaf = name.rpartition(".")
     owner = modules.get(owner_name)
-    if owner is not None and (
-        (isinstance(owner, QuantLinear) and leaf == "weight_shape") or leaf in owner.state_dict()
-    ):
-        return owner, leaf
-    parent_name, _, transform = owner_name.rpartition(".")
-    parent = modules.get(parent_name)
-    if isinstance(parent, QuantLinear) and (transform, leaf) == (f"{parent.format.transform.name}_input", "weight"):
-        return parent, "matrix"
-    return None, ""
+    if owner is None:
+        return None, ""
+    without_slot = (
+        "weight_shape" if isinstance(owner, QuantLinear) else "weight" if isinstance(owner, StoredInput) else ""
+    )
+    return (owner, leaf) if leaf == without_slot or leaf in owner.state_dict() else (None, "")
 
 
 def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, device: torch.device) -> None:
@@ -282,13 +239,6 @@ def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, 
         raise RotQuantError(f"{file}: tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
     tensor = tensor.to(device=device, dtype=wanted.dtype)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(wanted, nn.Parameter) else tensor)
-
-
-def _check_marker(file: Path, name: str, tensor: Tensor, block: int) -> None:
-    """A Hadamard needs no tensor; the file may hold one so that engines which ignore transforms warn."""
-    _expect(file, name, "shape", list(tensor.shape), [block, block])
-    if not torch.equal(tensor.float().sign(), reference.hadamard(torch.eye(block), block).sign()):
-        raise RotQuantError(f"{file}: tensor {name} is not the Hadamard matrix that config.json declares")
 
 
 def _tie(model: PreTrainedModel, source: Source) -> None:

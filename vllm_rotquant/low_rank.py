@@ -1,0 +1,91 @@
+"""The low-rank branch of a linear layer, x D U beside the integer product: its factors as vLLM's layers hold them.
+
+vLLM runs several layers of the checkpoint as one (q, k, v; gate, up). Their factors D_i [K, r] and U_i [r, N_i]
+become one pair of rank P r for P parts:
+
+    D = [D_1 ... D_P]        U = diag(U_1, ..., U_P)        x D U = [x D_1 U_1 ... x D_P U_P]
+
+Under tensor parallelism a rank holds the rows of D for its inputs and the columns of each U_i for its outputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rotquant.errors import RotQuantError
+from vllm_rotquant import compat
+
+NAMES = ("low_rank_down", "low_rank_up")
+QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a qkv layer
+
+
+def expect_factors(
+    layer: torch.nn.Module, prefix: str, rank: int, all_inputs: int, span: slice, parts: list[int], dtype: torch.dtype
+) -> None:
+    """Makes `layer` accept its factors from the checkpoint; both are None where rank is 0.
+
+    Args:
+        span: inputs of this rank; parts: outputs on this rank of each checkpoint layer in this one.
+        dtype: the model's.
+    """
+    if not rank:
+        for name in NAMES:
+            layer.register_parameter(name, None)
+        return
+    if isinstance(layer, compat.ParallelLMHead):
+        raise RotQuantError(f"{prefix}: this build of rotquant does not run rotquant.low_rank on the output layer")
+    # NaN shows after loading what the checkpoint did not fill.
+    down = torch.full((span.stop - span.start, rank * len(parts)), torch.nan, dtype=dtype)
+    up = torch.block_diag(*(torch.full((rank, outputs), torch.nan, dtype=dtype) for outputs in parts))
+    for name, data in zip(NAMES, (down, up), strict=True):
+        layer.register_parameter(name, Parameter(data, requires_grad=False))
+    where, outputs = f"{prefix}.{{}}", [0, *torch.tensor(parts).cumsum(0).tolist()]
+
+    def block(part: int) -> tuple[slice, slice]:
+        return slice(part * rank, (part + 1) * rank), slice(outputs[part], outputs[part + 1])
+
+    def load_down(parameter: Tensor, loaded: Tensor, part: int) -> None:
+        expect_shape(where.format(NAMES[0]), loaded, [all_inputs, rank])
+        parameter.data[:, block(part)[0]] = loaded[span]
+
+    def load_up(parameter: Tensor, loaded: Tensor, part: int) -> None:
+        columns = output_shard(loaded.shape[-1], parts[part])
+        expect_shape(where.format(NAMES[1]), loaded, [rank, columns[1]])
+        parameter.data[block(part)] = loaded[:, columns[0]]
+
+    for name, load in zip(NAMES, (load_down, load_up), strict=True):
+        layer.get_parameter(name).weight_loader = partial(_numbered, load)  # type: ignore[attr-defined]
+
+
+def _numbered(load: Any, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
+    """vLLM's weight loader; `shard` is its name of the part: "q", "k", "v", a number, or None in a plain layer."""
+    load(parameter, loaded, QKV.get(shard, shard or 0))
+
+
+def output_shard(found: int, outputs: int) -> tuple[slice, int]:
+    """The columns of this rank among `found` in the file when a rank holds `outputs`, and the right number of them.
+
+    The ranks hold equal shards in order. Where there are fewer shards than ranks (KV heads), neighbours share one.
+    """
+    ranks, rank = compat.get_tensor_model_parallel_world_size(), compat.get_tensor_model_parallel_rank()
+    shards = max(1, min(ranks, found // outputs))
+    start = rank * shards // ranks * outputs
+    return slice(start, start + outputs), shards * outputs
+
+
+def expect_shape(where: str, loaded: Tensor, expected: list[int]) -> None:
+    if list(loaded.shape) != expected:
+        raise RotQuantError(f"{where} has shape {list(loaded.shape)}, config.json asks for {expected}")
+
+
+def check_loaded(layer: Any, prefix: str) -> None:
+    """Refuses a factor that the checkpoint left out, in part or as a whole."""
+    for name in NAMES:
+        factor = getattr(layer, name)
+        if factor is not None and factor.isnan().any():
+            raise RotQuantError(f"{prefix}.{name} is missing from the checkpoint, or has NaN in it")

@@ -1,0 +1,158 @@
+"""The witness of the start-up proof: the same layers in float64, without the ops that serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotquant.format import KVFormat, LinearFormat
+from rotquant_kernels import Stage, convention, reference
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Size of the difference relative to the size of what was expected."""
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def limit(dtype: torch.dtype, bits: int) -> float:
+    """Largest distance that rounding explains: the output's own, and codes that fall on the other side of a tie.
+
+    Far below the distance to a layer that left its inputs unquantized (about 10% at 4 bits, 0.7% at 8).
+    """
+    return torch.finfo(dtype).eps / 2 + (0.02 if bits == 4 else 0.002)
+
+
+def trial(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+
+
+def transformed(x: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """The rows after a chain of online transforms, by dense products in float64."""
+    x = x.double()
+    for kind, block, tensor in stages:
+        if kind in ("hadamard", "dense", "kronecker"):
+            left, right = factors(kind, block, tensor, x)
+            x = torch.einsum("ij,...ik,kl->...jl", left, x.unflatten(-1, (-1, block)), right).flatten(-2)
+        else:
+            x = elementary(x, kind, block, tensor, inverse=False)
+    return x
+
+
+def restored(x: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """Inverse of `transformed`."""
+    for kind, block, tensor in reversed(stages):
+        if kind in ("hadamard", "dense", "kronecker"):
+            left, right = (torch.linalg.inv(factor) for factor in factors(kind, block, tensor, x))
+            x = torch.einsum("ij,...ik,kl->...jl", left, x.unflatten(-1, (-1, block)), right).flatten(-2)
+        else:
+            x = elementary(x, kind, block, tensor, inverse=True)
+    return x
+
+
+def factors(kind: str, block: int, tensor: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q, float64, of a stage that is x (P ⊗ Q); P is the unit matrix but for "kronecker"."""
+    outer = x.shape[-1] // block
+    unit = torch.eye(outer, dtype=torch.float64, device=x.device)
+    if kind == "hadamard":
+        return unit, hadamard_matrix(block).to(x)
+    assert tensor is not None
+    if kind == "dense":
+        return unit, tensor.to(x)
+    left, right = tensor.to(x).split((outer * outer, block * block))
+    return left.view(outer, outer), right.view(block, block)
+
+
+def elementary(x: Tensor, kind: str, block: int, tensor: Tensor | None, inverse: bool) -> Tensor:
+    """A permutation, reflection or shift, or its inverse, of float64 rows."""
+    assert tensor is not None
+    if kind == "permutation":
+        order = tensor.long()
+        return x.index_select(-1, order.argsort() if inverse else order)
+    if kind == "reflection":
+        v = tensor.to(x)
+        return x - 2 * torch.einsum("...nk,k,l->...nl", x.unflatten(-1, (-1, block)), v, v).flatten(-2)
+    assert kind == "shift"
+    return x + tensor.to(x) * (1 if inverse else -1)
+
+
+def hadamard_matrix(block: int) -> Tensor:
+    """H / sqrt(block), float32 [block, block]."""
+    return reference.hadamard(torch.eye(block, dtype=torch.float32, device="cpu"), block)
+
+
+def sign_of_extreme(x: Tensor) -> Tensor:
+    """±1 for each row: the sign of its largest magnitude.
+
+    A row whose extreme is negative puts it at -7.5 steps, a tie that the last bit of a sum decides.
+    Trial rows are multiplied by this sign, so that kernel and reference need not agree on that bit.
+    """
+    return x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
+
+
+def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows [rows, inputs] for a chain, random behind its shifts, whose largest magnitude there is positive.
+
+    A chain with shifts is affine, A(c + x) = x M where A(c) = 0: rows are random around c, as real ones are, and
+    x takes the sign. Rounding to `dtype` may turn a sign back where c is large, so there are rows to choose from.
+    """
+    x = trial(4 * rows, inputs, dtype=torch.float32, device=device).double()
+    shifted = any(stage.kind == "shift" for stage in stages)
+    center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
+    x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
+    good = sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
+    return x[good[:rows]]
+
+
+def float_linear(
+    x: Tensor,
+    linear: LinearFormat,
+    stages: Sequence[Stage],
+    packed: Tensor,
+    scales: Tensor,
+    low_rank: tuple[Tensor | None, Tensor | None],
+    bias: Tensor | None,
+) -> Tensor:
+    """A quantized linear layer in float64.
+
+    Args:
+        x: [M, K]; packed: int32 [N, words] as in the checkpoint; scales: [N, G]; low_rank: D [K, r] and U [r, N].
+        bias: [N], the correction of shifts in it.
+    Returns:
+        [M, N].
+    """
+    y = transformed(x, stages)
+    scale, zero = convention.qparams(y, linear.act_bits, linear.act_symmetric, linear.act_clip)
+    rounded = convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero)
+    codes = convention.unpack_int32(packed, linear.weight_bits, x.shape[1])
+    weight = codes * scales.repeat_interleave(x.shape[1] // scales.shape[1], dim=1)
+    out = rounded.double() @ weight.double().t()
+    down, up = low_rank
+    if down is not None and up is not None:
+        out = out + y @ down.double() @ up.double()
+    return out if bias is None else out + bias.double()
+
+
+def r3(kv: KVFormat) -> list[Stage]:
+    """The chain of queries and keys."""
+    return [Stage("hadamard", kv.rotate)] if kv.rotate else []
+
+
+def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
+    """Causal attention in float64 over K and V as 4 bits give them back.
+
+    Args:
+        query: [T, heads, d]; key, value: [T, KV heads, d].
+    Returns:
+        [T, heads, d].
+    """
+    rotation = r3(kv)
+    group = query.shape[1] // key.shape[1]
+    k = convention.kv_fake_quantize(transformed(key, rotation), kv.symmetric, kv.k_clip).double()
+    v = convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip).double()
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    scores = transformed(query, rotation).transpose(0, 1) @ k.mT * scale
+    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
