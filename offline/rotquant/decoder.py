@@ -46,17 +46,15 @@ class Decoder:
 
     def attention(self, tensors: dict[str, Tensor], x1: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
         """Causal attention of each sequence, x1 [..., T, hidden] to x2 [..., T, heads * d]."""
-        query, key, value = (
-            linear(f"self_attn.{n}_proj", x1).unflatten(-1, (-1, self.arch.head_dim)) for n in "qkv"
-        )
+        query, key, value = (linear(f"self_attn.{n}_proj", x1).unflatten(-1, (-1, self.arch.head_dim)) for n in "qkv")
         if "self_attn.q_norm.weight" in tensors:
             query = self.norm(query, tensors["self_attn.q_norm.weight"])
             key = self.norm(key, tensors["self_attn.k_norm.weight"])
         query, key, value = self.rotary(query).float(), self.rotary(key).float(), value.float()
         if cache:
             query, key, value = cache(query, key, value)
-        by_head = (x.transpose(-3, -2) for x in (query, key, value))
-        mixed = scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+        query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return mixed.transpose(-3, -2).flatten(-2).to(x1.dtype)
 
     def rotary(self, x: Tensor) -> Tensor:

@@ -50,9 +50,7 @@ class PackedLinear:
         return stored
 
 
-def pack(
-    codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None
-) -> PackedLinear:
+def pack(codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None) -> PackedLinear:
     packed = convention.pack_int32(codes, bits)
     return PackedLinear(packed, scale, (codes.shape[0], codes.shape[1]), bits, down, up)
 
@@ -168,7 +166,8 @@ class LayerQuantizer:
         options, down, up = self.recipe.weights, None, None
         if options.rank:
             down, up, weight = self._branch(weight, hessian)
-        scale = rtn.weight_scale(weight, options.bits, options.group_size, options.clip_search, self.dtype)
+        learned = self.layer.weight_clips.get(name)
+        scale = rtn.weight_scale(weight, options.bits, options.group_size, options.clip_search, self.dtype, learned)
         if hessian is None or options.method == "rtn":
             codes = rtn.quantize(weight, scale, options.bits)
         else:

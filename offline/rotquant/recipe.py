@@ -80,9 +80,9 @@ class Surrogate(_Part):
     """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
 
     targets: list[Literal["r1", "r2"]] = ["r1"]
-    objective: Literal[
-        "quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"
-    ] = "quantization_error"
+    objective: Literal["quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"] = (
+        "quantization_error"
+    )
     optimiser: Literal["procrustes", "qr", "cayley", "adam"] = "procrustes"
     steps: int = Field(default=100, ge=1)
     polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
@@ -104,7 +104,7 @@ class Blockwise(_Part):
     rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
     samples: int = Field(default=128, ge=1)
     inputs: Literal["full", "quantized"] = Field(
-        default="full", description="what a layer sees while it learns: full-precision inputs, or those of the layers before"
+        default="full", description="what a layer sees while it learns: exact inputs, or what the layers before make"
     )
     weight_bits: Literal[4, 8, 16] = Field(default=4, description="while learning; 16 leaves the weights to GPTQ")
 

@@ -12,6 +12,7 @@ A method is a point in this space: which of these are there, and how their value
     order          permutation of the intermediate channels: rows of gate and up, columns of down
     inputs         for each site the chain of online stages before its linears; R4 is the one before down_proj
     clips          activation clip of each site, clips of keys and values
+    weight_clips   by linear: for each weight scale the share of the range that it covers
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class LayerTransforms:
     order: Tensor | None = None  # int64 [intermediate]
     inputs: dict[str, list[Stage]] = field(default_factory=dict)
     clips: dict[str, float] = field(default_factory=dict)  # by site, and "key", "value"
+    weight_clips: dict[str, Tensor] = field(default_factory=dict)  # [N, groups] each
 
     def chain(self, linear: str) -> list[Stage]:
         """The online stages before a linear of this layer."""
@@ -71,6 +73,7 @@ class LayerTransforms:
                 found[f"inputs.{site}.{i}.{stage.kind}.{stage.block}"] = tensor
         for name, clip in self.clips.items():
             found[f"clips.{name}"] = torch.tensor(clip, dtype=torch.float64)
+        found |= {f"weight_clips.{name}": ratio for name, ratio in self.weight_clips.items()}
         return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
     @classmethod
@@ -80,6 +83,8 @@ class LayerTransforms:
             part, _, rest = name.partition(".")
             if part == "clips":
                 made.clips[rest] = tensors[name].item()
+            elif part == "weight_clips":
+                made.weight_clips[rest] = tensors[name]
             elif part == "inputs":
                 site, _, kind, block = rest.split(".")
                 tensor = tensors[name] if tensors[name].numel() else None

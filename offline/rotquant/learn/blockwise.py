@@ -9,6 +9,7 @@ x is the exact input h, or what the quantized layers before make of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,7 +67,9 @@ def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     return ((output - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
 
-def make_optimisers(parameters: LayerParameters, options: Blockwise, steps: int):  # type: ignore[no-untyped-def]
+def make_optimisers(
+    parameters: LayerParameters, options: Blockwise, steps: int
+) -> tuple[list[torch.optim.Optimizer], Callable[[int], float]]:
     plain, rotations = parameters.groups(options.lr, options.clip_lr, options.rotation_lr)
     made: list[torch.optim.Optimizer] = []
     if plain:
@@ -81,4 +84,5 @@ def make_optimisers(parameters: LayerParameters, options: Blockwise, steps: int)
 
 def batches(count: int, options: Blockwise, random: torch.Generator) -> list[Tensor]:
     """Indices of the windows of each step."""
-    return [part for _ in range(options.epochs) for part in torch.randperm(count, generator=random).split(options.batch)]
+    orders = [torch.randperm(count, generator=random) for _ in range(options.epochs)]
+    return [part for order in orders for part in order.split(options.batch)]

@@ -43,7 +43,7 @@ class QuantizedModel:
         for index in range(arch.layers):
             folded, raw = job.layer(index), job.source.layer(arch.layer_prefix(index))
             start = job.transforms.layers[index]
-            learns = [name for name in options.learns if name != "r1"]
+            learns: list[str] = [name for name in options.learns if name != "r1"]
             self.layers.append(quantized_layer(job, self.decoder, folded, start, learns, options.weight_bits))
             self.tensors.append({name: tensor.float() for name, tensor in raw.items()})
 
@@ -60,6 +60,7 @@ class QuantizedModel:
         rotation = Dense(self.r1) if self.r1 is not None else None
         h = rotation.rows(h) if rotation else h
         for tensors, layer in zip(self.tensors, self.layers, strict=True):
+
             def run(h: Tensor, tensors=tensors, layer=layer) -> Tensor:  # type: ignore[no-untyped-def]
                 return layer(fold_r1(tensors, rotation) if rotation else tensors, h)
 

@@ -1,7 +1,7 @@
 """The transforms of one layer after another: scales, R2, the order of channels, online stages; then blockwise learning.
 
 Smoothing takes its scales from the tokens and the weights of a site (`transforms.scaling`); what is folded is 1 / λ.
-α is given, or searched: at the norms and at up_proj the one of least output error, at the values always 0.5.
+alpha is given, or searched: at the norms and at up_proj the one of least output error, at the values always 0.5.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class SampleLearner:
         if kind == "dense":
             return [Stage("dense", options.block, rotation(options.block, random))]
         if kind == "greedy":
-            made = greedy_stages(x, options.block, random, options.greedy, self.recipe.activations.symmetric, self.job.tp_max)
+            symmetric = self.recipe.activations.symmetric
+            made = greedy_stages(x, options.block, random, options.greedy, symmetric, self.job.tp_max)
             if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
                 made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
             return made
@@ -167,4 +168,3 @@ def rotation(size: int, random: torch.Generator) -> Tensor:
 
 def kronecker(left: Tensor, right: Tensor) -> Stage:
     return Stage("kronecker", len(right), torch.cat((left.flatten(), right.flatten())))
-

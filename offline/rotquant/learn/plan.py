@@ -40,9 +40,7 @@ def learn(job: Learner, journal: Journal) -> None:
 def learns_r1(recipe: Recipe) -> bool:
     surrogate = recipe.learn.surrogate
     learned = surrogate is not None and "r1" in surrogate.targets
-    return recipe.rotations.r1 != "none" and (
-        recipe.rotations.r1 == "klt" or recipe.rotations.mean_to_ones or learned
-    )
+    return recipe.rotations.r1 != "none" and (recipe.rotations.r1 == "klt" or recipe.rotations.mean_to_ones or learned)
 
 
 def learns_layers(recipe: Recipe) -> bool:

@@ -7,10 +7,13 @@ convention (`quantizers`), weights to nearest. What learning changes is the cont
     act_clip, kv_clip            clip ratios of the four sites, of keys and values, behind a sigmoid
     weight_clip                  one ratio for each scale of each weight matrix, behind a sigmoid (LWC of OmniQuant)
     r2                           a rotation for each KV head, kept orthogonal by its optimiser
-    online                       the tensors of kronecker, dense and shift stages
+    online                       the tensors of kronecker, dense, shift and reflection stages (a reflection's v is
+                                 divided by its length)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +25,10 @@ from rotquant.models import LINEARS, Architecture
 from rotquant.recipe import Recipe
 from rotquant.space import SITE_OF, SITES, LayerTransforms
 from rotquant.weights import rtn
-from rotquant_kernels import convention, reference
+from rotquant_kernels import Stage, convention, reference
 
-LEARNED_STAGES = ("kronecker", "dense", "shift")
+LEARNED_STAGES = ("kronecker", "dense", "shift", "reflection")
+Group = dict[str, Any]
 CLIPS = {"act_clip": tuple(SITES), "kv_clip": ("key", "value")}
 
 
@@ -63,7 +67,7 @@ class LayerParameters(nn.Module):
             for site, stages in start.inputs.items():
                 for i, stage in enumerate(stages):
                     if stage.kind in LEARNED_STAGES and stage.tensor is not None:
-                        self.stages[f"{site}-{i}"] = nn.Parameter(stage.tensor.float().clone())
+                        self.stages[f"{site}-{i}"] = nn.Parameter(learnable(stage))
         self.weight_clips = nn.ParameterDict()  # filled by `QuantizedLayer`, which knows the weights
 
     def transforms(self) -> LayerTransforms:
@@ -74,11 +78,14 @@ class LayerParameters(nn.Module):
         if self.r2 is not None:
             now.r2 = self.r2
         for site, stages in self.start.inputs.items():
-            now.inputs[site] = [
-                stage._replace(tensor=self.stages[key]) if (key := f"{site}-{i}") in self.stages else stage
-                for i, stage in enumerate(stages)
-            ]
+            now.inputs[site] = [self._stage(stage, f"{site}-{i}") for i, stage in enumerate(stages)]
         return now
+
+    def _stage(self, stage: Stage, key: str) -> Stage:
+        if key not in self.stages:
+            return stage
+        tensor = self.stages[key]
+        return stage._replace(tensor=tensor / tensor.norm() if stage.kind == "reflection" else tensor)
 
     def clip(self, name: str, default: float) -> Tensor | float:
         """Clip ratio of a site, of "key" or of "value"."""
@@ -91,14 +98,24 @@ class LayerParameters(nn.Module):
         """What was learned, for folding."""
         made = LayerTransforms.from_tensors({k: t.clone() for k, t in self.transforms().tensors().items()})
         made.clips = self.start.clips | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
+        made.weight_clips = {name.replace("-", "."): logit.sigmoid() for name, logit in self.weight_clips.items()}
         return made
 
-    def groups(self, lr: float, clip_lr: float, rotation_lr: float) -> tuple[list[dict], list[dict]]:
+    def groups(self, lr: float, clip_lr: float, rotation_lr: float) -> tuple[list[Group], list[Group]]:
         """Parameter groups for AdamW, and for an optimiser of rotations."""
         plain = [{"params": [*self.scales.values(), *self.stages.values()], "lr": lr}]
         plain += [{"params": [*self.clips.values(), *self.weight_clips.values()], "lr": clip_lr}]
         rotations = [{"params": [self.r2], "lr": rotation_lr}] if self.r2 is not None else []
         return [group for group in plain if group["params"]], rotations
+
+
+def learnable(stage: Stage) -> Tensor:
+    """Where a stage's parameter starts. A reflection that does nothing (v = 0) has no direction to learn from."""
+    assert stage.tensor is not None
+    tensor = stage.tensor.float().clone()
+    if stage.kind == "reflection" and not tensor.any():
+        tensor = 1 - 2 * (torch.arange(len(tensor)) % 2).float()
+    return tensor
 
 
 class QuantizedLayer:

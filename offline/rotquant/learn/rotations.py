@@ -1,7 +1,7 @@
 """R1 for the whole model and R2 for each layer from samples of the rows they rotate: no gradients through the model.
 
-R1 rotates the residual stream; what is quantized is its RMS-normalised rows x / rms(x), whatever the norms' gains, which
-are folded. So rows of every site count the same (FRTQ's uniform preconditioning holds by construction).
+R1 rotates the residual stream; what is quantized is its RMS-normalised rows x / rms(x), whatever the norms' gains,
+which are folded. So rows of every site count the same (FRTQ's uniform preconditioning holds by construction).
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def clip_of(quantizer: Activations | KVCache) -> float:
 
 def procrustes_targets(options: Surrogate, quantizer: Activations | KVCache) -> list[procrustes.Target]:
     symmetric = quantizer.symmetric
-    quantized = partial(
-        targets.quantized_target, bits=quantizer.bits, symmetric=symmetric, clip=clip_of(quantizer)
-    )
+    quantized = partial(targets.quantized_target, bits=quantizer.bits, symmetric=symmetric, clip=clip_of(quantizer))
     found: dict[str, Callable[[], list[procrustes.Target]]] = {
         "quantization_error": lambda: [quantized] * options.steps,
         "clip": lambda: procrustes.annealed_clip(options.steps, symmetric=symmetric),

@@ -15,18 +15,23 @@ EXPONENT = 2.4
 GRID = tuple(1 - step / 100 for step in range(0, 80, 2))  # down to 0.22
 
 
-def weight_scale(weight: Tensor, bits: int, group_size: int, clip_search: bool, dtype: torch.dtype) -> Tensor:
+def weight_scale(
+    weight: Tensor, bits: int, group_size: int, clip_search: bool, dtype: torch.dtype, clip: Tensor | None = None
+) -> Tensor:
     """Scales of a weight matrix.
 
     Args:
         weight: float [N, K].
         group_size: inputs that share a scale; 0 for the whole row.
         dtype: in which the checkpoint stores scales; they are rounded to it here, before any code is made.
+        clip: known ratios [N, G], which take the search's place.
     Returns:
         float32 [N, G].
     """
     groups = grouped(weight.float(), group_size)
     scale, zero = convention.qparams(groups, bits, symmetric=True)
+    if clip is not None:
+        return stored(scale.squeeze(-1) * clip, dtype)
     scale = stored(scale, dtype)
     if clip_search:
         best = torch.full_like(scale, float("inf"))
