@@ -106,7 +106,7 @@ def layer_tensors(stored: dict[str, torch.Tensor], transforms: Transforms, index
     for linear, site in SITE_OF.items():
         for name, i in own_stages(transforms, site).items():
             stage = layer.inputs[site][i]
-            out[f"{linear}.{name}_input.weight"] = stored_stage(stage)
+            out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
             if stage.kind == "shift":
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
     return out | (marker(r4_block(transforms), out["input_layernorm.weight"].dtype) if index == 0 else {})

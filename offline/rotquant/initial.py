@@ -19,7 +19,7 @@ from rotquant_kernels import Stage
 
 def generator(seed: int, name: str) -> torch.Generator:
     """A random stream of its own for each rotation, so that no order of work or resume changes it."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))  # the generator reads 32 bits only
 
 
 def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: int) -> Transforms:

@@ -253,7 +253,7 @@ def write_embedding(run: Run, journal: Journal) -> None:
     if journal.done("embedding"):
         return
     weight = by_rows(run.source.get(EMBEDDING), lambda rows: run.fold.embedding(rows).to(run.dtype))
-    if run.calibrated:
+    if run.calibrated and run.recipe.weights.needs_inputs:
         journal.save_chain(0, weight[run.calibrated.tokens])
     journal.finish("embedding", run.shard(1), {EMBEDDING: weight})
 
@@ -269,7 +269,7 @@ def write_layers(run: Run, journal: Journal) -> None:
     cos, sin = rotary(arch.config, run.calibrated.tokens.shape[1] if run.calibrated else 1)
     decoder = Decoder(arch, cos[0].to(run.device), sin[0].to(run.device))
     quantizer = LayerQuantizer(run.recipe, run.transforms, decoder, run.dtype, run.device)
-    chain = journal.load_chain(first) if run.calibrated else None
+    chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
             prefix = arch.layer_prefix(index)

@@ -69,7 +69,7 @@ class OnlineStages(_Part):
     o: list[Literal["heads", "kronecker", "dense", "greedy", "shift"]] = []
     mlp: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
     down: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    block: int = Field(default=128, ge=2, description="size of the blocks of dense and greedy")
+    block: int = Field(default=128, ge=2, description="largest block of dense and greedy, which are powers of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 
     def of(self, site: str) -> list[str]:

@@ -20,7 +20,7 @@ from rotquant.learn.rotations import learn_r2
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.recipe import Blockwise
 from rotquant.space import SITES, LayerTransforms
-from rotquant.transforms.hadamard import RandomHadamard
+from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.kronecker import factor_pair
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import search_scale, smooth_scale
@@ -146,11 +146,12 @@ class SampleLearner:
         random = generator(self.job.seed, f"{kind}.{site}.{self.index}")
         if kind == "shift":
             return [Stage("shift", width, x[~massive_tokens(x)].mean(0))]
+        block = min(power_of_two_factor(width // self.job.tp_max), options.block)
         if kind == "dense":
-            return [Stage("dense", options.block, rotation(options.block, random))]
+            return [Stage("dense", block, rotation(block, random))]
         if kind == "greedy":
             symmetric = self.recipe.activations.symmetric
-            made = greedy_stages(x, options.block, random, options.greedy, symmetric, self.job.tp_max)
+            made = greedy_stages(x, block, random, options.greedy, symmetric, self.job.tp_max)
             if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
                 made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
             return made
