@@ -68,9 +68,10 @@ def test_alternation_never_raises_its_loss(target):
 
 
 def test_alternation_sees_all_batches_and_weights():
-    x = torch.randn(90, 8, generator=generator(), dtype=torch.float64)
-    x[::9, 3] *= 40
-    start = random_rotation(8, 1)
+    x = torch.randn(90, 32, generator=generator(), dtype=torch.float64)
+    x[::9, 3] = 20
+    assert massive_tokens(x).sum() == 10
+    start = random_rotation(32, 1)
     whole = alternate(lambda: [x], start, [corner_target] * 3)
     parts = alternate(lambda: iter(x.split(7)), start, [corner_target] * 3)
     assert torch.allclose(whole[0], parts[0], atol=1e-9)
@@ -136,7 +137,8 @@ def test_a_cayley_step_is_the_formula_of_spinquant():
 
 
 def test_qr_orth_starts_where_it_is_told_and_has_gradients():
-    start = random_rotation(7, 3)
+    skew = torch.randn(7, 7, generator=generator(3), dtype=torch.float64)
+    start = torch.matrix_exp(skew - skew.T)
     model = QROrth(start)
     assert torch.allclose(model(), start, atol=1e-12)
     z = torch.randn(5, 5, generator=generator(), dtype=torch.float64, requires_grad=True)
