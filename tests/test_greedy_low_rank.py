@@ -54,6 +54,10 @@ def test_steps_are_orthogonal_and_the_best_product_is_kept(step):
     rows = outliers().view(-1, 16).double()
     matrix = make()(rows)
     assert torch.allclose(matrix @ matrix.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
+    if step == "ruquant":  # the worst vector arrives at its positive target
+        arrived = rows @ ruquant_step(generator(), False)(rows)
+        assert (arrived.amin(1) > -1e-9).any()
+        assert not (rows.amin(1) > 0).any()
     losses = []
     for rounds in range(8):
         r = greedy_rotation(outliers(), 16, make(), rounds, True)

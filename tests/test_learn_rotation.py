@@ -68,9 +68,10 @@ def test_alternation_never_raises_its_loss(target):
 
 
 def test_alternation_sees_all_batches_and_weights():
-    x = torch.randn(90, 8, generator=generator(), dtype=torch.float64)
-    x[::9, 3] *= 40
-    start = random_rotation(8, 1)
+    x = torch.randn(90, 32, generator=generator(), dtype=torch.float64)
+    x[::9, 3] = 20
+    assert massive_tokens(x).sum() == 10
+    start = random_rotation(32, 1)
     whole = alternate(lambda: [x], start, [corner_target] * 3)
     parts = alternate(lambda: iter(x.split(7)), start, [corner_target] * 3)
     assert torch.allclose(whole[0], parts[0], atol=1e-9)
@@ -136,7 +137,8 @@ def test_a_cayley_step_is_the_formula_of_spinquant():
 
 
 def test_qr_orth_starts_where_it_is_told_and_has_gradients():
-    start = random_rotation(7, 3)
+    skew = torch.randn(7, 7, generator=generator(3), dtype=torch.float64)
+    start = torch.matrix_exp(skew - skew.T)
     model = QROrth(start)
     assert torch.allclose(model(), start, atol=1e-12)
     z = torch.randn(5, 5, generator=generator(), dtype=torch.float64, requires_grad=True)
@@ -215,15 +217,18 @@ def toy():
 def test_hadamard_suits_massive_tokens_and_learning_suits_the_others(toy):
     """The order that the methods have on larger toy data: learning helps normal tokens, gamma protects massive ones."""
 
-    def learned(targets, weights=None):
-        return toy.errors(alternate(lambda: [toy.train], toy.hadamard, targets, weights)[0])
+    def alternated(target):
+        return toy.errors(alternate(lambda: [toy.train], toy.hadamard, [target] * 40)[0])
 
-    start, heavy = toy.errors(toy.hadamard), partial(token_weights, gamma=10)
+    def whipped(gamma):
+        weights = partial(token_weights, gamma=gamma)
+        r, _ = learn_rotation(lambda: [toy.train], whip, toy.hadamard.float(), "qr", 100, 0.02, weights)
+        return toy.errors(r)
+
+    start, corner, dfrot = toy.errors(toy.hadamard), alternated(corner_target), alternated(quantized_target)
+    plain, heavy = whipped(1.0), whipped(10.0)
     assert start[1] < 0.7 * toy.errors(toy.random)[1]
-    corner, corner_heavy = learned([corner_target] * 40), learned([corner_target] * 40, heavy)
-    dfrot = learned([quantized_target] * 40, heavy)
-    trained, _ = learn_rotation(lambda: [toy.train], whip, toy.hadamard.float(), "qr", steps=100, lr=0.02)
-    assert max(corner[0], toy.errors(trained)[0]) < 0.7 * start[0]
-    assert corner_heavy[1] < corner[1] < toy.errors(trained)[1]
-    assert dfrot[1] < start[1]
-    assert dfrot[0] == pytest.approx(start[0], rel=0.05)
+    assert max(corner[0], plain[0]) < 0.7 * start[0]
+    assert corner[1] < 0.6 * plain[1]
+    assert heavy[1] < 0.8 * plain[1]
+    assert dfrot[0] == pytest.approx(start[0], rel=0.05)  # quantized targets hardly move normal tokens

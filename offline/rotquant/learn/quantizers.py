@@ -124,7 +124,7 @@ class _Extremes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
         ctx.save_for_backward(x)
-        return torch.aminmax(x, dim=-1, keepdim=True)
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # twice as fast as aminmax
 
     @staticmethod
     @once_differentiable
@@ -161,8 +161,8 @@ class _Round(torch.autograd.Function):
         grad_x = grad * inside
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            change = torch.where(inside, x, 0).sub_(out).mul_(grad)
-            grad_scale = change.sum(-1, keepdim=True).div_(scale).neg_()
+            change = (grad * out).addcmul_(grad_x, x, value=-1)
+            grad_scale = change.sum(-1, keepdim=True).div_(scale)
         if ctx.needs_input_grad[2]:
             grad_zero = (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)) * scale
         return grad_x, grad_scale, grad_zero, None
