@@ -3,11 +3,11 @@
 A row x of d numbers is what gets one scale: a token of a linear's input, or a (token, head) of the KV cache.
 Per row:
 
-    peak to RMS    max|x| / sqrt(mean x²)                      1 flat; sqrt(2 ln d) or so Gaussian; sqrt(d) one spike
-    GSR            Δ / σ                                       step over standard deviation (FRTQ); rounding costs
-                                                               about Δ²/12, hence (Δ/σ)²/12 of a centred row's energy
-    kurtosis       mean (x - μ)⁴ / σ⁴                          1.8 uniform, 3 Gaussian (KurTail aims at 1.8)
-    error          ‖x - x̂‖² / ‖x‖²                             SNR in dB is -10 log10 of its mean over rows
+    peak to RMS    max|x| / sqrt(mean x²)        1 flat; sqrt(2 ln d) or so Gaussian; sqrt(d) one spike
+    GSR            Δ / std(x)           step over standard deviation (FRTQ); rounding makes an error of about Δ²/12,
+                                        which is GSR²/12 of a centred row's energy
+    kurtosis       mean (x - μ)⁴ / var(x)²       1.8 uniform, 3 Gaussian (KurTail aims at 1.8)
+    error          ‖x - x̂‖² / ‖x‖²               SNR in dB is -10 log10 of its mean over rows
 
 Over rows:
 
@@ -46,10 +46,9 @@ def peak_to_rms(x: Tensor) -> Tensor:
 
 
 def gsr(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """ρ = Δ / σ of each row, without clipping (FRTQ's range-to-spread ratio).
+    """Δ / std(x) of each row, without clipping: FRTQ's range-to-spread ratio.
 
-    Δ is the step of `convention.qparams`: 2 max|x| / (2^b - 1), or (max - min) / (2^b - 1) asymmetric; σ the
-    standard deviation about the row's mean.
+    Δ is the step of `convention.qparams`: 2 max|x| / (2^b - 1), or (max - min) / (2^b - 1) asymmetric.
 
     Args:
         x: float [..., d].
@@ -61,7 +60,7 @@ def gsr(x: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """κ = mean (x - μ)⁴ / σ⁴ of each row (KurTail): float [..., d] to [...]."""
+    """mean (x - μ)⁴ / var(x)² of each row (KurTail): float [..., d] to [...]."""
     energy = (x - x.mean(-1, keepdim=True)).square()
     return _shaped(x, energy.square().mean(-1) / energy.mean(-1).square())
 

@@ -37,17 +37,23 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import text_windows
-from rotquant.inspection.collect import SITES, Formats, Statistics
+from rotquant.inspection.collect import Formats, Statistics
 from rotquant.inspection.subject import Subject, check_pair, measure, read_subject, row_formats, token_texts, weight_snr
 from rotquant.models import LINEARS
 
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
 TOKENS, SEQ_LEN = 4096, 512
+WHEN = ("before", "after")
+
+__all__ = ["Inspection", "inspect"]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result; `facts` is the JSON object, `landscapes` |x| over RMS float [tokens, channels] of (when, layer, site)."""
+    """The result.
+
+    facts: the JSON object; landscapes: |x| over RMS, float [tokens, channels], of each (before or after, layer, site).
+    """
 
     facts: dict[str, Any]
     landscapes: dict[tuple[str, int, str], Tensor] = field(repr=False)
@@ -103,14 +109,14 @@ def inspect(
             formats[when] = row_formats(subject, other)
             found[when] = measure(subject, formats[when], batch)
             weights[when] = weight_snr(subject, other)
-    facts = {
+    facts: dict[str, Any] = {
         "model": model,
         "against": against,
         "text": (text or TEXT).name,
         "tokens": batch.numel(),
         "windows": len(batch),
         "seq_len": length,
-        "sites": _sites(after, formats["after"], found, batch),
+        "sites": _sites(formats["after"], found, batch),
         "linears": _linears(after, weights),
     }
     named = {site[when]["massive"]["token"] for site in facts["sites"] for when in found}
@@ -119,19 +125,13 @@ def inspect(
     return Inspection(facts, {key: value for key, value in landscapes.items() if value is not None})
 
 
-def _sites(subject: Subject, formats: Formats, found: dict[str, Statistics], batch: Tensor) -> list[dict[str, Any]]:
+def _sites(formats: Formats, found: dict[str, Statistics], batch: Tensor) -> list[dict[str, Any]]:
     out = []
-    for layer in range(subject.layers):
-        for site in SITES:
-            heads, width = found["after"][layer, site].sums["first"].shape
-            rows = formats[layer, site]
-            out.append(
-                {
-                    "layer": layer, "site": site, "width": width, "heads": heads,
-                    "format": {"bits": rows.bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": rows.rotate},
-                    **{when: found[when][layer, site].summary(batch) if when in found else None for when in WHEN},
-                }
-            )  # fmt: skip
+    for (layer, site), rows in formats.items():
+        heads, width = found["after"][layer, site].sums["first"].shape
+        site_format = {"bits": rows.bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": rows.rotate}
+        figures = {when: found[when][layer, site].summary(batch) if when in found else None for when in WHEN}
+        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": site_format, **figures})
     return out
 
 
@@ -141,8 +141,3 @@ def _linears(subject: Subject, weights: dict[str, dict[tuple[int, str], float | 
         for layer in range(subject.layers)
         for name in LINEARS
     ]
-
-
-WHEN = ("before", "after")
-
-__all__ = ["Inspection", "inspect"]

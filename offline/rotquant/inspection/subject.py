@@ -72,7 +72,9 @@ def check_pair(one: Subject, other: Subject) -> None:
     for field in SAME:
         found, wanted = getattr(other.config, field), getattr(one.config, field)
         if found != wanted:
-            raise RotQuantError(f"--against {other.name}: {field} is {found}, but {wanted} in {one.name}: not one model")
+            raise RotQuantError(
+                f"--against {other.name}: {field} is {found}, but {wanted} in {one.name}: not one model"
+            )
 
 
 def row_formats(subject: Subject, like: Subject | None = None) -> Formats:
@@ -132,8 +134,8 @@ def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
 def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int, str], float | None]:
     """SNR in dB of each linear's weights by `metrics.grid_error`, one matrix in memory at a time.
 
-    A checkpoint's stored grid; for full-precision weights the grid that round-to-nearest with clip search would take, in
-    the format of `like`, else int4 per channel. None where the linear stays in 16 bits.
+    A checkpoint's stored grid; for full-precision weights the grid that round-to-nearest with clip search would take,
+    in the format of `like`, else int4 per channel. None where the linear stays in 16 bits.
     """
     source = Source(subject.folder)
     found: dict[tuple[int, str], float | None] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -13,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-FIGURES = {"peak_to_rms": "peak/RMS", "gsr": "GSR Δ/σ", "kurtosis": "kurtosis", "difficulty": "difficulty",
+FIGURES = {"peak_to_rms": "peak/RMS", "gsr": "GSR", "kurtosis": "kurtosis", "difficulty": "difficulty",
            "qsur": "QSUR", "snr": "SNR dB"}  # fmt: skip
 HIGHER_IS_BETTER = ("qsur", "snr")
+WHEN = ("before", "after")
 NARROWEST = 132  # columns that the table needs
 
 
@@ -29,12 +31,15 @@ def render(facts: dict[str, Any]) -> str:
     for line in massive_lines(facts):
         console.print(line, highlight=False, markup=False)
     said = f"{facts['tokens']} tokens of {facts['text']} in {facts['windows']} windows of {facts['seq_len']}"
-    console.print(f"{said}; SNR: every token counts the same; Δ, SNR: {_formats(facts)}", highlight=False, markup=False)
-    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+    console.print(f"{said}; quantizers: {_formats(facts)}", highlight=False, markup=False)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=None, padding=(0, 2, 0, 0)
+    )
     for name in columns:
         table.add_column(name, justify="left" if name in ("layer", "site", "linear") else "right", no_wrap=True)
     return table
@@ -50,16 +55,16 @@ def _sites(facts: dict[str, Any]) -> Table:
     for site in facts["sites"]:
         layer = "" if site["layer"] == last else str(site["layer"])
         last = site["layer"]
-        counts = change(*(site[when] and site[when]["massive"]["count"] for when in ("before", "after")), False)
-        table.add_row(layer, site["site"], *_figures(site["before"], site["after"]), counts)
+        counts = change(*_pair(site, lambda found: found["massive"]["count"]), higher_is_better=False)
+        table.add_row(layer, site["site"], *_figures(site), counts)
     return table
 
 
 def _overall(facts: dict[str, Any]) -> Table:
     table = _table("\nMean over layers", "site", *FIGURES.values())
     for site, found in by_site(facts).items():
-        means = [_means([s[when] for s in found if s[when]]) for when in ("before", "after")]
-        table.add_row(site, *_figures(*means))
+        means = {when: _means([s[when] for s in found if s[when]]) for when in WHEN}
+        table.add_row(site, *_figures(means))
     return table
 
 
@@ -69,7 +74,8 @@ def _linears(facts: dict[str, Any]) -> Table:
     cells = []
     for name in names:
         rows = [linear for linear in facts["linears"] if linear["name"] == name]
-        cells.append(change(*(_mean([row[when] for row in rows]) for when in ("before", "after")), True))
+        before, after = (_mean([row[when] for row in rows]) for when in WHEN)
+        cells.append(change(before, after, higher_is_better=True))
     table.add_row(*cells)
     return table
 
@@ -77,19 +83,21 @@ def _linears(facts: dict[str, Any]) -> Table:
 def massive_lines(facts: dict[str, Any]) -> list[str]:
     """A line on the massive tokens of the residual stream for each model."""
     lines = []
-    for when in ("before", "after"):
+    for when in WHEN:
         layers = [s for s in facts["sites"] if s["site"] == "h" and s[when] and s[when]["massive"]["count"]]
-        if not layers:
-            continue
-        top = max(layers, key=lambda s: s[when]["massive"]["largest"] / s[when]["massive"]["median"])
-        m = top[when]["massive"]
-        text = facts["token_texts"].get(str(m["token"]), "")
-        lines.append(
-            f"massive tokens {when if facts['against'] else ''}: {m['count']} in the residual stream entering layer"
-            f" {top['layer']}; the largest has |x| = {m['largest']:.4g}, {m['largest'] / m['median']:.0f} times the median"
-            f" token's peak: position {m['position']}, {text!r}, channel {m['channel']}".replace(" : ", ": ")
-        )
+        if layers:
+            top = max(layers, key=lambda s: s[when]["massive"]["largest"] / s[when]["massive"]["median"])
+            whose = f"massive tokens {when}" if facts["against"] else "massive tokens"
+            lines.append(f"{whose}: {_massive(top['layer'], top[when]['massive'], facts['token_texts'])}")
     return lines or ["massive tokens: none in the residual stream"]
+
+
+def _massive(layer: int, m: dict[str, Any], texts: dict[str, str]) -> str:
+    return (
+        f"{m['count']} in the residual stream entering layer {layer}; the largest has |x| = {m['largest']:.4g},"
+        f" {m['largest'] / m['median']:.0f} times the median token's peak: position {m['position']},"
+        f" {texts.get(str(m['token']), '')!r}, channel {m['channel']}"
+    )
 
 
 def by_site(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -109,8 +117,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _figures(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Text]:
-    return [change(before and before[name], after and after[name], name in HIGHER_IS_BETTER) for name in FIGURES]
+def _figures(site: dict[str, Any]) -> list[Text]:
+    return [change(*_pair(site, itemgetter(name)), name in HIGHER_IS_BETTER) for name in FIGURES]
+
+
+def _pair(site: dict[str, Any], figure: Callable[[dict[str, Any]], Any]) -> tuple[float | None, float | None]:
+    """A figure before and after."""
+    before, after = (figure(site[when]) if site[when] else None for when in WHEN)
+    return before, after
 
 
 def change(before: float | None, after: float | None, higher_is_better: bool) -> Text:
@@ -132,10 +146,10 @@ def _number(value: float) -> str:
 
 
 def _formats(facts: dict[str, Any]) -> str:
-    kinds = {}
+    kinds: dict[str, dict[str, None]] = {}  # sites of each, in order
     for site in facts["sites"]:
         f = site["format"]
         if f["bits"] < 16:
             kind = f"int{f['bits']} {'symmetric' if f['symmetric'] else 'asymmetric'} clip {f['clip']}"
-            kinds.setdefault(kind, dict.fromkeys([]))[site["site"]] = None
+            kinds.setdefault(kind, {})[site["site"]] = None
     return "; ".join(f"{kind} ({', '.join(sites)})" for kind, sites in kinds.items())
