@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Demo
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rotquant
+from conftest import Demo
 from rotquant import cli, metrics
 from rotquant.evaluate import text_windows
 from rotquant.inspection import TEXT, Inspection, inspect
@@ -34,7 +34,7 @@ LINEAR_INPUTS = ("attn_in", "o_in", "mlp_in", "down_in")
 
 @pytest.fixture(scope="module")
 def rotated(demo: Demo) -> Inspection:
-    return inspect(str(demo.quarot), against=str(demo.hard), tokens=1024)
+    return inspect(str(demo.quarot), against=str(demo.hard), tokens=512, seq_len=128)
 
 
 def figures(facts: dict[str, Any], layer: int, site: str, when: str = "after") -> dict[str, Any]:
@@ -281,6 +281,7 @@ def test_bad_input(tmp_path: Path, capsys: Capture) -> None:
         f"{model} --html {tmp_path}": "--html",
         f"{model} --html {tmp_path}/nowhere/report.html": "in a folder that exists",
     }
+    capsys.readouterr()
     for arguments, message in cases.items():
         assert cli.main(["inspect", *arguments.split()]) == 2, arguments
         shown = capsys.readouterr()

@@ -101,11 +101,12 @@ def test_massive() -> None:
 
 def test_grid_error_is_what_rounding_makes() -> None:
     weight = random_rows(2, 64, 512).float()
+    weight[3] *= 100
     for group in (0, 128):
         scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
-        made = (rtn.dequantize(rtn.quantize(weight, scale, 4), scale) - weight).square().sum() / weight.square().sum()
-        expected = metrics.grid_error(weight.square().sum(), scale, group or 512)
-        assert expected == pytest.approx(made.item(), rel=0.03)
+        made = metrics.relative_error(weight, rtn.dequantize(rtn.quantize(weight, scale, 4), scale))
+        assert metrics.grid_error(weight, scale).mean().item() == pytest.approx(made.mean().item(), rel=0.03)
+    assert metrics.grid_error(torch.zeros(1, 16), torch.ones(1, 1)).isnan().all()
 
 
 @settings(max_examples=25, deadline=None)

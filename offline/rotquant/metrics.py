@@ -136,17 +136,19 @@ def massive(peaks: Tensor, factor: float = MASSIVE) -> Tensor:
     return (peaks > factor * peaks.median()).nonzero().flatten()
 
 
-def grid_error(weight_energy: Tensor, scale: Tensor, group: int) -> float:
-    """Relative rounding error that a grid of steps Δ makes on weights, group Σ Δ²/12 / ‖W‖².
+def grid_error(weight: Tensor, scale: Tensor) -> Tensor:
+    """Relative error that rounding to a grid of steps Δ makes in each row of a weight matrix, K mean(Δ²/12) / ‖w‖².
 
     The noise of rounding alone: a stored checkpoint knows its steps, but no longer the weights before rounding.
     Saturation, and errors that GPTQ trades between columns, are not in it.
 
     Args:
-        weight_energy: ‖W‖², a scalar; scale: float [N, G]; group: weights that share a scale.
+        weight: float [N, K]; scale: float [N, G], steps of each row's groups.
+    Returns:
+        float [N]; NaN for a row of zeros.
     """
-    noise = group * scale.double().square().sum() / 12
-    return (noise / weight_energy.double()).item()
+    noise = weight.shape[1] * scale.square().mean(-1) / 12
+    return _shaped(weight, noise / weight.square().sum(-1))
 
 
 def _shaped(x: Tensor, figure: Tensor) -> Tensor:

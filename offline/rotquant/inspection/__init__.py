@@ -21,7 +21,8 @@ The JSON object:
             heads                           K and V: SNR of each KV head
             massive     {"count", "positions": [[position in its window, how often], ...], "largest", "median",
                         "position", "token", "channel"}; the last three and `largest` tell of the largest peak
-    linears              {"layer", "name", "before", "after"}: SNR of the weights in dB (`metrics.grid_error`)
+    linears              {"layer", "name", "before", "after"}: SNR of the weights in dB (`metrics.grid_error`); null
+                         where the linear stays in 16 bits
     token_texts          how the tokenizer writes the tokens named above
 
 Memory: the model, and for each site sums over rows, channels, pairs of channels (up to 1024) and 64 tokens.
@@ -33,11 +34,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import text_windows
-from rotquant.inspection.collect import Formats, Statistics
+from rotquant.inspection.collect import Formats
 from rotquant.inspection.subject import Subject, check_pair, measure, read_subject, row_formats, token_texts, weight_snr
 from rotquant.models import LINEARS
 
@@ -100,15 +102,18 @@ def inspect(
     if not 2 <= length <= longest:
         raise RotQuantError(f"--seq-len {length}: must be from 2 to the model's {longest} positions")
     batch = text_windows(text or TEXT, after.folder, length, tokens)
-    runs = {"after": (after, before), "before": (before, after)}
-    formats: dict[str, Formats] = {}
-    found: dict[str, Statistics] = {}
+    shapes: dict[tuple[int, str], torch.Size] = {}
+    figures: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    landscapes: dict[tuple[str, int, str], Tensor] = {}
     weights: dict[str, dict[tuple[int, str], float | None]] = {}
-    for when, (subject, other) in runs.items():
-        if subject is not None:
-            formats[when] = row_formats(subject, other)
-            found[when] = measure(subject, formats[when], batch)
-            weights[when] = weight_snr(subject, other)
+    for when, subject, other in (("before", before, after), ("after", after, before)):
+        if subject is None:
+            continue
+        found = measure(subject, row_formats(subject, other), batch)
+        shapes = {key: statistics.sums["first"].shape for key, statistics in found.items()}
+        figures[when] = {key: statistics.summary(batch) for key, statistics in found.items()}
+        landscapes |= {(when, *key): s.landscape for key, s in found.items() if s.landscape is not None}
+        weights[when] = weight_snr(subject, other)
     facts: dict[str, Any] = {
         "model": model,
         "against": against,
@@ -116,22 +121,25 @@ def inspect(
         "tokens": batch.numel(),
         "windows": len(batch),
         "seq_len": length,
-        "sites": _sites(formats["after"], found, batch),
+        "sites": _sites(row_formats(after, before), shapes, figures),
         "linears": _linears(after, weights),
     }
-    named = {site[when]["massive"]["token"] for site in facts["sites"] for when in found}
+    named = {site[when]["massive"]["token"] for site in facts["sites"] for when in figures}
     facts["token_texts"] = {str(token): text for token, text in token_texts(after.folder, named).items()}
-    landscapes = {(when, *key): s.landscape for when, all_ in found.items() for key, s in all_.items()}
-    return Inspection(facts, {key: value for key, value in landscapes.items() if value is not None})
+    return Inspection(facts, landscapes)
 
 
-def _sites(formats: Formats, found: dict[str, Statistics], batch: Tensor) -> list[dict[str, Any]]:
+def _sites(
+    formats: Formats,
+    shapes: dict[tuple[int, str], torch.Size],
+    figures: dict[str, dict[tuple[int, str], dict[str, Any]]],
+) -> list[dict[str, Any]]:
     out = []
     for (layer, site), rows in formats.items():
-        heads, width = found["after"][layer, site].sums["first"].shape
+        heads, width = shapes[layer, site]
         site_format = {"bits": rows.bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": rows.rotate}
-        figures = {when: found[when][layer, site].summary(batch) if when in found else None for when in WHEN}
-        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": site_format, **figures})
+        both = {when: figures.get(when, {}).get((layer, site)) for when in WHEN}
+        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": site_format, **both})
     return out
 
 

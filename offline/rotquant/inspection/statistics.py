@@ -72,7 +72,8 @@ class SiteStatistics:
             rows = unit.movedim(1, 0)  # [G, T, d]
             sums["moments"] = rows.mT @ rows
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double().cpu()
+            value = value.cpu() if name == "moments" else value.double().cpu()  # those are large
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
         self.rows += len(x)
         magnitude = x.abs().flatten(1)
         peak, channel = magnitude.max(-1)
@@ -107,7 +108,7 @@ class SiteStatistics:
         if "moments" not in self.sums or self.rows <= self.sums["first"].shape[1]:
             return None
         mean = self.sums["first"] / self.rows
-        covariance = self.sums["moments"] / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        covariance = self.sums["moments"].double() / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         return _plain(metrics.qsur(mean, covariance).mean().item())
 
     def _massive(self, tokens: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant import metrics
-from rotquant.checkpoint import DTYPES, Source, fetch
+from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import load_any
 from rotquant.format import CheckpointFormat, claims
@@ -23,6 +24,7 @@ from rotquant.recipe import Activations, KVCache
 from rotquant.weights import rtn
 from rotquant_kernels import convention
 
+WEIGHT_ROWS = 512  # of each matrix: the clip search on all of a large model would take longer than the model's run
 SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -132,10 +134,11 @@ def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
 
 
 def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int, str], float | None]:
-    """SNR in dB of each linear's weights by `metrics.grid_error`, one matrix in memory at a time.
+    """SNR in dB of each linear's weights by `metrics.grid_error`, every row counting the same.
 
     A checkpoint's stored grid; for full-precision weights the grid that round-to-nearest with clip search would take,
-    in the format of `like`, else int4 per channel. None where the linear stays in 16 bits.
+    in the format of `like`, else int4 per channel. At most WEIGHT_ROWS rows of a matrix, evenly spread, are looked at.
+    None where the linear stays in 16 bits.
     """
     source = Source(subject.folder)
     found: dict[tuple[int, str], float | None] = {}
@@ -150,19 +153,24 @@ def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int,
 def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | None) -> float | None:
     own = subject.checkpoint.linear(name) if subject.checkpoint else None
     if own is not None:
-        rows, columns = source.get(f"{name}.weight_shape").tolist()
-        scale = source.get(f"{name}.weight_scale").float().view(rows, -1)
-        codes = convention.unpack_int32(source.get(f"{name}.weight_packed"), own.weight_bits, columns)
-        weight = rtn.dequantize(codes, scale)
+        columns = int(source.get(f"{name}.weight_shape")[1])
+        packed, scale = (_some_rows(source.get(f"{name}.{leaf}")) for leaf in ("weight_packed", "weight_scale"))
+        scale = scale.float().view(len(scale), -1)
+        weight = rtn.dequantize(convention.unpack_int32(packed, own.weight_bits, columns), scale)
     else:
         wanted = like.checkpoint.linear(name) if like and like.checkpoint else None
         if subject.checkpoint or (like and like.checkpoint and wanted is None):
             return None
-        weight = source.get(f"{name}.weight").float()
+        stored = _some_rows(source.get(f"{name}.weight"))
+        weight = stored.float()
         bits, group = (wanted.weight_bits, wanted.group_size) if wanted else (4, 0)
-        scale = rtn.weight_scale(weight, bits, group, True, DTYPES[source.dtypes[f"{name}.weight"]])
-    error = metrics.grid_error(weight.square().sum(), scale, weight.shape[1] // scale.shape[1])
-    return round(metrics.snr_db(error), 2)
+        scale = rtn.weight_scale(weight, bits, group, True, stored.dtype)
+    error = metrics.grid_error(weight, scale).nanmean().item()
+    return round(metrics.snr_db(error), 2) if math.isfinite(error) else None
+
+
+def _some_rows(matrix: Tensor) -> Tensor:
+    return matrix[:: -(-len(matrix) // WEIGHT_ROWS)]
 
 
 def token_texts(folder: Path, ids: set[int]) -> dict[int, str]:
