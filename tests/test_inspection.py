@@ -34,7 +34,9 @@ LINEAR_INPUTS = ("attn_in", "o_in", "mlp_in", "down_in")
 
 @pytest.fixture(scope="module")
 def rotated(demo: Demo) -> Inspection:
-    return inspect(str(demo.quarot), against=str(demo.hard), tokens=512, seq_len=128)
+    return inspect(
+        str(demo.quarot), against=str(demo.hard), tokens=1024, seq_len=128
+    )  # more tokens than down_proj has inputs
 
 
 def figures(facts: dict[str, Any], layer: int, site: str, when: str = "after") -> dict[str, Any]:
@@ -154,7 +156,7 @@ def test_rotation_in_numbers(rotated: Inspection) -> None:
     assert facts["token_texts"][str(before["token"])] == "<s>"
     assert after["largest"] < before["largest"] / 5
     snr = {when: fmean(linear[when] for linear in facts["linears"]) for when in ("before", "after")}
-    assert snr["before"] + 1 < snr["after"] < 25
+    assert snr["before"] + 0.5 < snr["after"] < 25
 
 
 def test_portable_has_no_kv_format_and_is_measured_all_the_same(demo: Demo) -> None:
