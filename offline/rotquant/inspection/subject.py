@@ -1,0 +1,181 @@
+"""One of the two models of an inspection: what it is, how its sites and weights are quantized, what is measured."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rotquant import metrics
+from rotquant.checkpoint import Source, fetch
+from rotquant.errors import RotQuantError
+from rotquant.evaluate import load_any
+from rotquant.format import CheckpointFormat, claims
+from rotquant.inspection.collect import SITES, Formats, Statistics, collect
+from rotquant.inspection.statistics import RowFormat
+from rotquant.models import ARCHITECTURES, LINEARS, read_config
+from rotquant.progress import Progress
+from rotquant.recipe import Activations, KVCache
+from rotquant.weights import rtn
+from rotquant_kernels import convention
+
+WEIGHT_ROWS = 512  # of each matrix: the clip search on all of a large model would take longer than the model's run
+SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder; `checkpoint` is None for a full-precision model."""
+
+    name: str
+    folder: Path
+    config: PreTrainedConfig
+    checkpoint: CheckpointFormat | None
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+
+def read_subject(name: str) -> Subject:
+    """Reads config.json of a local folder or hub id.
+
+    Raises:
+        RotQuantError: no such model, an architecture that is not supported, or another tool's quantization.
+    """
+    folder = fetch(name)
+    config = read_config(folder)
+    where = f"{folder}/config.json"
+    found = (config.architectures or ["none"])[0]
+    if found not in ARCHITECTURES:
+        raise RotQuantError(f"{where}: architectures is [{found!r}], supported are {', '.join(ARCHITECTURES)}")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not claims(quantization):
+        raise RotQuantError(
+            f"{where}: quantization_config: inspect reads full-precision models and rotquant checkpoints; this one is"
+            " quantized by something else"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    checkpoint = CheckpointFormat(quantization, getattr(config, "rotquant", {}), head_dim) if quantization else None
+    return Subject(name, folder, config, checkpoint)
+
+
+def check_pair(one: Subject, other: Subject) -> None:
+    """Refuses two models that cannot be compared layer by layer.
+
+    Raises:
+        RotQuantError: naming the field that differs.
+    """
+    for field in SAME:
+        found, wanted = getattr(other.config, field), getattr(one.config, field)
+        if found != wanted:
+            raise RotQuantError(
+                f"--against {other.name}: {field} is {found}, but {wanted} in {one.name}: not one model"
+            )
+
+
+def row_formats(subject: Subject, like: Subject | None = None) -> Formats:
+    """Format of every (layer, site).
+
+    A site that is not quantized is measured as if it were: in the format that it has in `like`, else 4 bits as
+    recipes have them by default.
+    """
+    formats: Formats = {}
+    for layer in range(subject.layers):
+        for site, path in SITES.items():
+            name = f"model.layers.{layer}.{path}"
+            own = _row_format(subject, site, name)
+            other = _row_format(like, site, name) if like and own is None else None
+            formats[layer, site] = own or _unrotated(other) or _default(site)
+    return formats
+
+
+def _row_format(subject: Subject, site: str, name: str) -> RowFormat | None:
+    if subject.checkpoint is None or site == "h":
+        return None
+    if site in ("k", "v"):
+        kv = subject.checkpoint.kv
+        if kv is None:
+            return None
+        clip, rotate = (kv.k_clip, kv.rotate) if site == "k" else (kv.v_clip, 0)
+        return RowFormat(4, kv.symmetric, clip, kv=True, rotate=rotate)
+    linear = subject.checkpoint.linear(name)
+    return RowFormat(linear.act_bits, linear.act_symmetric, linear.act_clip) if linear else None
+
+
+def _unrotated(found: RowFormat | None) -> RowFormat | None:
+    """Another model's quantizer, without its rotation."""
+    return RowFormat(found.bits, found.symmetric, found.clip, found.kv) if found else None
+
+
+def _default(site: str) -> RowFormat:
+    if site == "h":
+        return RowFormat(bits=16)
+    if site in ("k", "v"):
+        kv = KVCache()
+        return RowFormat(4, kv.symmetric, kv.key_clip if site == "k" else kv.value_clip, kv=True)
+    act = Activations()
+    return RowFormat(act.bits, act.symmetric, act.clip)
+
+
+def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
+    """Statistics of every (layer, site) over token windows int64 [n, T]; the model is gone from memory afterwards."""
+    model = load_any(subject.folder)
+    with Progress(f"{subject.folder.name}: window", len(tokens)) as progress:
+        found = collect(model, formats, tokens, progress.step)
+    del model
+    gc.collect()
+    return found
+
+
+def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int, str], float | None]:
+    """SNR in dB of each linear's weights by `metrics.grid_error`, every row counting the same.
+
+    A checkpoint's stored grid; for full-precision weights the grid that round-to-nearest with clip search would take,
+    in the format of `like`, else int4 per channel. At most WEIGHT_ROWS rows of a matrix, evenly spread, are looked at.
+    None where the linear stays in 16 bits.
+    """
+    source = Source(subject.folder)
+    found: dict[tuple[int, str], float | None] = {}
+    with Progress(f"{subject.folder.name}: weights of layer", subject.layers) as progress:
+        for layer in range(subject.layers):
+            for linear in LINEARS:
+                found[layer, linear] = _linear_snr(source, f"model.layers.{layer}.{linear}", subject, like)
+            progress.step()
+    return found
+
+
+def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | None) -> float | None:
+    own = subject.checkpoint.linear(name) if subject.checkpoint else None
+    if own is not None:
+        columns = int(source.get(f"{name}.weight_shape")[1])
+        packed, scale = (_some_rows(source.get(f"{name}.{leaf}")) for leaf in ("weight_packed", "weight_scale"))
+        scale = scale.float().view(len(scale), -1)
+        weight = rtn.dequantize(convention.unpack_int32(packed, own.weight_bits, columns), scale)
+    else:
+        wanted = like.checkpoint.linear(name) if like and like.checkpoint else None
+        if subject.checkpoint or (like and like.checkpoint and wanted is None):
+            return None
+        stored = _some_rows(source.get(f"{name}.weight"))
+        weight = stored.float()
+        bits, group = (wanted.weight_bits, wanted.group_size) if wanted else (4, 0)
+        scale = rtn.weight_scale(weight, bits, group, True, stored.dtype)
+    error = metrics.grid_error(weight, scale).nanmean().item()
+    return round(metrics.snr_db(error), 2) if math.isfinite(error) else None
+
+
+def _some_rows(matrix: Tensor) -> Tensor:
+    return matrix[:: -(-len(matrix) // WEIGHT_ROWS)]
+
+
+def token_texts(folder: Path, ids: set[int]) -> dict[int, str]:
+    """How the tokenizer writes some tokens."""
+    from rotquant.calibrate import read_tokenizer
+
+    tokenizer: Any = read_tokenizer(folder)
+    return {token: str(tokenizer.convert_ids_to_tokens(token)) for token in ids}
