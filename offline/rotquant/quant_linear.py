@@ -81,11 +81,15 @@ class QuantLinear(nn.Module):
                 correction = self.get_buffer(f"{transform.name}_output.weight")
                 self.bias = correction if self.bias is None else self.bias + correction
 
+    @property
+    def stages(self) -> list[Stage]:
+        """The online transforms in front of it."""
+        return [Stage(t.kind, t.block, getattr(self, f"{t.name}_input").weight) for t in self.format.transforms]
+
     def forward(self, x: Tensor) -> Tensor:
         """Float [..., K] to [..., N] of the same dtype."""
         f = self.format
-        stages = [Stage(t.kind, t.block, getattr(self, f"{t.name}_input").weight) for t in f.transforms]
         return linear(
-            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits, stages,
+            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits, self.stages,
             f.act_bits, f.act_symmetric, f.act_clip, self.low_rank_down, self.low_rank_up,
         )  # fmt: skip

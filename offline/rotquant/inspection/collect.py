@@ -5,7 +5,7 @@
     o_in, down_in       input of o_proj, of down_proj
     k, v                as attention gets them, K after RoPE
 
-A `QuantLinear` quantizes its input after its online transform, so its rows are transformed here by the same op. K and
+A `QuantLinear` quantizes its input after its online transforms, so its rows are transformed here by the same ops. K and
 V are seen by an attention function of our own that stands in the place of the model's and then calls it: transformers
 looks it up by name, for full-precision models and for `rotquant.load`'s 4-bit cache alike. R3 is applied to K as
 `kv4_write` does.
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rotquant.inspection.statistics import RowFormat, SiteStatistics
-from rotquant.loading import QuantLinear
-from rotquant_kernels import transform_rows
+from rotquant.quant_linear import QuantLinear
+from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 
 SITES = {
@@ -75,8 +75,7 @@ def quantized_input(module: nn.Module, x: Tensor) -> Tensor:
     """The rows that a linear quantizes: x float [..., K] after its online transform."""
     if not isinstance(module, QuantLinear):
         return x
-    transform = module.format.transform
-    return transform_rows(x, transform.kind, transform.block, module.matrix)
+    return transform(x, module.stages)
 
 
 def _watch(statistics: SiteStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -99,7 +99,7 @@ def _row_format(subject: Subject, site: str, name: str) -> RowFormat | None:
     if subject.checkpoint is None or site == "h":
         return None
     if site in ("k", "v"):
-        kv = subject.checkpoint.kv
+        kv = subject.checkpoint.attention(name)
         if kv is None:
             return None
         clip, rotate = (kv.k_clip, kv.rotate) if site == "k" else (kv.v_clip, 0)
