@@ -181,8 +181,8 @@ def _add_compare(verbs: Verbs) -> None:
         "rotquant compare ./model --recipes rtn,quarot -o runs                go on after Ctrl-C: the same command\n"
         "  rotquant compare ./model --recipes all --text held_out.txt --seeds 5\n"
         "  rotquant compare ./model --recipes quarot,no-r4@quarot:rotations.r4=none,mine.yaml --markdown",
-        more="A recipe is `[LABEL@]NAME|FILE.yaml[:KEY=VALUE,...]`. Each recipe and seed is quantized and measured in a\n"
-        "process of its own. Finished runs are kept in -o or --json and not repeated. Exit code 1 if a run failed.",
+        more="A recipe is `[LABEL@]NAME|FILE.yaml[:KEY=VALUE,...]`. Each recipe and seed is quantized and measured in\n"
+        "a process of its own. Finished runs are kept in -o or --json and not repeated. Exit code 1 if a run failed.",
     ).add_argument
     add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
     add("--recipes", required=True, metavar="A,B,...", help="recipes to compare, or `all` that are shipped")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -151,7 +151,7 @@ def window_length(folder: Path, seq_len: int | None) -> int:
     return length
 
 
-def plan(job: dict[str, Any], variants: Sequence[Variant], seeds: Iterable[int], folder: Path) -> list[Planned]:
+def plan(job: dict[str, Any], variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> list[Planned]:
     """The runs of every variant and seed. `job` is what `compare_run` needs, less what differs between runs."""
     windows = text_windows(Path(job["text"]), folder, job["seq_len"], job["tokens"])
     common = {
