@@ -141,6 +141,8 @@ def model(tmp_path: Path) -> Path:
 
 def test_goes_on_where_it_stopped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    text = tmp_path / "text.txt"
+    text.write_text(HELDOUT.read_text()[:2000])
     working = fake(calls, broken="quarot-0")
 
     def interrupted(job: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def test_goes_on_where_it_stopped(model: Path, tmp_path: Path, monkeypatch: pyte
     def again(recipes: str = "rtn,quarot", **settings: Any) -> Comparison:
         calls.clear()
         settings = {"seeds": 2, "tokens": 64, "seq_len": 32, "samples": 2, "calibration_seq_len": 32} | settings
-        return compare.compare(str(model), recipes, results=tmp_path / "runs.json", **settings)
+        return compare.compare(str(model), recipes, text=text, results=tmp_path / "runs.json", **settings)
 
     monkeypatch.setattr(compare, "run_alone", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +247,7 @@ def test_time_of_interrupted_attempts_is_kept(tmp_path: Path, monkeypatch: pytes
 
 
 def test_real_runs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two recipes, two seeds, as a user runs them; then one that fails beside the finished ones."""
+    """Two recipes, two seeds, as a user runs them."""
     out = tmp_path / "runs"
     command = ["compare", str(model), "--tokens", "512", "--seq-len", "128", "--samples", "4", "-o", str(out)]
     command += ["--calibration-seq-len", "64", "--markdown", "--recipes"]
@@ -267,11 +269,23 @@ def test_real_runs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert runs["rtn-0"]["online_multiply_adds"] == 0 < runs["quarot-0"]["online_multiply_adds"]
     assert capsys.readouterr().out.startswith("| recipe | perplexity |")
 
-    assert cli.main([*command, "rtn,broken@rtn:weights.group_size=64", "--seeds", "1"]) == 1
-    shown = capsys.readouterr()
-    assert "compare: 1 of 2 runs are finished already" in shown.err
-    assert "broken, seed 0: failed: config.json: the 96 inputs of model" in shown.out
-    assert "| rtn |" in shown.out
+
+def test_a_recipe_that_fails_leaves_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one that works; the process's own main runs here, which saves starting it."""
+
+    def in_this_process(job: dict[str, Any]) -> dict[str, Any]:
+        files = tmp_path / "job.json", tmp_path / "result.json"
+        files[0].write_text(json.dumps(job))
+        assert compare_run.main(*map(str, files)) == (1 if job["label"].startswith("broken") else 0)
+        return json.loads(files[1].read_text())
+
+    monkeypatch.setattr(compare, "run_alone", in_this_process)
+    recipes = "broken@rtn:weights.group_size=64,rtn"
+    comparison = compare.compare(str(model), recipes, tokens=64, seq_len=32, seeds=1, output=tmp_path / "runs")
+    assert [run["label"] for run in comparison.runs if "error" not in run] == ["rtn"]
+    (line,) = comparison.failures()
+    assert line.startswith("broken, seed 0: failed: config.json: the 96 inputs of model.layers.0.")
+    assert not (tmp_path / "runs" / "broken-0").exists()
 
 
 # ---- what is shown ----------------------------------------------------------------------------------

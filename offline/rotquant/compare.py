@@ -235,7 +235,7 @@ def run_alone(job: dict[str, Any]) -> dict[str, Any]:
         job_file.write_text(json.dumps(job))
         command = [sys.executable, "-m", "rotquant.compare_run", str(job_file), str(result_file)]
         # A session of its own, so that a Ctrl-C reaches it once, from here, and it can note the time it took.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
         try:
             code = process.wait()
         except BaseException:
