@@ -22,7 +22,7 @@ test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{page}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
+metric_list: [{{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
 """
 DOCUMENTS, SIZE = 10, 1200  # characters; a document fits one window, which the backends cut differently
 
@@ -45,7 +45,6 @@ def with_transformers(checkpoint: Path, task: Path) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    # add_bos_token none: both backends then encode as the tokenizer does.
     model = HFLM(rotquant.load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(checkpoint))
     manager = TaskManager(include_path=str(task), include_defaults=False)
     found = lm_eval.simple_evaluate(model, tasks=["heldout"], task_manager=manager, bootstrap_iters=0)
@@ -70,6 +69,7 @@ def test_backends_agree(demo: Any, task: Path) -> None:
     served, log = with_vllm(demo.quarot, task)
     print(torch, served, sep="\n")
     assert "rotquant start-up check" in log
-    for metric in ("word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none"):
-        assert served[metric] == pytest.approx(torch[metric], rel=0.005 if "word" not in metric else 0.01)
-    assert 1 < torch["byte_perplexity,none"] < 5  # a random model has about 9
+    # Leaving out the quantization would move the log-likelihood by 0.7%; other kernels in bfloat16 move it by 0.03%.
+    assert served["bits_per_byte,none"] == pytest.approx(torch["bits_per_byte,none"], rel=0.002)
+    assert served["byte_perplexity,none"] == pytest.approx(torch["byte_perplexity,none"], rel=0.005)
+    assert 1 < torch["byte_perplexity,none"] < 5
