@@ -69,7 +69,7 @@ def test_backends_agree(demo: Any, task: Path) -> None:
     served, log = with_vllm(demo.quarot, task)
     print(torch, served, sep="\n")
     assert "rotquant start-up check" in log
-    # Leaving out the quantization would move the log-likelihood by 0.7%; other kernels in bfloat16 move it by 0.03%.
+    # Leaving out the quantization would move the log-likelihood by 1%; other kernels in bfloat16 move it by 0.03%.
     assert served["bits_per_byte,none"] == pytest.approx(torch["bits_per_byte,none"], rel=0.002)
     assert served["byte_perplexity,none"] == pytest.approx(torch["byte_perplexity,none"], rel=0.005)
     assert 1 < torch["byte_perplexity,none"] < 5
