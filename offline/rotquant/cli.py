@@ -63,6 +63,8 @@ def _complain(line: str, code: int, debug: bool, word: str = "error") -> int:
 
 
 def _interrupted(verb: str, arguments: list[str]) -> str:
+    if verb == "compare":
+        return "finished runs are kept in results.json of -o, or in --json; the same command goes on from there"
     if verb != "quantize":
         return "stopped by Ctrl-C"
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]
@@ -88,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     _add_quantize(verbs)
     _add_eval(verbs)
     _add_inspect(verbs)
+    _add_compare(verbs)
     _verb(verbs, "recipes", _recipes, "list the quantization recipes that come with rotquant", "rotquant recipes")
     doctor = _verb(
         verbs,
@@ -201,6 +204,35 @@ def _add_inspect(verbs: Verbs) -> None:
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def _add_compare(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "compare",
+        _compare,
+        "compare recipes on one model: perplexity, KL to full precision, time, memory, online cost",
+        "rotquant compare ./model --recipes rtn,quarot -o runs                go on after Ctrl-C: the same command\n"
+        "  rotquant compare ./model --recipes all --text held_out.txt --seeds 5\n"
+        "  rotquant compare ./model --recipes quarot,no-r4@quarot:rotations.r4=none,mine.yaml --markdown",
+        more="A recipe is `[LABEL@]NAME|FILE.yaml[:KEY=VALUE,...]`. Each recipe and seed is quantized and measured in\n"
+        "a process of its own. Finished runs are kept in -o or --json and not repeated. Exit code 1 if a run failed.",
+    ).add_argument
+    add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
+    add("--recipes", required=True, metavar="A,B,...", help="recipes to compare, or `all` that are shipped")
+    add("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the bundled held-out text)")
+    add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
+    add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
+    add("--samples", type=_positive, metavar="N", help="calibration windows (default: the recipe's)")
+    add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
+    add("--calibration-seq-len", type=_positive, metavar="L", help="tokens in a calibration window")
+    add("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N-1 for each recipe")
+    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+        help="change one key of every recipe; repeatable")  # fmt: skip
+    add("-o", "--output", type=Path, metavar="FOLDER", help="keep checkpoints and results.json here")
+    add("--json", type=Path, dest="results", metavar="FILE", help="keep every run's numbers in this file")
+    add("--profile", default="full", choices=["full", "portable"], help="as for quantize")
+    add("--markdown", action="store_true", help="print the table in Markdown")
+
+
 def _add_demo(verbs: Verbs) -> None:
     add = _verb(
         verbs,
@@ -273,6 +305,33 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"report: {args.html}", file=sys.stderr)
     print(json.dumps(found.as_dict()) if args.json else found)
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rotquant.compare import compare
+
+    comparison = compare(
+        args.model,
+        args.recipes,
+        text=args.text,
+        tokens=args.tokens,
+        seq_len=args.seq_len,
+        samples=args.samples,
+        calibration=args.calibration,
+        calibration_seq_len=args.calibration_seq_len,
+        seeds=args.seeds,
+        settings=args.settings,
+        output=args.output,
+        results=args.results,
+        profile=args.profile,
+    )
+    if args.markdown:
+        print(comparison.markdown())
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(comparison.table())
+    return 1 if comparison.failed else 0
 
 
 def _recipes(args: argparse.Namespace) -> int:

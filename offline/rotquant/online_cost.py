@@ -1,0 +1,98 @@
+"""What the online transforms of a checkpoint cost for one token, in multiply-adds.
+
+A transform of rows of K numbers (`rotquant_kernels.online`; an addition counts as one multiply-add):
+
+    hadamard     K log2(block)                      fast Walsh-Hadamard
+    dense        K block
+    kronecker    K (K / block + block)              Pᵀ X Q
+    reflection   2 K                                a dot product and an update
+    shift        K
+    permutation  0                                  moves only
+
+R3 transforms the queries and keys of a layer: a hadamard of head_dim on (heads + kv_heads) head_dim numbers.
+A transform is counted once where one linear is served for several projections of the same input (q, k and v;
+gate and up). The quantized GEMMs of the decoder layers take the sum of N K multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from rotquant.errors import RotQuantError
+from rotquant.format import CheckpointFormat, LinearFormat
+from rotquant.models import expected_shapes, read_config
+
+Stage: TypeAlias = tuple[str, int, int]  # kind, block, K
+SERVED_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True)
+class OnlineCost:
+    """Multiply-adds for a token: of all online transforms, and of the decoder layers' quantized GEMMs."""
+
+    online: int
+    gemm: int
+
+
+def multiply_adds(stages: Iterable[Stage]) -> int:
+    """Multiply-adds of a chain of transforms for one token.
+
+    Args:
+        stages: (kind, block, K) of each.
+    Raises:
+        RotQuantError: a kind whose cost is not known here.
+    """
+    return sum(_stage_cost(*stage) for stage in stages)
+
+
+def _stage_cost(kind: str, block: int, width: int) -> int:
+    match kind:
+        case "none" | "permutation":
+            return 0
+        case "hadamard":
+            return width * (block.bit_length() - 1)
+        case "dense":
+            return width * block
+        case "kronecker":
+            return width * (width // block + block)
+        case "reflection":
+            return 2 * width
+        case "shift":
+            return width
+    raise RotQuantError(f"online transform {kind!r}: its cost is not known")
+
+
+def online_cost(folder: Path) -> OnlineCost:
+    """Cost of a checkpoint's online transforms, from its config.json alone.
+
+    Raises:
+        RotQuantError: a config.json that this build does not run.
+    """
+    config = read_config(folder)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
+    del config.quantization_config
+    served: set[tuple[str, tuple[Stage, ...]]] = set()
+    gemm = 0
+    for name, shape in expected_shapes(config).items():
+        linear = checkpoint.linear(name.removesuffix(".weight")) if name.endswith("_proj.weight") else None
+        if linear is None:
+            continue
+        rows, width = shape
+        gemm += rows * width
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        served.add((f"{parent}.{SERVED_WITH.get(leaf, leaf)}", tuple(stages(linear, width))))
+    total = sum(multiply_adds(chain) for _, chain in served)
+    if checkpoint.kv:
+        heads = config.num_attention_heads + config.num_key_value_heads
+        rotated = ("hadamard", checkpoint.kv.rotate, heads * head_dim) if checkpoint.kv.rotate else ("none", 0, 0)
+        total += config.num_hidden_layers * multiply_adds([rotated])
+    return OnlineCost(total, gemm)
+
+
+def stages(linear: LinearFormat, width: int) -> list[Stage]:
+    """The online transforms of a linear layer's input of `width` numbers."""
+    return [(linear.transform.kind, linear.transform.block, width)]
