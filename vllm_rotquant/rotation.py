@@ -25,8 +25,8 @@ def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int)
     if inputs % span:
         raise RotQuantError(
             f"{prefix}: the online transform {transform} works on blocks of {span} inputs, which do not divide the "
-            f"{inputs} inputs of a rank at --tensor-parallel-size {all_inputs // inputs}: use a smaller one, or quantize "
-            "again with --tp-max"
+            f"{inputs} inputs of a rank at --tensor-parallel-size {all_inputs // inputs}: use a smaller one, or "
+            "quantize again with --tp-max"
         )
 
 
