@@ -18,8 +18,10 @@ import torch
 
 import vllm_serving as serving
 from online_extras import everything
+from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
+from rotquant_kernels import online_stage
 from vllm_fixtures import (
     Spec,
     edited,
@@ -322,6 +324,38 @@ def test_a_rank_must_hold_all_that_a_transform_mixes(kind: str, block: int, most
     if kind != "shift":
         with pytest.raises(RotQuantError, match=message):
             check_shard("down_proj", transform, 256 // most // 2, 256)
+
+
+def factors(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(inputs, 3), torch.randn(3, outputs)
+
+
+def test_low_rank_of_ranks_is_that_of_the_whole(child: Child) -> None:
+    """q of four heads over four ranks, k and v of two heads, each shared by two ranks; then a row-parallel layer."""
+    x, parts = torch.randn(5, 6), {"q": factors(6, 8), "k": factors(6, 4), "v": factors(6, 4)}
+    q, k, v = (x @ down @ up for down, up in parts.values())
+    for rank in range(4):
+        down, up = child(serving.factors_of_rank, rank, 4, slice(0, 6), [2, 2, 2], parts)
+        head = slice(rank // 2 * 2, rank // 2 * 2 + 2)
+        torch.testing.assert_close(x @ down @ up, torch.cat((q[:, 2 * rank : 2 * rank + 2], k[:, head], v[:, head]), 1))
+    down, up = factors(6, 8)
+    shards = [child(serving.factors_of_rank, i, 2, slice(3 * i, 3 * i + 3), [8], {"": (down, up)}) for i in range(2)]
+    summed = sum(x[:, 3 * i : 3 * i + 3] @ d @ u for i, (d, u) in enumerate(shards))
+    torch.testing.assert_close(summed, x @ down @ up)
+    with pytest.raises(RotQuantError, match=r"layer.low_rank_up has shape \[3, 7\], config.json asks for \[3, 8\]"):
+        child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": factors(6, 7)})
+
+
+@pytest.mark.parametrize("transform", [Transform("permutation", 4, "T0"), Transform("shift", 0, "T0")])
+def test_ranks_run_their_part_of_a_stored_transform(transform: Transform) -> None:
+    whole, x = stored.sample(transform, 16), torch.randn(3, 16)
+    assert whole is not None
+    parts = []
+    for inputs in (slice(0, 8), slice(8, 16)):
+        receiver = StoredInput("down_proj.T0_input.weight", transform, 16, inputs, parts=1)
+        receiver.load(receiver.weight, whole)
+        parts.append(online_stage(x[:, inputs], transform.kind, transform.block, receiver.take(dummy=False)))
+    assert torch.equal(torch.cat(parts, 1), online_stage(x, transform.kind, transform.block, whole))
 
 
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:

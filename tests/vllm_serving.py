@@ -233,3 +233,23 @@ def quantization_under(version: str, folder: Path, flag: str | None) -> str | No
         return quantization_of(folder, flag)
     finally:
         vllm_rotquant.register()
+
+
+def factors_of_rank(
+    rank: int, ranks: int, span: slice, outputs: list[int], loaded: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """D and U of one rank of a layer after vLLM's loader has passed the checkpoint's factors of each part."""
+    from vllm_rotquant import compat, low_rank
+
+    layer, (down, _) = torch.nn.Module(), next(iter(loaded.values()))
+    with (
+        mock.patch.object(compat, "get_tensor_model_parallel_rank", return_value=rank),
+        mock.patch.object(compat, "get_tensor_model_parallel_world_size", return_value=ranks),
+    ):
+        low_rank.expect_factors(layer, "layer", down.shape[1], down.shape[0], span, outputs, torch.float32)
+        for part, factors in loaded.items():
+            for name, factor in zip(low_rank.NAMES, factors, strict=True):
+                parameter = layer.get_parameter(name)
+                parameter.weight_loader(parameter, factor, *([part] if part else []))
+    low_rank.check_loaded(layer, "layer")
+    return layer.low_rank_down.detach(), layer.low_rank_up.detach()
