@@ -17,8 +17,11 @@ import pytest
 import torch
 
 import vllm_serving as serving
+from online_extras import everything
+from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
+from rotquant_kernels import online_stage
 from vllm_fixtures import (
     Spec,
     edited,
@@ -54,6 +57,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with everything that only the key `rotquant` of config.json can say, and a stored R4."""
+    spec = replace(BASE, r4="dense", extras=everything())
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "extended", spec)
+
+
+@pytest.fixture(scope="module")
 def served(child: Child, base: Path) -> serving.Served:
     """The base checkpoint, served without prefix caching and in one chunk."""
     return child(serving.serve, base, PROMPTS, enable_prefix_caching=False, max_num_batched_tokens=256)
@@ -63,9 +73,9 @@ def agrees(got: serving.Served, folder: Path, spec: Spec) -> None:
     expected = expected_logprobs(folder, spec, PROMPTS)
     for prompt, tokens, logprobs, rows in zip(PROMPTS, got.tokens, got.prompt_logprobs, expected, strict=True):
         own = rows[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-        # 1e-6 as a rule; one activation code on the other side of a tie moves the rest by about 1e-3.
+        # 1e-6 as a rule; one activation code on the other side of a tie moves the rest by 1e-3, by 4e-2 with extras.
         assert (logprobs - own).abs().median() < 1e-5
-        assert (logprobs - own).abs().max() < 2e-2
+        assert (logprobs - own).abs().max() < (1e-1 if spec.extras.transforms else 2e-2)
         assert tokens[0] == rows[-1].argmax()
 
 
@@ -76,23 +86,27 @@ def test_logprobs_are_those_of_float_arithmetic(child: Child, base: Path) -> Non
 @pytest.mark.parametrize(
     "spec",
     [
-        replace(BASE, architecture="qwen3", group=64, r3=False, int8_head=True),
+        replace(BASE, architecture="qwen3", group=64, r3=False, int8_head=True, extras=everything()),
         replace(BASE, kv=False, r3=False, r4=""),
     ],
-    ids=["qwen3, groups, int8 lm_head, no R3", "no KV scheme, no transforms"],
+    ids=["qwen3, groups, int8 lm_head, no R3, everything else", "no KV scheme, no transforms"],
 )
 def test_other_formats(child: Child, tmp_path: Path, spec: Spec) -> None:
     folder = write_checkpoint(tmp_path / "model", spec)
     got = child(serving.serve, folder, PROMPTS, swap=EXACT)
     agrees(got, folder, spec)
     assert ("KV cache: not quantized" in got.log) is not spec.kv
+    for text in ("R4 hadamard 128 + K1 kronecker 32 + S2 shift + P3 permutation 128", "W4 A4 g64 rank 5"):
+        assert (text in got.log) is bool(spec.r4)
 
 
 def test_compiled(child: Child, tmp_path: Path) -> None:
-    """torch.compile, with biases, asymmetric activations and KV, heads of 128, a stored matrix, an int8 head."""
+    """torch.compile, with biases, asymmetric activations and KV, heads of 128, a stored matrix, an int8 head, and
+    chains of every transform, low rank and ratios by layer."""
     spec = replace(
-        BASE, architecture="qwen2", symmetric=False, r4="dense", head_dim=128, heads=2, kv_heads=1, int8_head=True
-    )
+        BASE, architecture="qwen2", symmetric=False, r4="dense", head_dim=128, heads=2, kv_heads=1, int8_head=True,
+        extras=everything(),
+    )  # fmt: skip
     folder = write_checkpoint(tmp_path / "model", spec)
     got = child(serving.serve, folder, PROMPTS, enforce_eager=False, swap=EXACT)
     agrees(got, folder, spec)
@@ -155,6 +169,24 @@ def test_proof_names_what_runs(served: serving.Served) -> None:
 def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where}.*ROTQUANT_STRICT=0"):
         child(serving.serve, base, PROMPTS, swap=swap)
+
+
+@pytest.mark.parametrize(
+    ("swap", "where"), [("no low rank", "qkv_proj"), ("no shift", "o_proj"), ("no bias", "o_proj")]
+)
+def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
+    with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where} on kernel"):
+        child(serving.serve, extended, PROMPTS, swap=swap)
+
+
+def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
+    """--load-format dummy, as benchmarks use it: no tensor in the folder, random valid layers, a loud warning."""
+    (tmp_path / "config.json").write_bytes((extended / "config.json").read_bytes())
+    got = child(serving.serve, tmp_path, PROMPTS, load_format="dummy")
+    assert "RANDOM WEIGHTS" in got.log
+    assert "MISMATCH" not in got.log
+    assert all(logprobs.isfinite().all() for logprobs in got.prompt_logprobs)
+    assert [len(tokens) for tokens in got.tokens] == [4] * len(PROMPTS)
 
 
 def test_proof_not_strict(child: Child, base: Path, served: serving.Served) -> None:
@@ -251,13 +283,15 @@ def test_refuses_attention(child: Child, base: Path, features: dict[str, Any], m
     [
         ("model.layers.1.self_attn.k_proj.weight_scale", r"1.self_attn.qkv_proj.weight_scale is missing.*128 of 512"),
         ("model.layers.1.mlp.down_proj.weight_packed", r"1.mlp.down_proj.weight_packed is missing.*256 of 256 rows"),
-        ("model.layers.1.mlp.down_proj.R4_input.weight", r"1.mlp.down_proj.R4_input.weight is missing"),
+        ("model.layers.1.mlp.down_proj.R4_input.weight", r"1.mlp.down_proj.R4_input.weight is missing.*1 of 1"),
+        ("model.layers.1.mlp.up_proj.S0_input.weight", r"1.mlp.gate_up_proj.S0_input.weight is missing.*1 of 2 parts"),
+        ("model.layers.1.mlp.up_proj.S0_output.weight", r"1.mlp.gate_up_proj.S0_output.weight is missing"),
+        ("model.layers.1.self_attn.k_proj.low_rank_up", r"1.self_attn.qkv_proj.low_rank_up is missing"),
     ],
 )
-def test_refuses_a_missing_tensor(child: Child, tmp_path: Path, name: str, message: str) -> None:
-    whole = write_checkpoint(tmp_path / "whole", replace(BASE, r4="dense"))
+def test_refuses_a_missing_tensor(child: Child, extended: Path, tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(RotQuantError, match=message):
-        child(serving.serve, without(whole, tmp_path / "cut", name), PROMPTS)
+        child(serving.serve, without(extended, tmp_path / "cut", name), PROMPTS)
 
 
 def test_marker_must_be_the_declared_hadamard() -> None:
@@ -292,6 +326,38 @@ def test_a_rank_must_hold_all_that_a_transform_mixes(kind: str, block: int, most
             check_shard("down_proj", transform, 256 // most // 2, 256)
 
 
+def factors(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(inputs, 3), torch.randn(3, outputs)
+
+
+def test_low_rank_of_ranks_is_that_of_the_whole(child: Child) -> None:
+    """q of four heads over four ranks, k and v of two heads, each shared by two ranks; then a row-parallel layer."""
+    x, parts = torch.randn(5, 6), {"q": factors(6, 8), "k": factors(6, 4), "v": factors(6, 4)}
+    q, k, v = (x @ down @ up for down, up in parts.values())
+    for rank in range(4):
+        down, up = child(serving.factors_of_rank, rank, 4, slice(0, 6), [2, 2, 2], parts)
+        head = slice(rank // 2 * 2, rank // 2 * 2 + 2)
+        torch.testing.assert_close(x @ down @ up, torch.cat((q[:, 2 * rank : 2 * rank + 2], k[:, head], v[:, head]), 1))
+    down, up = factors(6, 8)
+    shards = [child(serving.factors_of_rank, i, 2, slice(3 * i, 3 * i + 3), [8], {"": (down, up)}) for i in range(2)]
+    summed = sum(x[:, 3 * i : 3 * i + 3] @ d @ u for i, (d, u) in enumerate(shards))
+    torch.testing.assert_close(summed, x @ down @ up)
+    with pytest.raises(RotQuantError, match=r"layer.low_rank_up has shape \[3, 7\], config.json asks for \[3, 8\]"):
+        child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": factors(6, 7)})
+
+
+@pytest.mark.parametrize("transform", [Transform("permutation", 4, "T0"), Transform("shift", 0, "T0")])
+def test_ranks_run_their_part_of_a_stored_transform(transform: Transform) -> None:
+    whole, x = stored.sample(transform, 16), torch.randn(3, 16)
+    assert whole is not None
+    parts = []
+    for inputs in (slice(0, 8), slice(8, 16)):
+        receiver = StoredInput("down_proj.T0_input.weight", transform, 16, inputs, parts=1)
+        receiver.load(receiver.weight, whole)
+        parts.append(online_stage(x[:, inputs], transform.kind, transform.block, receiver.take(dummy=False)))
+    assert torch.equal(torch.cat(parts, 1), online_stage(x, transform.kind, transform.block, whole))
+
+
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:
     clip = {"default": 0.9, "model.layers.1.self_attn.k_proj": 0.5}
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
@@ -301,10 +367,19 @@ def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) 
 
 
 def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> None:
-    clip = {"default": 0.9, "model.layers.1.mlp.down_proj": 0.5}
-    folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
-    renamed = child(serving.format_of, folder, "language.model.layers.1.mlp.down_proj", {"model.": "language.model."})
-    assert renamed.act_clip == 0.5
+    name = "model.layers.1.mlp.down_proj"
+    ours = {
+        "activation_clip": {"default": 0.9, name: 0.5},
+        "kv_clip": {"layers": {"model.layers.1.self_attn": {"key": 0.5}}},
+        "input_transforms": [{"name": "T0", "kind": "shift", "targets": [name]}],
+        "low_rank": [{"rank": 3, "targets": [name]}],
+    }
+    folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(ours))
+    renaming = {"model.": "language.model."}
+    renamed = child(serving.format_of, folder, f"language.{name}", renaming)
+    assert (renamed.act_clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
+    attention = child(serving.format_of, folder, "language.model.layers.1.self_attn", renaming, attention=True)
+    assert (attention.k_clip, attention.v_clip) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.34.0"])

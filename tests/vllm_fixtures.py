@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from online_extras import Extras, add_extras, affine, extras_of, layer_of
 from rotquant_kernels import convention
 
 VOCABULARY = 300  # not a multiple of 64, so that vLLM pads lm_head
@@ -46,6 +47,7 @@ class Spec:
     act_clip: float = 0.9
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)  # more fields of config.json
+    extras: Extras = field(default_factory=Extras)  # what only the key `rotquant` can say
 
 
 def normalized_hadamard(size: int) -> Tensor:
@@ -147,6 +149,7 @@ def write_checkpoint(folder: Path, spec: Spec) -> Path:
         },
     }
     (folder / "config.json").write_text(json.dumps(written, indent=1, default=str))
+    add_extras(folder, spec.extras, spec.dtype)
     return folder
 
 
@@ -199,9 +202,10 @@ def quantized(module: str, weight: Tensor, spec: Spec, bits: int) -> dict[str, T
 class FloatLinear(torch.nn.Module):
     """A quantized linear layer in float64: unpacked weights, fake-quantized inputs."""
 
-    def __init__(self, tensors: dict[str, Tensor], spec: Spec, name: str, bias: Tensor | None) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], spec: Spec, name: str, bias: Tensor | None) -> None:
         super().__init__()
         self.spec, self.name, self.bias = spec, name, bias
+        self.extras = extras_of(folder)
         self.bits = 8 if name == "lm_head" else 4
         inputs = tensors[f"{name}.weight_shape"][1].item()
         words = tensors[f"{name}.weight_packed"]
@@ -209,14 +213,21 @@ class FloatLinear(torch.nn.Module):
         codes = (words.unsqueeze(-1) >> shifts & (1 << self.bits) - 1).flatten(1)[:, :inputs] - (1 << self.bits - 1)
         scale = tensors[f"{name}.weight_scale"].double()
         self.weight = codes.double() * scale.repeat_interleave(inputs // scale.shape[1], dim=1)
+        self.matrix, self.offset, self.correction = affine(self.extras, tensors, name, inputs)
+        self.factors = [
+            tensors[key].double() for key in (f"{name}.low_rank_down", f"{name}.low_rank_up") if key in tensors
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.double()
         if self.name.endswith("down_proj") and self.spec.r4:
             size = self.spec.r4_block
             y = (y.unflatten(-1, (-1, size)) @ normalized_hadamard(size)).flatten(-2)
-        y = fake_quantize(y, self.bits, self.spec.symmetric or self.bits == 8, self.spec.act_clip)
-        out = y @ self.weight.T + (0 if self.bias is None else self.bias.double())
+        y = y @ self.matrix + self.offset
+        clip = self.extras["activation_clip"].get(self.name, self.spec.act_clip)
+        rounded = fake_quantize(y, self.bits, self.spec.symmetric or self.bits == 8, clip)
+        out = rounded @ self.weight.T + self.correction + (0 if self.bias is None else self.bias.double())
+        out = out + y @ self.factors[0] @ self.factors[1] if self.factors else out
         return out.to(x.dtype)
 
 
@@ -240,7 +251,12 @@ def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Ite
         if spec.r3:
             q, k = q @ normalized_hadamard(spec.head_dim), k @ normalized_hadamard(spec.head_dim)
         if spec.kv:
-            k, v = (fake_quantize(x, 4, spec.symmetric, 0.95, half_scale=True) for x in (k, v))
+            clip = extras_of(folder)["kv_clip"]
+            clip = {"key": clip["key"], "value": clip["value"]} | layer_of(clip.get("layers", {}), module.layer_idx)
+            k, v = (
+                fake_quantize(x, 4, spec.symmetric, clip[name], half_scale=True)
+                for name, x in (("key", k), ("value", v))
+            )
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for x in (k, v))
         scores = q @ k.mT * settings["scaling"]
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
@@ -253,7 +269,7 @@ def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Ite
     for name, module in list(model.named_modules()):
         if f"{name}.weight_packed" in tensors:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, FloatLinear(tensors, spec, name, module.bias))
+            setattr(model.get_submodule(parent), leaf, FloatLinear(folder, tensors, spec, name, module.bias))
     for prompt in prompts:
         with torch.inference_mode():
             yield model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)

@@ -137,6 +137,15 @@ def swapped(how: str) -> Iterator[None]:
     def unrotated_query(*arguments: Any) -> Tensor:
         return honest_attention(*arguments[:7], 0, arguments[8])
 
+    def no_bias(x: Tensor, w: Tensor, s: Tensor, b: Any, *rest: Any) -> Tensor:
+        return honest_linear(x, w, s, None, *rest)
+
+    def no_low_rank(*arguments: Any) -> Tensor:
+        return honest_linear(*arguments[:11])
+
+    def no_shift(x: Tensor, kind: str, block: int, tensor: Any) -> Tensor:
+        return x.float() if kind == "shift" else ops.online_stage(x, kind, block, tensor)
+
     honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
     wrong: dict[str, dict[str, Any]] = {
         "": {},
@@ -146,11 +155,14 @@ def swapped(how: str) -> Iterator[None]:
             "int_linear": sixteen_bit_activations,
             "prepare_weight": lambda packed, *_: packed,
         },
+        "no bias": {"int_linear": no_bias},
+        "no low rank": {"int_linear": no_low_rank},
+        "no shift": {"online_stage": no_shift},
         "unrotated query": {"kv4_attention": unrotated_query},
     }
     with contextlib.ExitStack() as stack:
         for name, kernel in wrong[how].items():
-            owner = online if name == "int_linear" else ops
+            owner = online if hasattr(online, name) else ops
             stack.enter_context(mock.patch.object(owner, name, kernel))
         yield
 
@@ -197,7 +209,7 @@ def serve_unstrict(*arguments: Any, **options: Any) -> Served:
         return serve(*arguments, **options)
 
 
-def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None) -> Any:
+def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None, attention: bool = False) -> Any:
     """Format of one layer as a worker sees it: from the pickled config, in a model that vLLM may have renamed."""
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -205,7 +217,7 @@ def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None) 
     config.packed_modules_mapping |= {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     if renamed:
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=renamed))
-    return config.linear_format(prefix)
+    return config.format.attention(prefix) if attention else config.linear_format(prefix)
 
 
 def quantization_under(version: str, folder: Path, flag: str | None) -> str | None:
@@ -221,3 +233,23 @@ def quantization_under(version: str, folder: Path, flag: str | None) -> str | No
         return quantization_of(folder, flag)
     finally:
         vllm_rotquant.register()
+
+
+def factors_of_rank(
+    rank: int, ranks: int, span: slice, outputs: list[int], loaded: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """D and U of one rank of a layer after vLLM's loader has passed the checkpoint's factors of each part."""
+    from vllm_rotquant import compat, low_rank
+
+    layer, (down, _) = torch.nn.Module(), next(iter(loaded.values()))
+    with (
+        mock.patch.object(compat, "get_tensor_model_parallel_rank", return_value=rank),
+        mock.patch.object(compat, "get_tensor_model_parallel_world_size", return_value=ranks),
+    ):
+        low_rank.expect_factors(layer, "layer", down.shape[1], down.shape[0], span, outputs, torch.float32)
+        for part, factors in loaded.items():
+            for name, factor in zip(low_rank.NAMES, factors, strict=True):
+                parameter = layer.get_parameter(name)
+                parameter.weight_loader(parameter, factor, *([part] if part else []))
+    low_rank.check_loaded(layer, "layer")
+    return layer.low_rank_down.detach(), layer.low_rank_up.detach()

@@ -136,8 +136,8 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dum
     compat.logger.info("\n".join(lines))
     if dummy:
         compat.logger.warning(
-            "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS and no file was read. Speed and memory are real, "
-            "what the model writes is noise"
+            "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS, no file was read. Speed and memory are "
+            "those of the real model, what it writes is noise"
         )
 
 

@@ -11,7 +11,6 @@ from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
 from rotquant_kernels import Stage
-from vllm_rotquant import compat
 
 
 def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int) -> None:
@@ -25,8 +24,8 @@ def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int)
     if inputs % span:
         raise RotQuantError(
             f"{prefix}: the online transform {transform} works on blocks of {span} inputs, which do not divide the "
-            f"{inputs} inputs of a rank at --tensor-parallel-size {all_inputs // inputs}: use a smaller one, or quantize "
-            "again with --tp-max"
+            f"{inputs} inputs of a rank at --tensor-parallel-size {all_inputs // inputs}: use a smaller one, or "
+            "quantize again with --tp-max"
         )
 
 
@@ -80,6 +79,8 @@ def expect_tensors(
         parts: outputs on this rank of each checkpoint layer in this one.
         loader: vLLM's own weight loader of the layer.
     """
+    from vllm_rotquant import compat  # imports vLLM, which the rest of this module does not need
+
     for transform in transforms:
         name = f"{transform.name}_input"
         receiver = StoredInput(f"{prefix}.{name}.weight", transform, all_inputs, span, len(parts))

@@ -226,10 +226,9 @@ def _slot(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module | None, s
     owner = modules.get(owner_name)
     if owner is None:
         return None, ""
-    without_slot = (
-        "weight_shape" if isinstance(owner, QuantLinear) else "weight" if isinstance(owner, StoredInput) else ""
-    )
-    return (owner, leaf) if leaf == without_slot or leaf in owner.state_dict() else (None, "")
+    only_checked = (QuantLinear, "weight_shape"), (StoredInput, "weight")
+    known = leaf in owner.state_dict() or any(isinstance(owner, kind) and leaf == slot for kind, slot in only_checked)
+    return (owner, leaf) if known else (None, "")
 
 
 def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, device: torch.device) -> None:

@@ -96,11 +96,8 @@ def sample(transform: Transform, inputs: int) -> Tensor | None:
         return torch.cat((normal(outer * outer) * outer**-0.5, normal(block * block) * block**-0.5))
     if transform.kind == "permutation":
         span = transform.span(inputs)
-        return (
-            (normal(inputs // span, span).argsort(1) + torch.arange(0, inputs, span, device="cpu")[:, None])
-            .flatten()
-            .int()
-        )
+        first = torch.arange(0, inputs, span, device="cpu")[:, None]
+        return (normal(inputs // span, span).argsort(1) + first).flatten().int()
     if transform.kind == "reflection":
         return torch.nn.functional.normalize(normal(block), dim=0)
     return normal(inputs) if transform.kind == "shift" else None
