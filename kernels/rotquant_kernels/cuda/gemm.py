@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels import reference
 from rotquant_kernels.cuda import layout, rows
 
 
@@ -88,23 +87,27 @@ def scaled(acc, sums, weight_scale, zero, n, channels, SYMMETRIC: tl.constexpr, 
 @triton.jit(do_not_specialize=["tokens"])
 def linear_kernel(
     codes, scales, zeros, words, sums, weight_scale, down, up, bias, out, tokens, columns, channels, padded, rank,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of TM tokens and TN channels. down float32 [tokens, rank] is (x T) D, up float [rank, channels]."""
+    """One tile of TM tokens and TN channels. STEPS of a group of scales; down float32 [tokens, rank] is (x T) D, up float [rank, channels]."""
     n = tl.program_id(0) * TN + tl.arange(0, TN)
     m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
     zero = tl.load(zeros + m, m < tokens, 0)
-    steps = tl.cdiv(columns, TK) if GROUPS == 1 else columns // (GROUPS * TK)
     y = tl.zeros([TN, TM], tl.float32)
-    for group in range(GROUPS):
+    if GROUPS == 1:
         acc = tl.zeros([TN, TM], tl.int32)
-        for i in range(steps):
-            first = (group * steps + i) * TK
-            acc = step(acc, words, codes, first, n, m, tokens, columns, padded, BITS, TK, EVEN, ASM)
-        y += scaled(
-            acc, sums + group * padded, weight_scale + n * GROUPS + group, zero, n, channels, SYMMETRIC, BITS
-        )
+        for i in range(tl.cdiv(columns, TK)):
+            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, padded, BITS, TK, EVEN, ASM)
+        y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+    else:
+        for group in range(GROUPS):  # one loop, so that loads of the next groups are on their way
+            acc = tl.zeros([TN, TM], tl.int32)
+            for i in tl.static_range(STEPS):
+                first = (group * STEPS + i) * TK
+                acc = step(acc, words, codes, first, n, m, tokens, columns, padded, BITS, TK, EVEN, ASM)
+            at = weight_scale + n * GROUPS + group
+            y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]
     if RANK > 0:
         r = tl.arange(0, RANK)
@@ -142,7 +145,7 @@ def product(
         linear_kernel[(triton.cdiv(channels, size.n), triton.cdiv(tokens, size.m))](
             codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
             bias, out, tokens, columns, channels, words.shape[1], rank,
-            BITS=bits, GROUPS=groups, SYMMETRIC=symmetric, RANK=max(triton.next_power_of_2(rank), 16) if rank else 0,
+            BITS=bits, GROUPS=groups, STEPS=columns // (groups * size.k) if groups > 1 else 0, SYMMETRIC=symmetric, RANK=max(triton.next_power_of_2(rank), 16) if rank else 0,
             BIAS=bias is not None, EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k,
             ASM=not triton.knobs.runtime.interpret, num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
         )  # fmt: skip
@@ -162,14 +165,14 @@ def int_linear(
         down = flat.float() @ low_rank_down.float()
     quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip)
     y = product(quantized, weight, weight_scale, bias, weight_bits, act_symmetric, x.dtype, down, low_rank_up)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def quantized_linear(
     codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     weight_bits: int, act_symmetric: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `reference.quantized_linear`."""
+    """See `fused.quantized_linear`."""
     return product((codes, scale, zero), weight, weight_scale, bias, weight_bits, act_symmetric, dtype)
 
 

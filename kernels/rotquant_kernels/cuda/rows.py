@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels import convention, reference
+from rotquant_kernels import convention, fused, reference
 
 EXACT = {"enable_fp_fusion": False}
 LARGEST = 65536  # columns of a row: what the registers of one program hold
@@ -93,8 +93,9 @@ def quantize_kernel(
         gate = y.to(tl.float32)
         y = ((gate * sigmoid(gate)).to(up.dtype).to(tl.float32) * up.to(tl.float32)).to(up.dtype)
     if SOURCE == "rms_norm":
-        y = (y.to(tl.float32) + tl.load(residual + row * columns + k, inside, 0).to(tl.float32)).to(y.dtype)
-        tl.store(residual + row * columns + k, y, inside)
+        if residual is not None:
+            y = (y.to(tl.float32) + tl.load(residual + row * columns + k, inside, 0).to(tl.float32)).to(y.dtype)
+            tl.store(residual + row * columns + k, y, inside)
         f = y.to(tl.float32)
         f = f * tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(f * f, 0), columns.to(tl.float32)) + eps))
         y = (f.to(y.dtype).to(tl.float32) * tl.load(norm + k, inside, 0).to(tl.float32)).to(y.dtype)
@@ -206,18 +207,18 @@ def quantize_rows(
 def silu_mul_quantize(
     x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.silu_mul_quantize`."""
+    """See `fused.silu_mul_quantize`."""
     if transform == "dense":
-        return quantize_rows(reference.silu_mul(x), transform, block, matrix, bits, symmetric, clip)
+        return quantize_rows(fused.silu_mul(x), transform, block, matrix, bits, symmetric, clip)
     return launch("silu_mul", rows_of(x), (transform, block, None), bits, symmetric, clip)
 
 
 def rms_norm_quantize(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.rms_norm_quantize`."""
-    if not residual.is_contiguous():
-        raise ValueError("the residual stream must be contiguous")
+    """See `fused.rms_norm_quantize`."""
+    if residual is not None and not (residual.is_contiguous() and residual.dtype == x.dtype):
+        raise ValueError("the residual stream must be contiguous and have the dtype of x")
     settings = ("none", 0, None)
     return launch(
         "rms_norm", rows_of(x), settings, bits, symmetric, clip, residual=residual, norm=weight.contiguous(), eps=eps
