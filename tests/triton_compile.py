@@ -21,7 +21,9 @@ def compiled(kernel: Any, arch: int, types: dict[str, str], constants: dict[str,
         for i, name in enumerate(names)
         if name not in constants and name != "tokens" and types[name] not in ("i1", "fp32")
     }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | rows.EXACT)
 
 
@@ -34,7 +36,14 @@ def linear(arch: int, tokens: int, groups: int = 1, bits: int = 4, symmetric: bo
     """`gemm.linear_kernel` as launched for so many tokens of 4096 columns, bias and bfloat16."""
     columns, size = 4096, gemm.tiles(tokens, 4096, groups)
     types = dict.fromkeys(("tokens", "columns", "channels", "padded", "rank"), "i32")
-    types |= {"codes": "*i8", "scales": "*fp32", "zeros": "*i32", "words": "*i8", "sums": "*i32", "weight_scale": "*fp32"}
+    types |= {
+        "codes": "*i8",
+        "scales": "*fp32",
+        "zeros": "*i32",
+        "words": "*i8",
+        "sums": "*i32",
+        "weight_scale": "*fp32",
+    }
     types |= {"down": "*fp32", "up": "*bf16", "bias": "*bf16", "out": "*bf16"}
     steps = columns // (groups * size.k) if groups > 1 else 0
     constants: dict[str, Any] = {"BITS": bits, "GROUPS": groups, "STEPS": steps, "SYMMETRIC": symmetric, "RANK": rank}

@@ -47,7 +47,9 @@ def test_quantized_rows_are_the_references_bit_for_bit(seed, m, shape, dtype, bi
 def test_the_layout_holds_every_code_and_every_sum(seed, shape, bits):
     low, high = convention.int_range(bits)
     codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    weight = layout.unpack(layout.pack_weight(convention.pack_int32(codes, bits), bits, shape[1], 1), bits, shape[1], shape[0], 1)
+    weight = layout.unpack(
+        layout.pack_weight(convention.pack_int32(codes, bits), bits, shape[1], 1), bits, shape[1], shape[0], 1
+    )
     chunks = weight.words.transpose(0, 1)
     if bits == 4:
         chunks = torch.cat((chunks << 4 >> 4, chunks >> 4), -1)
@@ -159,6 +161,7 @@ def test_wrong_arguments_are_refused_by_name():
         (1, packed, "prepare_weight"),
         (2, scale[:60], "prepare_weight"),
         (2, scale.double(), "weight_scale must be float32"),
+        (3, scale[:3, 0], "bias"),
         (4, 8, "prepare_weight"),
         (5, "fourier", "fourier"),
         (6, 48, "48 is no power of two"),

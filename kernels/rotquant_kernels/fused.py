@@ -1,4 +1,4 @@
-"""What precedes a linear layer and its quantization as one op, and the layer on rows quantized before: the specification.
+"""Specification of the ops that quantize together with what comes before, and of the layer behind them.
 
     silu_mul_quantize   quantize_rows(silu(gate) * up)          in front of down_proj
     rms_norm_quantize   quantize_rows(norm(x + residual))       in front of qkv_proj and gate_up_proj
@@ -77,5 +77,7 @@ def quantized_linear(
     """
     if weight.dtype != torch.int32 or weight.dim() != 2:
         raise ValueError("quantized_linear has no native CPU kernel: call int_linear")
-    y = scaled_product(codes, scale, zero, unpack_int32(weight, weight_bits, codes.shape[1]), weight_scale, act_symmetric)
+    y = scaled_product(
+        codes, scale, zero, unpack_int32(weight, weight_bits, codes.shape[1]), weight_scale, act_symmetric
+    )
     return (y if bias is None else y + bias.float()).to(dtype)

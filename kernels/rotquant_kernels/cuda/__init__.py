@@ -39,4 +39,8 @@ def register(library: torch.library.Library) -> None:
 
 def kernel_of(op: str) -> str:
     """Name of the kernel of `op`, for reports."""
-    return "triton (int8 tensor cores)" if op in ("int_linear", "quantized_linear") else "triton"
+    if op == "int_linear":
+        from rotquant_kernels.cuda import humming
+
+        return "humming, triton where it does not fit" if humming.chosen() else "triton (int8 tensor cores)"
+    return "triton (int8 tensor cores)" if op == "quantized_linear" else "triton"

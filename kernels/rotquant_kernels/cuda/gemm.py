@@ -8,6 +8,7 @@ one shift or mask, no sign to extend; acc is 16 times too large until it is shif
 Tiles depend on the number of tokens only through sums of integers, so results do not.
 """
 
+# ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels.cuda import layout, rows
+from rotquant_kernels.cuda import humming, layout, rows
 
 
 class Tiles(NamedTuple):
@@ -60,8 +61,8 @@ def step(acc, words, codes, first, n, m, tokens, columns, padded,
     """acc [n, m] plus the products of the columns first .. first + TK."""
     BYTES: tl.constexpr = TK * BITS // 8
     byte = tl.arange(0, BYTES)
-    chunk = first * BITS // 128 + byte // 16
-    w = tl.load(words + (chunk * (padded * 16) + byte % 16)[None, :] + (n * 16)[:, None])
+    words += (first * BITS // 128).to(tl.int64) * (padded * 16)
+    w = tl.load(words + (byte // 16 * (padded * 16) + byte % 16)[None, :] + (n * 16)[:, None])
     k = first + (byte // 16 * 32 + byte % 16 if BITS == 4 else byte)
     inside = (m < tokens)[None, :]
     at = codes + (m * columns)[None, :] + k[:, None]
@@ -90,7 +91,10 @@ def linear_kernel(
     BITS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of TM tokens and TN channels. STEPS of a group of scales; down float32 [tokens, rank] is (x T) D, up float [rank, channels]."""
+    """One tile of TM tokens and TN channels; STEPS of TK columns make a group, where there are groups.
+
+    down float32 [tokens, rank] is (x T) D; up float [rank, channels].
+    """
     n = tl.program_id(0) * TN + tl.arange(0, TN)
     m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
     zero = tl.load(zeros + m, m < tokens, 0)
@@ -138,15 +142,20 @@ def product(
     words, sums = layout.unpack(weight, bits, columns, channels, groups)
     if weight_scale.dtype != torch.float32:
         raise ValueError(f"weight_scale must be float32, not {weight_scale.dtype}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias {list(bias.shape)} is not one number for each of {channels} channels")
+    if up is not None and (down is None or up.shape != (down.shape[1], channels)):
+        raise ValueError(f"low_rank_up {list(up.shape)} does not follow low_rank_down and {channels} channels")
     out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
     if tokens and channels:
         size = tiles(tokens, columns, groups)
         rank = 0 if up is None else up.shape[0]
+        steps = columns // (groups * size.k) if groups > 1 else 0
         linear_kernel[(triton.cdiv(channels, size.n), triton.cdiv(tokens, size.m))](
             codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
-            bias, out, tokens, columns, channels, words.shape[1], rank,
-            BITS=bits, GROUPS=groups, STEPS=columns // (groups * size.k) if groups > 1 else 0, SYMMETRIC=symmetric, RANK=max(triton.next_power_of_2(rank), 16) if rank else 0,
-            BIAS=bias is not None, EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k,
+            None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
+            BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
+            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None, EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k,
             ASM=not triton.knobs.runtime.interpret, num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
         )  # fmt: skip
     return out
@@ -159,6 +168,13 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
+    if humming.chosen():
+        layer = humming.Layer(weight_scale.shape[0], flat.shape[1], weight_bits, act_bits, bias is not None)
+        major, minor = torch.cuda.get_device_capability(x.device)
+        sm, low_rank = 10 * major + minor, low_rank_down is not None
+        if flat.shape[0] and not humming.misfit(x, weight_scale, layer, act_symmetric, low_rank, sm):
+            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, (transform, block, matrix), act_clip)
+            return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
         flat, transform = rows.transform_rows(flat, transform, block, matrix), "none"
     if low_rank_down is not None:

@@ -44,7 +44,9 @@ def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     """
     size = columns // groups
     if bits not in (4, 8) or packed.shape[1] != -(-columns * bits // 32) or columns % groups:
-        raise ValueError(f"{list(packed.shape)} words of {bits}-bit codes do not hold {columns} columns in {groups} groups")
+        raise ValueError(
+            f"{list(packed.shape)} words of {bits}-bit codes do not hold {columns} columns in {groups} groups"
+        )
     if groups > 1 and size % 32:
         raise ValueError(f"the CUDA kernels read scale groups of a multiple of 32 inputs, not of {size}")
     stored = packed.contiguous().view(torch.int8) ^ (0x88 - 256 if bits == 4 else 0x80 - 256)  # unsigned to signed

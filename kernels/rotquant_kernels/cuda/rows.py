@@ -9,6 +9,7 @@ larger than all, so that it reaches the scale without a test of its own. Divisio
 products are never fused into sums (`EXACT`): both would change the last bit.
 """
 
+# ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
 from __future__ import annotations
 
 from typing import Any
