@@ -13,6 +13,8 @@ from rotquant_kernels import OPS, convention, cuda, fused, ops
 
 pytest.importorskip("triton")
 
+from rotquant_kernels.cuda import humming
+
 
 def test_kernels_meet_the_specification_in_the_interpreter():
     tests = Path(__file__).with_name("triton_interpreted.py")
@@ -58,6 +60,26 @@ def test_a_gpu_without_triton_is_loud(monkeypatch, library):
     with pytest.warns(RuntimeWarning, match="Install triton"):
         cuda.load(library)
     assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
+
+
+def test_humming_runs_on_request_alone(monkeypatch):
+    def choose(choice, found=None):
+        monkeypatch.setenv("ROTQUANT_CUDA_LINEAR", choice)
+        monkeypatch.setattr(humming, "installed", lambda: found)
+        humming.chosen.cache_clear()
+        return cuda.kernel_of("int_linear")
+
+    try:
+        assert choose("triton") == "triton (int8 tensor cores)"
+        assert choose("humming", "0.1.17").startswith("humming")
+        for choice, found, word in (
+            ("marlin", "0.1.17", "'marlin'"), ("humming", None, "pip install"), ("humming", "0.1.14", "not 0.1.14"),
+            ("humming", "0.2.0", "not 0.2.0"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=word):
+                choose(choice, found)
+    finally:
+        humming.chosen.cache_clear()
 
 
 def test_fused_ops_hold_their_schemas_and_fakes():

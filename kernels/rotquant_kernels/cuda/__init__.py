@@ -27,6 +27,7 @@ def load(library: torch.library.Library) -> None:
         )
         return
     register(library)
+    kernel_of("int_linear")  # a wrong ROTQUANT_CUDA_LINEAR is an error now, not in the first request
 
 
 def register(library: torch.library.Library) -> None:

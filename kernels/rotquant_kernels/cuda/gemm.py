@@ -56,13 +56,13 @@ def nibbles(w, ASM: tl.constexpr):
 
 
 @triton.jit
-def step(acc, words, codes, first, n, m, tokens, columns, padded,
+def step(acc, words, codes, first, n, m, tokens, columns, line,
          BITS: tl.constexpr, TK: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """acc [n, m] plus the products of the columns first .. first + TK."""
+    """acc [n, m] plus the products of the columns first .. first + TK; `line` bytes hold a chunk of every channel."""
     BYTES: tl.constexpr = TK * BITS // 8
     byte = tl.arange(0, BYTES)
-    words += (first * BITS // 128).to(tl.int64) * (padded * 16)
-    w = tl.load(words + (byte // 16 * (padded * 16) + byte % 16)[None, :] + (n * 16)[:, None])
+    words += first * BITS // 128 * line
+    w = tl.load(words + (byte // 16 * line.to(tl.int32) + byte % 16)[None, :] + (n * 16)[:, None])
     k = first + (byte // 16 * 32 + byte % 16 if BITS == 4 else byte)
     inside = (m < tokens)[None, :]
     at = codes + (m * columns)[None, :] + k[:, None]
@@ -97,19 +97,20 @@ def linear_kernel(
     """
     n = tl.program_id(0) * TN + tl.arange(0, TN)
     m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
+    line = padded.to(tl.int64) * 16
     zero = tl.load(zeros + m, m < tokens, 0)
     y = tl.zeros([TN, TM], tl.float32)
     if GROUPS == 1:
         acc = tl.zeros([TN, TM], tl.int32)
         for i in range(tl.cdiv(columns, TK)):
-            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, padded, BITS, TK, EVEN, ASM)
+            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
         y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
     else:
         for group in range(GROUPS):  # one loop, so that loads of the next groups are on their way
             acc = tl.zeros([TN, TM], tl.int32)
             for i in tl.static_range(STEPS):
                 first = (group * STEPS + i) * TK
-                acc = step(acc, words, codes, first, n, m, tokens, columns, padded, BITS, TK, EVEN, ASM)
+                acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
             at = weight_scale + n * GROUPS + group
             y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]
@@ -155,8 +156,9 @@ def product(
             codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
             None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
             BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
-            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None, EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k,
-            ASM=not triton.knobs.runtime.interpret, num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
+            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None,
+            EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k, ASM=not triton.knobs.runtime.interpret,
+            num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
         )  # fmt: skip
     return out
 

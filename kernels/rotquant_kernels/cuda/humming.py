@@ -40,6 +40,14 @@ class Layer(NamedTuple):
     bias: bool
 
 
+def installed() -> str | None:
+    """The version of Humming that is there."""
+    try:
+        return version("humming-kernels")
+    except PackageNotFoundError:
+        return None
+
+
 @functools.cache
 def chosen() -> bool:
     """Whether the user asked for Humming.
@@ -53,10 +61,9 @@ def chosen() -> bool:
     if choice == "triton":
         return False
     low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-    try:
-        found = version("humming-kernels")
-    except PackageNotFoundError:
-        raise ValueError(f'{SWITCH}=humming needs humming: pip install "humming-kernels>={low},<{high}"') from None
+    found = installed()
+    if found is None:
+        raise ValueError(f'{SWITCH}=humming needs it: pip install "humming-kernels>={low},<{high}"')
     if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]:
         raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
     return True
