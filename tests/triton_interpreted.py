@@ -178,3 +178,15 @@ def test_wrong_arguments_are_refused_by_name():
         layout.pack_weight(packed, 4, 64, 4)
     with pytest.raises(ValueError, match="70000 columns"):
         rows.quantize_rows(torch.zeros(1, 70000), "none", 0, None, 4, True, 1.0)
+
+
+@pytest.mark.parametrize("columns", [32, 384])
+def test_codes_for_humming_are_the_same_in_its_order(columns):
+    x = inputs(5, columns, 7, torch.float16)
+    codes, *rest = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9)
+    pairs = codes.view(5, -1, 2, 16).transpose(-1, -2)  # position 2 b + h of a chunk is column 16 h + b
+    eight, *same_scale = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming8")
+    assert all_same(same_scale, rest)
+    assert torch.equal(eight, pairs.flatten(1))
+    four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming4")[0]
+    assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
