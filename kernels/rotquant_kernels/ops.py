@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant_kernels import native, reference
+from rotquant_kernels import cuda, fused, native, reference
 
 OPS = {
     "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
@@ -20,6 +20,12 @@ OPS = {
     "int_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits, str transform,"
     " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip,"
     " Tensor? low_rank_down=None, Tensor? low_rank_up=None) -> Tensor",
+    "silu_mul_quantize": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
+    " -> (Tensor, Tensor, Tensor)",
+    "rms_norm_quantize": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, int bits, bool symmetric,"
+    " float clip) -> (Tensor, Tensor, Tensor)",
+    "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " int weight_bits, bool act_symmetric, ScalarType dtype) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
@@ -29,8 +35,9 @@ OPS = {
 _library = torch.library.Library("rotquant", "DEF")
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, getattr(reference, _name, None) or getattr(fused, _name), "CompositeExplicitAutograd")
 native.load()
+cuda.load(_library)
 
 
 @torch.library.register_fake("rotquant::transform_rows", lib=_library)
@@ -43,14 +50,44 @@ def _(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
     return torch.empty_like(x, dtype=torch.float32)
 
 
+def _quantized(x: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty codes, scales and zero points of the rows of x."""
+    rows = x.shape[:-1]
+    return (
+        x.new_empty((*rows, columns), dtype=torch.int8),
+        x.new_empty((*rows, 1), dtype=torch.float32),
+        x.new_empty((*rows, 1), dtype=torch.int32),
+    )
+
+
 @torch.library.register_fake("rotquant::quantize_rows", lib=_library)
 def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
-    one = (*x.shape[:-1], 1)
-    return (
-        torch.empty_like(x, dtype=torch.int8),
-        x.new_empty(one, dtype=torch.float32),
-        x.new_empty(one, dtype=torch.int32),
-    )
+    return _quantized(x, x.shape[-1])
+
+
+@torch.library.register_fake("rotquant::silu_mul_quantize", lib=_library)
+def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantized(x, x.shape[-1] // 2)
+
+
+@torch.library.register_fake("rotquant::rms_norm_quantize", lib=_library)
+def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantized(x, x.shape[-1])
+
+
+@torch.library.register_fake("rotquant::quantized_linear", lib=_library)
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    act_symmetric: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake("rotquant::int_linear", lib=_library)
@@ -73,6 +110,9 @@ online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear
+silu_mul_quantize = torch.ops.rotquant.silu_mul_quantize
+rms_norm_quantize = torch.ops.rotquant.rms_norm_quantize
+quantized_linear = torch.ops.rotquant.quantized_linear
 kv4_write = torch.ops.rotquant.kv4_write
 kv4_attention = torch.ops.rotquant.kv4_attention
 
@@ -84,7 +124,8 @@ def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> 
         packed: int32 [N, ceil(columns * bits / 32)], see `convention.pack_int32`.
         groups: scales of a row, 1 for one scale per channel.
     Returns:
-        On the CPU's native kernels uint8 [bytes], in panels of 64 channels; else a copy of `packed`.
+        On the CPU's native kernels uint8 [bytes], in panels of 64 channels; on CUDA int32 [words], in chunks of 16
+        bytes (`cuda.layout`); else a copy of `packed`.
     """
     return pack_weight(packed.contiguous(), bits, columns, groups)
 
@@ -94,4 +135,4 @@ def kernel_of(op: str, device: str = "cpu") -> str:
     key = "CUDA" if device.startswith("cuda") else "CPU"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
         return "reference (torch)"
-    return f"native ({torch.ops.rotquant.cpu_tier('')})" if key == "CPU" else "native (cuda)"
+    return f"native ({torch.ops.rotquant.cpu_tier('')})" if key == "CPU" else cuda.kernel_of(op)

@@ -98,6 +98,20 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
+def scaled_product(
+    q: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, weight_scale: Tensor, symmetric: bool
+) -> Tensor:
+    """Product of quantized rows [M, K] and weight codes [N, K], scaled: float32 [M, N], see `int_linear`."""
+    size = q.shape[1] // weight_scale.shape[1]
+    total = torch.zeros(())
+    for group, (q_group, w_group) in enumerate(zip(q.split(size, 1), codes.split(size, 1), strict=True)):
+        acc = int_matmul(q_group.contiguous(), w_group.contiguous())
+        if not symmetric:
+            acc = acc - zero * w_group.sum(1, dtype=torch.int32)
+        total = total + acc.float() * weight_scale[:, group]
+    return total * scale
+
+
 def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     """The reference reads the checkpoint's own layout, int32 [N, ceil(columns * bits / 32)]."""
     return packed.clone()
@@ -135,14 +149,7 @@ def int_linear(
     rows = x.reshape(-1, x.shape[-1])
     q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
     codes = unpack_int32(weight, weight_bits, rows.shape[1])
-    size = rows.shape[1] // weight_scale.shape[1]
-    total = torch.zeros(())
-    for group, (q_group, w_group) in enumerate(zip(q.split(size, 1), codes.split(size, 1), strict=True)):
-        acc = int_matmul(q_group.contiguous(), w_group.contiguous())
-        if not act_symmetric:
-            acc = acc - zero * w_group.sum(1, dtype=torch.int32)
-        total = total + acc.float() * weight_scale[:, group]
-    y = total * scale
+    y = scaled_product(q, scale, zero, codes, weight_scale, act_symmetric)
     if low_rank_down is not None and low_rank_up is not None:
         y = y + transform_rows(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
     if bias is not None:

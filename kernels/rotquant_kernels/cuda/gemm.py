@@ -1,0 +1,201 @@
+"""Triton: the integer product of quantized activations and 4- or 8-bit weights, and its float32 epilogue.
+
+    y = (Σ_g (acc_g - z_x sum_g) s_w,g) s_x + (x T) D U + bias      in the reference's order, never fused (`rows.EXACT`)
+
+The product is made transposed, weights on the left: a 4-bit weight is unpacked in registers, where the tensor cores
+of every generation take their left operand (wgmma on Hopper, mma.sync elsewhere). A nibble becomes 16 q in an int8 by
+one shift or mask, no sign to extend; acc is 16 times too large until it is shifted back, exactly.
+Tiles depend on the number of tokens only through sums of integers, so results do not.
+"""
+
+# ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rotquant_kernels.cuda import humming, layout, rows
+
+
+class Tiles(NamedTuple):
+    """Sizes of one program: output channels, tokens, columns a step; its warps and its pipeline's depth."""
+
+    n: int
+    m: int
+    k: int
+    warps: int
+    stages: int
+
+
+def tiles(tokens: int, columns: int, groups: int) -> Tiles:
+    """A choice by the number of tokens. Few tokens: small tiles, so that every multiprocessor reads weights."""
+    size = columns if groups == 1 else columns // groups
+    step = max(k for k in (32, 64, 128) if groups == 1 or size % k == 0)
+    if tokens <= 32:
+        return Tiles(32, 16 if tokens <= 16 else 32, step, 4, 6)
+    return Tiles(64, 64, step, 4, 4) if tokens <= 64 else Tiles(128, 128, step, 8, 3)
+
+
+@triton.jit
+def nibbles(w, ASM: tl.constexpr):
+    """16 times the low and the high nibbles of int8 w, int8 as well; four bytes an instruction (the interpreter
+    knows no assembly)."""
+    if ASM:
+        low = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [w], tl.int8, True, 4
+        )
+        high = tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [w], tl.int8, True, 4)
+    else:
+        low = w << 4
+        high = w & -16
+    return low, high
+
+
+@triton.jit
+def step(acc, words, codes, first, n, m, tokens, columns, line,
+         BITS: tl.constexpr, TK: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """acc [n, m] plus the products of the columns first .. first + TK; `line` bytes hold a chunk of every channel."""
+    BYTES: tl.constexpr = TK * BITS // 8
+    byte = tl.arange(0, BYTES)
+    words += first * BITS // 128 * line
+    w = tl.load(words + (byte // 16 * line.to(tl.int32) + byte % 16)[None, :] + (n * 16)[:, None])
+    k = first + (byte // 16 * 32 + byte % 16 if BITS == 4 else byte)
+    inside = (m < tokens)[None, :]
+    at = codes + (m * columns)[None, :] + k[:, None]
+    if BITS == 4:
+        low, high = nibbles(w, ASM)
+        mask = inside if EVEN else inside & (k < columns)[:, None]
+        acc = tl.dot(low, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
+        mask = inside if EVEN else inside & (k + 16 < columns)[:, None]
+        return tl.dot(high, tl.load(at + 16, mask, 0), acc, out_dtype=tl.int32)
+    mask = inside if EVEN else inside & (k < columns)[:, None]
+    return tl.dot(w, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def scaled(acc, sums, weight_scale, zero, n, channels, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+    """(acc - z_x sum) s_w of one group, float32 [n, m]; sums and weight_scale point at the group's row."""
+    acc = acc >> 4 if BITS == 4 else acc
+    if not SYMMETRIC:
+        acc = acc - tl.load(sums + n)[:, None] * zero[None, :]
+    return acc.to(tl.float32) * tl.load(weight_scale, n < channels, 0)[:, None]
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_kernel(
+    codes, scales, zeros, words, sums, weight_scale, down, up, bias, out, tokens, columns, channels, padded, rank,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile of TM tokens and TN channels; STEPS of TK columns make a group, where there are groups.
+
+    down float32 [tokens, rank] is (x T) D; up float [rank, channels].
+    """
+    n = tl.program_id(0) * TN + tl.arange(0, TN)
+    m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
+    line = padded.to(tl.int64) * 16
+    zero = tl.load(zeros + m, m < tokens, 0)
+    y = tl.zeros([TN, TM], tl.float32)
+    if GROUPS == 1:
+        acc = tl.zeros([TN, TM], tl.int32)
+        for i in range(tl.cdiv(columns, TK)):
+            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+        y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+    else:
+        for group in range(GROUPS):  # one loop, so that loads of the next groups are on their way
+            acc = tl.zeros([TN, TM], tl.int32)
+            for i in tl.static_range(STEPS):
+                first = (group * STEPS + i) * TK
+                acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            at = weight_scale + n * GROUPS + group
+            y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
+    y = y * tl.load(scales + m, m < tokens, 0)[None, :]
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        u = tl.load(up + r[None, :] * channels + n[:, None], (n < channels)[:, None] & (r < rank)[None, :], 0)
+        d = tl.load(down + m[None, :] * rank + r[:, None], (m < tokens)[None, :] & (r < rank)[:, None], 0)
+        y = y + tl.dot(u.to(tl.float32), d, input_precision="ieee")
+    if BIAS:
+        y = y + tl.load(bias + n, n < channels, 0).to(tl.float32)[:, None]
+    at = out + (m * channels)[None, :] + n[:, None]
+    tl.store(at, y.to(out.dtype.element_ty), (m < tokens)[None, :] & (n < channels)[:, None])
+
+
+def product(
+    quantized: tuple[Tensor, Tensor, Tensor], weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int,
+    symmetric: bool, dtype: torch.dtype, down: Tensor | None = None, up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The layer's output from quantized rows.
+
+    Args:
+        quantized: codes int8 [M, K], scale float32 [M, 1], zero int32 [M, 1].
+        weight: int32, see `layout`; weight_scale: float32 [N, G].
+        down: float32 [M, r], (x T) D; up: float [r, N].
+    Returns:
+        [M, N] in `dtype`.
+    """
+    codes, scale, zero = quantized
+    (tokens, columns), (channels, groups) = codes.shape, weight_scale.shape
+    words, sums = layout.unpack(weight, bits, columns, channels, groups)
+    if weight_scale.dtype != torch.float32:
+        raise ValueError(f"weight_scale must be float32, not {weight_scale.dtype}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias {list(bias.shape)} is not one number for each of {channels} channels")
+    if up is not None and (down is None or up.shape != (down.shape[1], channels)):
+        raise ValueError(f"low_rank_up {list(up.shape)} does not follow low_rank_down and {channels} channels")
+    out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
+    if tokens and channels:
+        size = tiles(tokens, columns, groups)
+        rank = 0 if up is None else up.shape[0]
+        steps = columns // (groups * size.k) if groups > 1 else 0
+        linear_kernel[(triton.cdiv(channels, size.n), triton.cdiv(tokens, size.m))](
+            codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
+            None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
+            BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
+            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None,
+            EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k, ASM=not triton.knobs.runtime.interpret,
+            num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
+        )  # fmt: skip
+    return out
+
+
+def int_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, transform: str, block: int,
+    matrix: Tensor | None, act_bits: int, act_symmetric: bool, act_clip: float,
+    low_rank_down: Tensor | None = None, low_rank_up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `reference.int_linear`; one launch for the activations, one for the product."""
+    flat, down = rows.rows_of(x), None
+    if humming.chosen():
+        layer = humming.Layer(weight_scale.shape[0], flat.shape[1], weight_bits, act_bits, bias is not None)
+        major, minor = torch.cuda.get_device_capability(x.device)
+        sm, low_rank = 10 * major + minor, low_rank_down is not None
+        if flat.shape[0] and not humming.misfit(x, weight_scale, layer, act_symmetric, low_rank, sm):
+            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, (transform, block, matrix), act_clip)
+            return y.view(*x.shape[:-1], y.shape[1])
+    if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
+        flat, transform = rows.transform_rows(flat, transform, block, matrix), "none"
+    if low_rank_down is not None:
+        down = flat.float() @ low_rank_down.float()
+    quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip)
+    y = product(quantized, weight, weight_scale, bias, weight_bits, act_symmetric, x.dtype, down, low_rank_up)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def quantized_linear(
+    codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    weight_bits: int, act_symmetric: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `fused.quantized_linear`."""
+    return product((codes, scale, zero), weight, weight_scale, bias, weight_bits, act_symmetric, dtype)
+
+
+IMPLEMENTATIONS: dict[str, Any] = {
+    "pack_weight": layout.pack_weight,
+    "int_linear": int_linear,
+    "quantized_linear": quantized_linear,
+}

@@ -1,0 +1,150 @@
+"""Humming: the integer product on int4 tensor cores (sm_80 to 89) or int8 ones, if ROTQUANT_CUDA_LINEAR=humming.
+
+It multiplies the integers of `layout`, which are the words of its flat layout as they are: nibble p of a chunk is our
+column 16 (p mod 2) + p / 2, so the activations' codes are written in that order (`rows`, ORDER), packed where they
+are int4. Its own input kernels do not fit: their scale is absmax / 7, and they know neither clip nor zero point.
+
+    y = bf16(bf16(acc s_x) s_w + bias)
+
+is its epilogue: one rounding more than the specification's, half a step of bfloat16. So it is not the default, it
+takes bfloat16 layers with symmetric activations and one scale a channel (bfloat16 numbers, as checkpoints hold them),
+and Triton runs the others. Split sums are off (`use_batch_invariant`): a token's result depends on no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels.cuda import layout, rows
+
+SWITCH = "ROTQUANT_CUDA_LINEAR"
+SUPPORTED = ((0, 1, 17), (0, 2, 0))  # of humming-kernels; vLLM 0.32 carries 0.1.17
+INT4 = (80, 86, 87, 89)  # whose tensor cores multiply int4
+COMPUTE = json.dumps({"use_batch_invariant": True, "use_f16_accum": False, "gemm_type": "dense"})
+
+
+class Layer(NamedTuple):
+    """What decides whether Humming can run a layer, and how."""
+
+    channels: int
+    columns: int
+    weight_bits: int
+    act_bits: int
+    bias: bool
+
+
+def installed() -> str | None:
+    """The version of Humming that is there."""
+    try:
+        return version("humming-kernels")
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def chosen() -> bool:
+    """Whether the user asked for Humming.
+
+    Raises:
+        ValueError: an unknown choice, or Humming is not there in a supported version.
+    """
+    choice = os.environ.get(SWITCH, "triton")
+    if choice not in ("triton", "humming"):
+        raise ValueError(f"{SWITCH} is {choice!r}: triton or humming")
+    if choice == "triton":
+        return False
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    found = installed()
+    if found is None:
+        raise ValueError(f'{SWITCH}=humming needs it: pip install "humming-kernels>={low},<{high}"')
+    if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]:
+        raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
+    return True
+
+
+@functools.cache
+def configuration(layer: Layer, sm: int) -> tuple[Any, str]:
+    """Humming's LayerConfig of a layer on an architecture (80, 90, ...) and, or else, why it does not fit."""
+    from humming.config import LayerConfig
+
+    int4 = layer.act_bits == 4 and layer.weight_bits == 4 and sm in INT4
+    config = LayerConfig(
+        sm_version=sm,
+        shape_n=layer.channels,
+        shape_k=layer.columns,
+        a_dtype="int4" if int4 else "int8",
+        b_dtype=f"int{layer.weight_bits}",
+        c_dtype="bfloat16",
+        bs_dtype="bfloat16",
+        weight_scale_type="channel",
+        has_bias=layer.bias,
+    )
+    if not config.use_flat_weight:
+        return config, f"Humming wants another layout on sm_{sm}"
+    return config, ""
+
+
+def misfit(x: Tensor, weight_scale: Tensor, layer: Layer, symmetric: bool, low_rank: bool, sm: int) -> str:
+    """Why Humming cannot run this layer, or nothing."""
+    for what, wrong in (
+        ("activations are asymmetric", not symmetric),
+        ("weight scales are by group", weight_scale.shape[1] != 1),
+        ("there is a low-rank branch", low_rank),
+        (f"the model is in {x.dtype}", x.dtype != torch.bfloat16),
+        (f"{layer.act_bits}-bit activations", layer.act_bits not in (4, 8)),
+        (f"{layer.channels} channels are no multiple of 256", layer.channels % 256),
+        (f"{layer.columns} columns are no multiple of 128", layer.columns % 128),
+    ):
+        if wrong:
+            return what
+    return configuration(layer, sm)[1]
+
+
+def permuted(values: Tensor) -> Tensor:
+    """Numbers of the channels [N] as Humming's epilogue reads them, bfloat16: 32 by 32, pairs of every eighth first."""
+    out = torch.empty_like(values, dtype=torch.bfloat16)
+    out.view(-1, 4, 4, 2).copy_(values.view(-1, 4, 4, 2).transpose(1, 2))
+    return out
+
+
+@functools.cache
+def locks(device: torch.device) -> Tensor:
+    """Humming's scratch, made once."""
+    return torch.zeros(
+        torch.cuda.get_device_properties(device).multi_processor_count * 8, dtype=torch.int32, device=device
+    )
+
+
+def order(config: Any, layer: Layer) -> str:
+    """How `rows` writes the codes."""
+    return "natural" if layer.weight_bits == 8 else f"humming{config.a_dtype.num_bits}"
+
+
+def int_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, layer: Layer, sm: int,
+    transform: tuple[str, int, Tensor | None], clip: float,
+) -> Tensor:  # fmt: skip
+    """The layer of rows x bfloat16 [M, K] that `misfit` has nothing against; [M, N]."""
+    from humming.ops import humming_gemm
+
+    config, _ = configuration(layer, sm)
+    words, _ = layout.unpack(weight, layer.weight_bits, layer.columns, layer.channels, 1)
+    codes, scale, _ = rows.quantize_rows(x, *transform, layer.act_bits, True, clip, order(config, layer))
+    return humming_gemm(
+        layer_config=config.to_str(),
+        compute_config=COMPUTE,
+        inputs=codes.view(torch.uint8) if config.a_dtype.num_bits == 4 else codes,
+        weight=words.view(torch.int32).view(layer.channels, -1),
+        weight_scale=permuted(weight_scale[:, 0].contiguous()).view(1, -1),
+        input_scale=scale,
+        bias=None if bias is None else permuted(bias.contiguous()),
+        outputs=x.new_empty((x.shape[0], layer.channels)),
+        locks=locks(x.device),
+    )

@@ -1,0 +1,114 @@
+"""The CUDA kernels of linear layers where there is no GPU: their numbers in Triton's interpreter, their names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rotquant_kernels import OPS, convention, cuda, fused, ops
+
+pytest.importorskip("triton")
+
+from rotquant_kernels.cuda import humming
+
+
+def test_kernels_meet_the_specification_in_the_interpreter():
+    tests = Path(__file__).with_name("triton_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=tests.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed", done.stdout, re.M), done.stdout
+
+
+def test_without_a_gpu_triton_is_not_even_imported():
+    show = "import sys, rotquant_kernels as k; print('triton' in sys.modules, k.kernel_of('int_linear', 'cuda'))"
+    done = subprocess.run(
+        [sys.executable, "-c", show], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "False reference (torch)\n"
+
+
+@pytest.fixture
+def library():
+    """A library in which kernels register, and leave again."""
+    library = torch.library.Library("rotquant", "IMPL")
+    yield library
+    library._destroy()
+
+
+def test_kernels_register_for_cuda_alone_and_are_named(library):
+    before = ops.kernel_of("int_linear")
+    cuda.register(library)
+    for op in ("transform_rows", "quantize_rows", "silu_mul_quantize", "rms_norm_quantize", "quantized_linear"):
+        assert ops.kernel_of(op, "cuda").startswith("triton")
+    assert ops.kernel_of("int_linear", "cuda") == "triton (int8 tensor cores)"
+    assert ops.kernel_of("int_linear", "cpu") == before
+    library._destroy()
+    assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
+
+
+def test_a_gpu_without_triton_is_loud(monkeypatch, library):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="Install triton"):
+        cuda.load(library)
+    assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
+
+
+def test_humming_runs_on_request_alone(monkeypatch):
+    def choose(choice, found=None):
+        monkeypatch.setenv("ROTQUANT_CUDA_LINEAR", choice)
+        monkeypatch.setattr(humming, "installed", lambda: found)
+        humming.chosen.cache_clear()
+        return cuda.kernel_of("int_linear")
+
+    try:
+        assert choose("triton") == "triton (int8 tensor cores)"
+        assert choose("humming", "0.1.17").startswith("humming")
+        for choice, found, word in (
+            ("marlin", "0.1.17", "'marlin'"), ("humming", None, "pip install"), ("humming", "0.1.14", "not 0.1.14"),
+            ("humming", "0.2.0", "not 0.2.0"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=word):
+                choose(choice, found)
+    finally:
+        humming.chosen.cache_clear()
+
+
+def test_fused_ops_hold_their_schemas_and_fakes():
+    generator = torch.Generator().manual_seed(1)
+    x, residual = torch.randn(3, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    checks = ("test_schema", "test_faketensor")
+    codes = convention.quantize(residual[:, :32], torch.ones(3, 1), torch.zeros(3, 1), 4)
+    packed, scale = convention.pack_int32(codes, 4), torch.rand(3, 1)
+    silu = (x, "hadamard", 32, None, 4, True, 0.9)
+    norm = (x, residual, torch.ones(64), 1e-5, 4, False, 1.0)
+    for op, arguments in (("silu_mul_quantize", silu), ("rms_norm_quantize", norm)):
+        torch.library.opcheck(getattr(torch.ops.rotquant, op).default, arguments, test_utils=checks)
+    quantized = ops.silu_mul_quantize(*silu)
+    assert quantized[0].shape == (3, 32)
+    linear = (*quantized, packed, scale, None, 4, True, torch.bfloat16)
+    torch.library.opcheck(torch.ops.rotquant.quantized_linear.default, linear, test_utils=checks)
+    with pytest.raises(ValueError, match="no native CPU kernel"):
+        ops.quantized_linear(*quantized, packed.flatten(), scale, None, 4, True, torch.bfloat16)
+    assert set(OPS) >= {"silu_mul_quantize", "rms_norm_quantize", "quantized_linear"}
+
+
+def test_norm_and_silu_are_those_of_a_model():
+    """Against torch's own, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    x, residual, weight = (torch.randn(shape, generator=generator) for shape in ((4, 96), (4, 96), (96,)))
+    y = torch.nn.functional.rms_norm((x + residual).double(), (96,), weight.double(), 1e-6)
+    codes, scale, zero = fused.rms_norm_quantize(x, residual.clone(), weight, 1e-6, 8, False, 1.0)
+    assert (convention.dequantize(codes, scale, zero) - y).abs().max() <= 0.51 * scale.max()
+    gate, up = x.double().chunk(2, -1)
+    codes, scale, zero = fused.silu_mul_quantize(x, "none", 0, None, 8, True, 1.0)
+    distance = (convention.dequantize(codes, scale, zero) - torch.nn.functional.silu(gate) * up).abs()
+    assert (distance <= 0.51 * scale).all()

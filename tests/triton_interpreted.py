@@ -1,0 +1,192 @@
+"""The Triton kernels of linear layers in Triton's interpreter, on CPU tensors: run by `test_cuda_linear.py` in a
+process of its own, since Triton decides at its import whether it interprets."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from rotquant_kernels import convention, fused, reference
+from rotquant_kernels.cuda import gemm, layout, rows
+from test_linear_native import activations, linear_case, same
+
+SEEDS = st.integers(0, 2**31)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+# columns, block of the Hadamard or 0: less than a warp, no power of two, a block of a whole long row
+SHAPES = st.sampled_from([(1, 0), (7, 0), (100, 4), (64, 64), (96, 32), (768, 256), (4096, 4096), (14336, 2048)])
+few = settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+               phases=[Phase.explicit, Phase.generate])  # fmt: skip
+# shrinking a failure would take minutes here
+
+
+def inputs(m: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of every kind; bfloat16 without subnormals, which the interpreter reads wrongly. (It also rounds to bfloat16
+    by truncation, so no result here is one.)"""
+    x = activations(m, k, seed, dtype)
+    return x.masked_fill(x.abs() < torch.finfo(dtype).tiny, 0) if dtype == torch.bfloat16 else x
+
+
+def all_same(got, expected) -> bool:
+    return all(same(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@few
+@given(SEEDS, st.integers(0, 5), SHAPES, DTYPES, st.sampled_from([4, 8, 5]), st.booleans(),
+       st.sampled_from([1.0, 0.9, 0.35, 1e-4]))  # fmt: skip
+def test_quantized_rows_are_the_references_bit_for_bit(seed, m, shape, dtype, bits, symmetric, clip):
+    k, block = shape
+    x = inputs(m, k, seed, dtype)
+    settings = ("hadamard" if block else "none", block, None, bits, symmetric, clip)
+    assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
+    rotated = reference.transform_rows(x, *settings[:3])
+    assert same(rows.transform_rows(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+
+
+@few
+@given(SEEDS, st.sampled_from([(1, 5), (9, 8), (3, 77), (130, 1), (64, 64), (70, 3000)]), st.sampled_from([4, 8]))
+def test_the_layout_holds_every_code_and_every_sum(seed, shape, bits):
+    low, high = convention.int_range(bits)
+    codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    weight = layout.unpack(
+        layout.pack_weight(convention.pack_int32(codes, bits), bits, shape[1], 1), bits, shape[1], shape[0], 1
+    )
+    chunks = weight.words.transpose(0, 1)
+    if bits == 4:
+        chunks = torch.cat((chunks << 4 >> 4, chunks >> 4), -1)
+    assert torch.equal(chunks.flatten(1)[: shape[0], : shape[1]], codes)
+    assert not chunks.flatten(1)[:, shape[1] :].any()
+    assert not chunks[shape[0] :].any()
+    assert torch.equal(weight.sums[0, : shape[0]], codes.sum(1, dtype=torch.int32))
+
+
+@few
+@given(SEEDS, st.sampled_from([1, 3, 17, 33, 70]),
+       st.sampled_from([(64, 0, 1), (100, 4, 1), (77, 0, 1), (512, 256, 4), (192, 64, 2), (96, 32, 3), (2048, 0, 8)]),
+       st.sampled_from([1, 63, 130]), st.sampled_from([torch.float32, torch.float16]), st.sampled_from([4, 8]),
+       st.sampled_from([4, 8]), st.booleans(), st.booleans())  # fmt: skip
+def test_linear_is_the_reference_bit_for_bit(seed, m, shape, n, dtype, w_bits, a_bits, symmetric, with_bias):
+    k, block, groups = shape
+    x, packed, scale, bias = linear_case(seed, m, k, n, dtype, groups, w_bits)
+    rest = (bias if with_bias else None, w_bits, "hadamard" if block else "none", block, None, a_bits, symmetric, 0.8)
+    actual = gemm.int_linear(x, layout.pack_weight(packed, w_bits, k, groups), scale, *rest)
+    assert same(actual, reference.int_linear(x, packed, scale, *rest))
+
+
+def test_the_largest_integers_are_exact():
+    """16 K q_w q_x of the longest rows fits into the accumulator, also as the kernel shifts it."""
+    k, n = 28672, 1
+    codes = torch.full((n, k), -8, dtype=torch.int8)
+    x = torch.full((1, k), -1.0)
+    x[0, 0] = 1.0
+    rest = (None, 4, "none", 0, None, 8, False, 1.0)
+    packed, scale = convention.pack_int32(codes, 4), torch.ones(n, 1)
+    actual = gemm.int_linear(x, layout.pack_weight(packed, 4, k, 1), scale, *rest)
+    assert same(actual, reference.int_linear(x, packed, scale, *rest))
+
+
+@pytest.mark.parametrize("rank", [1, 20])
+def test_dense_transforms_and_the_low_rank_branch(rank):
+    k, n, m, block = 192, 70, 5, 24
+    _, packed, scale, bias = linear_case(rank, 1, k, n, torch.float32, 1, 4)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(m, k, generator=generator)
+    matrix = torch.linalg.qr(torch.randn(block, block, generator=generator)).Q.contiguous()
+    down, up = (torch.randn(shape, generator=generator) for shape in ((k, rank), (rank, n)))
+    weight = layout.pack_weight(packed, 4, k, 1)
+    for transform, size, tensor in (("dense", block, matrix), ("hadamard", 64, None), ("none", 0, None)):
+        rest = (bias, 4, transform, size, tensor, 4, False, 0.8)
+        actual = gemm.int_linear(x, weight, scale, *rest, down, up)
+        expected = reference.int_linear(x, packed, scale, *rest, down, up)
+        plain = reference.int_linear(x, packed, scale, *rest)
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (actual - plain).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_results_do_not_depend_on_the_batch_or_the_strides():
+    x, packed, scale, bias = linear_case(3, 36, 128, 40, torch.float16, 2, 4)
+    weight = layout.pack_weight(packed, 4, 128, 2)
+    run = lambda x: gemm.int_linear(x, weight, scale, bias, 4, "hadamard", 64, None, 4, False, 0.9)  # noqa: E731
+    whole = run(x)
+    assert same(torch.cat([run(part) for part in x.split([1, 5, 30])]), whole)
+    wide = torch.full((36, 200), 1e4, dtype=torch.float16)
+    wide[:, 30:158] = x
+    assert same(run(wide[:, 30:158]), whole)
+    assert same(run(x.view(2, 18, 128)).view(36, -1), whole)
+    assert same(run(x.t().contiguous().t()), whole)
+    assert run(x[:0]).shape == (0, 40)
+
+
+def nearly(got, expected) -> None:
+    """Codes equal but for ties: one step, in less than one of two hundred."""
+    difference = (got[0].int() - expected[0].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.005
+    assert torch.allclose(got[1], expected[1], rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_silu_and_norm_quantize_in_one_launch(dtype, symmetric):
+    generator = torch.Generator().manual_seed(4)
+    x = (3 * torch.randn(6, 2 * 384, generator=generator)).to(dtype)
+    for transform in (("hadamard", 128, None), ("none", 0, None)):
+        arguments = (x, *transform, 4, symmetric, 0.9)
+        nearly(rows.silu_mul_quantize(*arguments), fused.silu_mul_quantize(*arguments))
+    residual = torch.randn(6, 768, generator=generator).to(dtype)
+    weight = (1 + torch.randn(768, generator=generator) / 4).to(dtype)
+    kept, ours = residual.clone(), residual.clone()
+    expected = fused.rms_norm_quantize(x, kept, weight, 1e-6, 8, symmetric, 1.0)
+    nearly(rows.rms_norm_quantize(x, ours, weight, 1e-6, 8, symmetric, 1.0), expected)
+    assert torch.equal(ours, kept)
+    assert not torch.equal(ours, residual)
+    alone = (x, None, weight, 1e-6, 4, symmetric, 0.8)
+    nearly(rows.rms_norm_quantize(*alone), fused.rms_norm_quantize(*alone))
+
+
+def test_a_linear_layer_of_quantized_rows_is_the_whole():
+    x, packed, scale, bias = linear_case(5, 20, 192, 90, torch.float16, 3, 4)
+    weight = layout.pack_weight(packed, 4, 192, 3)
+    whole = gemm.int_linear(x, weight, scale, bias, 4, "hadamard", 64, None, 4, False, 0.9)
+    quantized = rows.quantize_rows(x, "hadamard", 64, None, 4, False, 0.9)
+    assert same(gemm.quantized_linear(*quantized, weight, scale, bias, 4, False, x.dtype), whole)
+    plain = fused.quantized_linear(*quantized, packed, scale, bias, 4, False, x.dtype)
+    assert same(plain, whole)
+
+
+def test_wrong_arguments_are_refused_by_name():
+    x, packed, scale, _ = linear_case(1, 2, 64, 70, torch.float32, 1, 4)
+    good = [x, layout.pack_weight(packed, 4, 64, 1), scale, None, 4, "hadamard", 64, None, 4, True, 0.9]
+    for place, wrong, word in (
+        (0, x[:, :32].contiguous(), "does not divide 32"),
+        (1, packed, "prepare_weight"),
+        (2, scale[:60], "prepare_weight"),
+        (2, scale.double(), "weight_scale must be float32"),
+        (3, scale[:3, 0], "bias"),
+        (4, 8, "prepare_weight"),
+        (5, "fourier", "fourier"),
+        (6, 48, "48 is no power of two"),
+        (8, 16, "16 bits"),
+        (10, 0.0, "clip"),
+    ):
+        arguments = list(good)
+        arguments[place] = wrong
+        with pytest.raises(ValueError, match=word):
+            gemm.int_linear(*arguments)
+    with pytest.raises(ValueError, match="do not hold"):
+        layout.pack_weight(packed, 4, 72, 1)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        layout.pack_weight(packed, 4, 64, 4)
+    with pytest.raises(ValueError, match="70000 columns"):
+        rows.quantize_rows(torch.zeros(1, 70000), "none", 0, None, 4, True, 1.0)
+
+
+@pytest.mark.parametrize("columns", [32, 384])
+def test_codes_for_humming_are_the_same_in_its_order(columns):
+    x = inputs(5, columns, 7, torch.float16)
+    codes, *rest = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9)
+    pairs = codes.view(5, -1, 2, 16).transpose(-1, -2)  # position 2 b + h of a chunk is column 16 h + b
+    eight, *same_scale = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming8")
+    assert all_same(same_scale, rest)
+    assert torch.equal(eight, pairs.flatten(1))
+    four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming4")[0]
+    assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
