@@ -25,7 +25,7 @@ from rotquant import cli
 from rotquant.errors import RotQuantError
 from rotquant.server import Server
 
-VERBS = ("quantize", "eval", "inspect", "recipes", "doctor", "demo")
+VERBS = ("quantize", "eval", "inspect", "compare", "recipes", "doctor", "demo")
 QUANTIZE = ["quantize", "model", "-o", "out"]
 Capture = pytest.CaptureFixture[str]
 

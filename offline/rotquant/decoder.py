@@ -57,6 +57,33 @@ class Decoder:
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return mixed.transpose(-3, -2).flatten(-2).to(x1.dtype)
 
+    def queries_and_keys(self, tensors: dict[str, Tensor], x1: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind RoPE, float32."""
+        query, key = (linear(f"self_attn.{n}_proj", x1).unflatten(-1, (-1, self.arch.head_dim)) for n in "qk")
+        if "self_attn.q_norm.weight" in tensors:
+            query = self.norm(query, tensors["self_attn.q_norm.weight"])
+            key = self.norm(key, tensors["self_attn.k_norm.weight"])
+        return self.rotary(query).float(), self.rotary(key).float()
+
+    def attention_received(self, tensors: dict[str, Tensor], x1: Tensor, linear: Linear) -> Tensor:
+        """Attention that each token gets from all queries of one sequence, mean over the heads.
+
+        Σ_q a_qt for token t: 1 on average, T/2 for a sink that holds half of all attention.
+
+        Args:
+            x1: [T, hidden].
+        Returns:
+            float32 [T].
+        """
+        query, key = self.queries_and_keys(tensors, x1, linear)
+        steps, heads = query.shape[:2]
+        hidden = torch.ones(steps, steps, dtype=torch.bool, device=x1.device).triu(1)
+        total = torch.zeros(steps, device=x1.device)
+        for head in range(heads):  # one at a time: T x T numbers
+            scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * self.arch.head_dim**-0.5
+            total += scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
+        return total / heads
+
     def rotary(self, x: Tensor) -> Tensor:
         """Rotary position embedding of x [..., T, heads, d], halves convention."""
         cos, sin = (t[: x.shape[-3], None].to(x) for t in (self.cos, self.sin))

@@ -109,6 +109,11 @@ class LayerQuantizer:
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next."""
         norm, gain1, gain2 = (self.decoder.norm, *(self.tensors[f"{n}.weight"] for n in NORMS.values()))
+        import os
+        lam=float(os.environ.get("LAM","0")); self.importance=None
+        if lam:
+            fl=self._float_linear(weights)
+            self.importance=[(1-lam)+lam*self.decoder.attention_received(self.tensors, norm(h,gain1).float(), fl) for h in self._samples(chain)]
         self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
         mixed = torch.empty(*chain.shape[:2], weights["self_attn.o_proj"].shape[1], dtype=chain.dtype)
         cache = self._cache()
@@ -126,6 +131,13 @@ class LayerQuantizer:
             down = self.linear("mlp.down_proj", self.decoder.mlp_input(norm(h, gain2), self.linear))
             after[i] = (h + down).cpu()
         return after
+
+    def _float_linear(self, weights):
+        def f(name, x):
+            y = transform(x, self.stages.get("attn", [])).float() @ weights[name].T
+            b = bias_of(self.tensors, name)
+            return y if b is None else y + b
+        return f
 
     def _samples(self, chain: Tensor) -> Iterator[Tensor]:
         return (sample.to(self.device) for sample in chain)
@@ -149,10 +161,12 @@ class LayerQuantizer:
             float32 [K, K] each.
         """
         hessian, cross, count = torch.zeros(()), torch.zeros(()), 0
-        for x in inputs:
+        for i, x in enumerate(inputs):
             exact = transform(x, self.stages.get(site, [])).float()
             q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
             seen = convention.dequantize(q, scale, zero.float())
+            if self.importance is not None:
+                w=self.importance[i].sqrt()[:,None]; seen, exact = seen*w, exact*w
             hessian = hessian.to(seen) + seen.T @ seen
             cross = cross.to(seen) + exact.T @ seen
             count += len(x)

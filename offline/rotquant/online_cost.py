@@ -76,16 +76,17 @@ def online_cost(folder: Path) -> OnlineCost:
     checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
     del config.quantization_config
     served: set[tuple[str, tuple[Stage, ...]]] = set()
-    gemm = 0
+    gemm = total = 0
     for name, shape in expected_shapes(config).items():
         linear = checkpoint.linear(name.removesuffix(".weight")) if name.endswith("_proj.weight") else None
         if linear is None:
             continue
         rows, width = shape
         gemm += rows * width
+        total += linear.rank * (rows + width)
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         served.add((f"{parent}.{SERVED_WITH.get(leaf, leaf)}", tuple(stages(linear, width))))
-    total = sum(multiply_adds(chain) for _, chain in served)
+    total += sum(multiply_adds(chain) for _, chain in served)
     if checkpoint.kv:
         heads = config.num_attention_heads + config.num_key_value_heads
         rotated = ("hadamard", checkpoint.kv.rotate, heads * head_dim) if checkpoint.kv.rotate else ("none", 0, 0)
@@ -95,4 +96,4 @@ def online_cost(folder: Path) -> OnlineCost:
 
 def stages(linear: LinearFormat, width: int) -> list[Stage]:
     """The online transforms of a linear layer's input of `width` numbers."""
-    return [(linear.transform.kind, linear.transform.block, width)]
+    return [(t.kind, t.block, width) for t in linear.transforms]
