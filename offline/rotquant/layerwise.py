@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rotquant.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.decoder import Cache, Decoder, bias_of, float_linear, kv4_cache
 from rotquant.fold import NORMS
 from rotquant.format import KVFormat
 from rotquant.models import LINEARS
@@ -109,11 +109,7 @@ class LayerQuantizer:
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next."""
         norm, gain1, gain2 = (self.decoder.norm, *(self.tensors[f"{n}.weight"] for n in NORMS.values()))
-        import os
-        lam=float(os.environ.get("LAM","0")); self.importance=None
-        if lam:
-            fl=self._float_linear(weights)
-            self.importance=[(1-lam)+lam*self.decoder.attention_received(self.tensors, norm(h,gain1).float(), fl) for h in self._samples(chain)]
+        self.importance = self._importance(weights, chain)
         self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
         mixed = torch.empty(*chain.shape[:2], weights["self_attn.o_proj"].shape[1], dtype=chain.dtype)
         cache = self._cache()
@@ -132,12 +128,18 @@ class LayerQuantizer:
             after[i] = (h + down).cpu()
         return after
 
-    def _float_linear(self, weights):
-        def f(name, x):
-            y = transform(x, self.stages.get("attn", [])).float() @ weights[name].T
-            b = bias_of(self.tensors, name)
-            return y if b is None else y + b
-        return f
+    def _importance(self, weights: dict[str, Tensor], chain: Tensor) -> list[Tensor] | None:
+        """Weight of each token's error, float32 [T] for each sample, mean 1; None where all count the same.
+
+        (1 - a) + a * attention received: what is wrong with a sink's keys and values is added to every token's output.
+        """
+        share = self.recipe.weights.attention_weight
+        if not share:
+            return None
+        tensors = self.tensors | {f"{name}.weight": weights[name] for name in SITES["attn"]}
+        exact = float_linear(tensors, self.layer)
+        inputs = (self.decoder.norm(h, self.tensors["input_layernorm.weight"]).float() for h in self._samples(chain))
+        return [(1 - share) + share * self.decoder.attention_received(tensors, x, exact) for x in inputs]
 
     def _samples(self, chain: Tensor) -> Iterator[Tensor]:
         return (sample.to(self.device) for sample in chain)
@@ -155,7 +157,7 @@ class LayerQuantizer:
             self._quantize(name, weight if refit is None else weight @ refit, hessian)
 
     def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        """Means of x̂ᵀ x̂ and xᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
+        """Means of w x̂ᵀ x̂ and w xᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
 
         Returns:
             float32 [K, K] each.
@@ -165,10 +167,9 @@ class LayerQuantizer:
             exact = transform(x, self.stages.get(site, [])).float()
             q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
             seen = convention.dequantize(q, scale, zero.float())
-            if self.importance is not None:
-                w=self.importance[i].sqrt()[:,None]; seen, exact = seen*w, exact*w
-            hessian = hessian.to(seen) + seen.T @ seen
-            cross = cross.to(seen) + exact.T @ seen
+            weighted = seen if self.importance is None else seen * self.importance[i][:, None]
+            hessian = hessian.to(seen) + weighted.T @ seen
+            cross = cross.to(seen) + exact.T @ weighted
             count += len(x)
         return hessian / count, cross / count
 

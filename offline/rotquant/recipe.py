@@ -145,6 +145,9 @@ class Weights(_Part):
     clip_search: bool = Field(default=True, description="shrink each row's range where that lowers its rounding error")
     damping: float = Field(default=0.01, gt=0, description="GPTQ: share of the mean Hessian diagonal added to it")
     refit: bool = Field(default=True, description="GPTQ: first fit the weights to the inputs as they are quantized")
+    attention_weight: float = Field(
+        default=0.0, ge=0, le=1, description="GPTQ: share of a token's weight that is the attention it receives"
+    )
     act_order: bool = Field(default=True, description="GPTQ: quantize the columns of largest Hessian diagonal first")
     rank: int = Field(default=0, ge=0, description="of a low-rank branch in full precision beside the integers")
     branch: Literal["svd", "tsvd"] = Field(
