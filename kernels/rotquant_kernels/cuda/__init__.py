@@ -1,0 +1,1 @@
+"""CUDA kernels. Each module maps op names to functions in `IMPLEMENTATIONS`."""
