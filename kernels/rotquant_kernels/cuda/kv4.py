@@ -18,12 +18,13 @@ import torch
 import triton
 from torch import Tensor
 
-from rotquant_kernels.cuda import kv4_attend, kv4_write
+from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
 from rotquant_kernels.reference import kv_token_bytes
 
 LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
+PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kv4_write.write, triton.JITFunction)  # Triton's interpreter has no assembler
@@ -85,25 +86,24 @@ def write(
 
 
 class Plan(NamedTuple):
-    """How a batch is cut up: rows (token, query head) of a program, its warps, parts of a sequence's context."""
+    """How a batch is cut up: rows (token, query head) of a program, parts of a sequence's context."""
 
     rows: int
-    warps: int
     splits: int
 
 
 def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, processors: int) -> Plan:
-    """From numbers that the host knows. Decoding fills the device by splitting the context.
+    """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
 
     Args:
         tokens, sequences, longest: upper bounds, of the batch and of a sequence's length.
         processors: of the device.
     """
     average = -(-tokens // sequences) * group
-    rows = max(triton.next_power_of_2(group), 16 if average <= 16 else 32 if average <= 32 else 64)
+    rows = max(triton.next_power_of_2(group), 8 if average <= 8 else 16 if average <= 16 else PREFILL_ROWS)
     programs = kv_heads * max(sequences, tokens // (rows // group))
     wanted = min(4 * processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
-    return Plan(rows, 4 if rows <= 32 else 8, 1 << max(wanted, 1).bit_length() - 1)
+    return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
 
 
 @once
@@ -124,7 +124,7 @@ def attention(
     rotate: int,
     symmetric: bool,
 ) -> None:
-    """`reference.kv4_attention` on integers, see `kv4_attend`. Block numbers are not checked.
+    """`reference.kv4_attention` on integers, see `kv4_tiles`. Block numbers are not checked.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or layout is not supported.
@@ -142,21 +142,22 @@ def attention(
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
-    rows, warps, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, processors_of(query.device))
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, processors_of(query.device))
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
     # Unused where the context is not split; a kernel still wants a pointer.
     partial = query.new_empty((tokens, heads, splits, padded) if splits > 1 else 1, dtype=torch.float32)
     state = query.new_empty((2, tokens, heads, splits) if splits > 1 else 1, dtype=torch.float32)
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
-    kv4_attend.attend[grid](
+    attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
+    attend[grid](
         query, pages, query_start, seq_lens, block_table, out, partial, state, query.stride(0), query.stride(1),
         pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1), tokens, sequences,
         scale * LOG2_E, **shared, HEADS=heads, GROUP=group, ROWS=rows, SPLITS=splits, ASSEMBLER=not INTERPRETED,
-        num_warps=warps, num_stages=3,
+        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=3,
     )  # fmt: skip
     if splits > 1:
-        kv4_attend.merge[tokens, heads](
+        kv4_decode.merge[tokens, heads](
             partial, state, out, out.stride(0), out.stride(1), tokens, HEADS=heads, DIM=dim, PADDED=padded,
             SPLITS=splits, num_warps=4,
         )  # fmt: skip
