@@ -85,6 +85,22 @@ def write(
     )  # fmt: skip
 
 
+class Device(NamedTuple):
+    """What matters of a device: processors, and the fewest rows that its matrix unit takes."""
+
+    processors: int
+    least_rows: int
+
+
+@once
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(1, 8)  # Triton's interpreter
+    found = torch.cuda.get_device_properties(device)
+    # tcgen05 has no layout for a second operand of 8 columns that lies by rows, as softmax weights do.
+    return Device(found.multi_processor_count, 16 if found.major == 10 else 8)
+
+
 class Plan(NamedTuple):
     """How a batch is cut up: rows (token, query head) of a program, parts of a sequence's context."""
 
@@ -92,25 +108,18 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, processors: int) -> Plan:
+def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device) -> Plan:
     """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
 
     Args:
         tokens, sequences, longest: upper bounds, of the batch and of a sequence's length.
-        processors: of the device.
     """
     average = -(-tokens // sequences) * group
-    rows = max(triton.next_power_of_2(group), 8 if average <= 8 else 16 if average <= 16 else PREFILL_ROWS)
+    rows = device.least_rows if average <= 8 else 16 if average <= 16 else PREFILL_ROWS
+    rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
-    wanted = min(4 * processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
+    wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
     return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
-
-
-@once
-def processors_of(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attention(
@@ -142,7 +151,7 @@ def attention(
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, processors_of(query.device))
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device))
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
     # Unused where the context is not split; a kernel still wants a pointer.
@@ -154,7 +163,7 @@ def attention(
         query, pages, query_start, seq_lens, block_table, out, partial, state, query.stride(0), query.stride(1),
         pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1), tokens, sequences,
         scale * LOG2_E, **shared, HEADS=heads, GROUP=group, ROWS=rows, SPLITS=splits, ASSEMBLER=not INTERPRETED,
-        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=3,
+        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
