@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import gpu_attention
+from gpu_attention import Attention, Call
 from kernels_report import table
-from rotquant_kernels import convention, ops, reference
+from rotquant_kernels import convention, ops
 
-Call = Callable[[], object]
 ROUNDS, FLUSH_BYTES = 40, 256 << 20
-PAGE, SYMMETRIC = 16, False  # vLLM's default page on CUDA; the default recipe's KV cache
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,17 @@ class Rows:
         return f"{self.k} block {self.block} M {self.m}"
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Llama-3-8B's heads (32, 8 KV heads of 128), `batch` sequences of `context` tokens, `steps` new ones each."""
-
-    batch: int
-    context: int
-    steps: int
-
-    def __str__(self) -> str:
-        return f"batch {self.batch} context {self.context} new {self.steps}"
-
-
 Problem = Linear | Rows | Attention
-HEADS, KV_HEADS, DIM = 32, 8, 128
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 PROBLEMS: dict[str, list[Any]] = {
     "linear": [Linear(k, n, m) for k, n in SHAPES for m in (1, 16, 64, 256, 2048, 8192)],
     "rows": [Rows(k, block, m) for k, block in ((4096, 4096), (14336, 2048)) for m in (1, 16, 2048)],
-    "attention": [Attention(*case) for case in ((1, 4096, 1), (16, 4096, 1), (16, 16384, 1), (64, 4096, 1), (1, 65536, 1),
-                                                (1, 4096, 4096), (1, 16384, 512))],
+    "attention": [
+        *(Attention(batch, 4096, 1) for batch in (1, 16, 64)), Attention(16, 16384, 1), Attention(1, 65536, 1),
+        Attention(1, 4096, 4096), Attention(1, 16384, 512),
+    ],
 }  # fmt: skip
-PEERS: dict[type, dict[str, Callable[[Any], Call]]] = {Linear: {}, Rows: {}, Attention: {}}
+PEERS: dict[type, dict[str, Callable[[Any], Call]]] = {Linear: {}, Rows: {}, Attention: gpu_attention.PEERS}
 
 
 def peer(kind: type, name: str) -> Callable[[Callable[[Any], Call]], Callable[[Any], Call]]:
@@ -192,101 +181,6 @@ def _(p: Rows) -> Call:
     return lambda: vllm.scaled_int8_quant(vllm.hadacore_transform(x.view(-1, p.block), False).view_as(x))
 
 
-# ---- attention ----------------------------------------------------------------------------------------
-
-
-class Batch:
-    """Tensors of one attention problem; pages of a sequence lie in random order."""
-
-    def __init__(self, p: Attention) -> None:
-        pages = -(-p.context // PAGE)
-        self.query = torch.randn(p.batch * p.steps, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-        self.out, self.scale = torch.empty_like(self.query), DIM**-0.5
-        self.starts = torch.arange(p.batch + 1, device="cuda", dtype=torch.int32) * p.steps
-        self.lens = torch.full((p.batch,), p.context, device="cuda", dtype=torch.int32)
-        self.table = torch.randperm(p.batch * pages, device="cuda").int().view(p.batch, pages)
-        self.blocks = p.batch * pages
-
-    def pages(self, *shape: int) -> Tensor:
-        return torch.randn(self.blocks, *shape, device="cuda", dtype=torch.bfloat16)
-
-
-@peer(Attention, "rotquant KV4")
-def _(p: Attention) -> Call:
-    b = Batch(p)
-    token = reference.kv_token_bytes(DIM, SYMMETRIC)
-    cache = torch.empty(b.blocks, KV_HEADS, PAGE, token, device="cuda", dtype=torch.uint8)
-    slots = torch.arange(b.blocks * PAGE, device="cuda")
-    for part in slots.split(1 << 16):
-        key, value = torch.randn(2, len(part), KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-        ops.kv4_write(key, value, cache, part, DIM, SYMMETRIC, 1.0, 1.0)
-    return partial(ops.kv4_attention, b.query, cache, b.starts, b.lens, b.table, b.out, b.scale, DIM, SYMMETRIC)
-
-
-@peer(Attention, "vLLM FlashAttention bf16")
-def _(p: Attention) -> Call:
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    b = Batch(p)
-    keys, values = (b.pages(PAGE, KV_HEADS, DIM) for _ in range(2))
-    return partial(
-        flash_attn_varlen_func, b.query, keys, values, p.steps, b.starts, p.context, seqused_k=b.lens,
-        softmax_scale=b.scale, causal=True, block_table=b.table, out=b.out,
-    )  # fmt: skip
-
-
-def segments() -> dict[str, Any]:
-    """What vLLM's backend gives its Triton kernels for splitting the context of few sequences."""
-    parts = 16
-    shape = (128 // KV_HEADS, HEADS, parts)
-    return {
-        "seq_threshold_3D": 128 // KV_HEADS, "num_par_softmax_segments": parts,
-        "softmax_segm_output": torch.empty(*shape, DIM, device="cuda"),
-        "softmax_segm_max": torch.empty(shape, device="cuda"), "softmax_segm_expsum": torch.empty(shape, device="cuda"),
-    }  # fmt: skip
-
-
-@peer(Attention, "vLLM Triton bf16")
-def _(p: Attention) -> Call:
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-    b = Batch(p)
-    return partial(
-        unified_attention, q=b.query, k=b.pages(PAGE, KV_HEADS, DIM), v=b.pages(PAGE, KV_HEADS, DIM), out=b.out,
-        cu_seqlens_q=b.starts, max_seqlen_q=p.steps, seqused_k=b.lens, max_seqlen_k=p.context, softmax_scale=b.scale,
-        causal=True, window_size=(-1, -1), block_table=b.table, softcap=0, q_descale=None, k_descale=None,
-        v_descale=None, **segments(),
-    )  # fmt: skip
-
-
-@peer(Attention, "vLLM int4_per_token_head")
-def _(p: Attention) -> Call:
-    from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
-
-    b = Batch(p)
-    codes = torch.randint(0, 256, (2, b.blocks, PAGE, KV_HEADS, DIM // 2), device="cuda").to(torch.uint8)
-    scales = torch.rand(2, b.blocks, PAGE, KV_HEADS, device="cuda")
-    return partial(
-        unified_attention_int4, b.query, codes[0], codes[1], b.out, cu_seqlens_q=b.starts, max_seqlen_q=p.steps,
-        seqused_k=b.lens, max_seqlen_k=p.context, softmax_scale=b.scale, window_size=(-1, -1), block_table=b.table,
-        softcap=0, sinks=None, alibi_slopes=None, use_alibi_sqrt=False, qq_bias=None, output_scale=None,
-        mm_prefix_range=None, k_scale_cache=scales[0], v_scale_cache=scales[1], **segments(),
-    )  # fmt: skip
-
-
-@peer(Attention, "torch SDPA bf16, contiguous")
-def _(p: Attention) -> Call:
-    shape = (p.batch, KV_HEADS, p.context, DIM)
-    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    query = torch.randn(p.batch, HEADS, p.steps, DIM, device="cuda", dtype=torch.bfloat16)
-    mask = None
-    if 1 < p.steps < p.context:
-        mask = torch.ones(p.steps, p.context, device="cuda", dtype=torch.bool).tril(p.context - p.steps)
-    causal = p.steps == p.context
-    product = torch.nn.functional.scaled_dot_product_attention
-    return partial(product, query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
-
-
 # ---- measuring ----------------------------------------------------------------------------------------
 
 
@@ -326,20 +220,15 @@ def validate(p: Problem) -> str:
     """The problem's own calls with tensors that have shapes only; raises where they do not fit."""
     meta = partial(torch.empty, device="meta")
     if isinstance(p, Attention):
-        from rotquant_kernels.cuda import kv4
-
-        assert p.steps <= p.context
-        longest = -(-p.context // PAGE) * PAGE
-        h200 = kv4.Device(processors=132, least_rows=8)
-        return str(kv4.plan(p.batch * p.steps, p.batch, HEADS // KV_HEADS, KV_HEADS, longest, h200))
+        return gpu_attention.validate(p)
     x = meta(p.m, p.k, dtype=torch.bfloat16)
     if isinstance(p, Rows):
         assert p.k % p.block == 0
         return f"codes {list(ops.quantize_rows(x, 'hadamard', p.block, None, 4, False, 0.9)[0].shape)}"
     words = convention.pack_int32(torch.zeros(1, p.k, dtype=torch.int8), 4)
     assert words.shape[1] == p.k // 8
-    y = ops.int_linear(x, meta(p.n, p.k // 8, dtype=torch.int32), meta(p.n, 1), None, 4, "hadamard", p.k & -p.k, None, 4,
-                       False, 0.9)  # fmt: skip
+    weight, scale = meta(p.n, p.k // 8, dtype=torch.int32), meta(p.n, 1)
+    y = ops.int_linear(x, weight, scale, None, 4, "hadamard", p.k & -p.k, None, 4, False, 0.9)
     return f"output {list(y.shape)}"
 
 
@@ -352,8 +241,8 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             found["versions"][name] = None
     for module in ("vllm._custom_ops", "vllm.vllm_flash_attn", "humming", "flashinfer"):
-        top = module.partition(".")[0]
-        found["peers"][module] = importlib.util.find_spec(top) is not None and importlib.util.find_spec(module) is not None
+        top = importlib.util.find_spec(module.partition(".")[0])
+        found["peers"][module] = top is not None and importlib.util.find_spec(module) is not None
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         found["device"] = {"name": about.name, "processors": about.multi_processor_count, "bytes": about.total_memory}

@@ -42,7 +42,7 @@ def test_kernels_meet_the_specification_in_the_interpreter():
 def compiled(kernel, arch: int, constants: dict, **options) -> dict:
     """PTX and metadata of a kernel, as a launch with aligned pointers and strides compiles it."""
     names = [name for name in kernel.arg_names if name not in constants]
-    signature = {name: "constexpr" for name in kernel.arg_names} | {name: TYPES.get(name, "i32") for name in names}
+    signature = dict.fromkeys(kernel.arg_names, "constexpr") | {name: TYPES.get(name, "i32") for name in names}
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name in names
@@ -63,7 +63,8 @@ def attention_constants(rows: int, splits: int) -> dict:
 
 @pytest.mark.parametrize(("arch", "instruction"), [(80, MMA), (89, MMA), (90, WGMMA), (100, TCGEN05), (120, MMA)])
 def test_decoding_runs_on_the_integer_matrix_unit(arch, instruction):
-    made = compiled(kv4_decode.decode, arch, attention_constants(16 if arch == 100 else 8, 8), num_warps=4, num_stages=3)
+    rows = 16 if arch == 100 else 8
+    made = compiled(kv4_decode.decode, arch, attention_constants(rows, 8), num_warps=4, num_stages=3)
     assert re.search(instruction, made["ptx"])
     assert "cp.async.cg" in made["ptx"]  # pages are fetched ahead, 16 bytes a thread
     assert "0x0f0f0f0f" in made["ptx"]  # four nibbles with one instruction

@@ -12,7 +12,7 @@ be captured in CUDA graphs.
 from __future__ import annotations
 
 from functools import cache as once
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,7 +47,7 @@ def check_pages(cache: Tensor, dim: int, symmetric: bool, rotate: int) -> Tensor
     return cache.view(torch.uint8)
 
 
-def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, int | float | bool]:
+def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     return {
         "DIM": dim, "PADDED": triton.next_power_of_2(dim), "PAGE": page, "BLOCK": rotate,
@@ -154,9 +154,9 @@ def attention(
     rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device))
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
-    # Unused where the context is not split; a kernel still wants a pointer.
-    partial = query.new_empty((tokens, heads, splits, padded) if splits > 1 else 1, dtype=torch.float32)
-    state = query.new_empty((2, tokens, heads, splits) if splits > 1 else 1, dtype=torch.float32)
+    parts = tokens * heads * splits if splits > 1 else 0
+    partial = query.new_empty(parts * padded, dtype=torch.float32)
+    state = query.new_empty(2 * parts, dtype=torch.float32)
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](

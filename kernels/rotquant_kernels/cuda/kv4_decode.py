@@ -7,6 +7,7 @@ registers; the rows are the short side, 8 at least:
 
 The context of a sequence is cut into SPLITS parts, which `merge` puts together.
 """
+# ruff: noqa: N803
 
 from __future__ import annotations
 

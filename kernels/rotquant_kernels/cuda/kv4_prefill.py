@@ -4,6 +4,7 @@ The products have the usual orientation, in which softmax runs along a thread's 
 
     S [rows, tokens] = q Kᵀ,    O [rows, d] = P V
 """
+# ruff: noqa: N803
 
 from __future__ import annotations
 

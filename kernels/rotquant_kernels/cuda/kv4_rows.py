@@ -3,6 +3,7 @@
 A byte of a page holds step 8 s + t in its low nibble and step 8 s + 4 + t in its high one
 (`reference.pack_codes`); `halves` brings a row of codes into the same two orders.
 """
+# ruff: noqa: N803
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ The matrix unit takes signed bytes only, so weights are stored 128 too low and 1
 Names: rows are (token, query head) pairs that share a KV head, ROWS of them a program; PADDED is the head size
 rounded up to a power of two.
 """
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -95,9 +96,7 @@ def load_queries(
 
 
 @triton.jit
-def load_codes(
-    plane, pages, first, end, cache_block, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr
-):
+def load_codes(plane, pages, first, end, cache_block, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr):
     """Bytes of K and V of the tile at `first`, uint8 [TILE / 16, 8 PADDED] each; 0 beyond `end`."""
     place, byte = first + tl.arange(0, TILE // 16) * 16, tl.arange(0, 8 * PADDED)
     page = tl.load(pages + place // PAGE, mask=place < end, other=0).to(tl.int64)
@@ -107,9 +106,7 @@ def load_codes(
 
 
 @triton.jit
-def load_scales(
-    plane, pages, place, end, cache_block, DIM: tl.constexpr, PAGE: tl.constexpr, SYMMETRIC: tl.constexpr
-):
+def load_scales(plane, pages, place, end, cache_block, DIM: tl.constexpr, PAGE: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Scales of K and V at the positions `place` and the zero points of their stored codes, float32.
 
     A NaN scale of V is given to K instead, so that it shows in the sum of weights.

@@ -4,6 +4,7 @@ Float32 in the convention's order, divisions rounded to nearest, no fused multip
 A byte of V holds two tokens, which different programs may write at once: V's nibbles are changed by
 an atomic exclusive or, which leaves the other nibbles of the word alone.
 """
+# ruff: noqa: N803
 
 from __future__ import annotations
 
