@@ -39,7 +39,7 @@ def planned(monkeypatch):
     return lambda rows, splits: monkeypatch.setattr(kv4, "plan", lambda *numbers: kv4.Plan(rows, splits))
 
 
-@few(25)
+@few(15)
 @given(SEEDS, st.integers(1, 20), st.integers(1, 2), HEADS, PAGES, DTYPES, st.booleans(),
        st.sampled_from([1.0, 0.95, 0.4]))  # fmt: skip
 def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, dtype, symmetric, clip):
@@ -58,7 +58,7 @@ def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, d
     assert torch.equal(room, expected)
 
 
-@few(10)
+@few(7)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 280), st.integers(1, 12)), min_size=1, max_size=2), st.integers(1, 8),
        HEADS, PAGES, DTYPES, st.booleans(), st.sampled_from([0.1, 1.0, 4.0]),
        st.sampled_from([(8, 1), (8, 4), (16, 2), (64, 1), (64, 4)]))  # fmt: skip
