@@ -1,0 +1,217 @@
+"""Every op of rotquant on a device against its specification on the CPU.
+
+Integers and pages must be equal; float results may differ in the last bits of float32; attention over the 4-bit
+cache may add a fifth of the error that 4 bits made. The specification runs on the CPU, since torch on CUDA divides by
+a constant by multiplying with its inverse, which moves some codes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_report import table
+from rotquant_kernels import OPS, convention, ops, reference
+
+Case = tuple[str, tuple[Any, ...]]  # in words, arguments on the CPU
+KINDS = [(4, True, 1.0), (4, False, 0.9), (8, True, 1.0), (8, False, 0.8)]
+
+
+def specification(op: str) -> Callable[..., Any]:
+    """The plain-torch function of an op."""
+    for module in ("reference", "fused"):
+        name = f"rotquant_kernels.{module}"
+        found = importlib.util.find_spec(name) and getattr(importlib.import_module(name), op, None)
+        if found:
+            return found
+    raise LookupError(f"{op} has no specification")
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rows of different sizes, a few outliers, one of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x = x * 10.0 ** torch.randint(-2, 3, (*shape[:-1], 1), generator=generator)
+    x[..., 3] *= 40
+    x.view(-1, shape[-1])[0] = 0
+    return x.to(dtype)
+
+
+def rows(quick: bool) -> Iterator[tuple[str, Tensor, tuple[str, int, Tensor | None]]]:
+    full = [(1, 4096, 4096), (33, 14336, 2048), (257, 4096, 0), (5, 4864, 256), (64, 96, 0)]
+    for m, k, block in [(3, 96, 32)] if quick else full:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield f"{m} x {k} {dtype}", randn(m, k, seed=m, dtype=dtype), ("hadamard" if block else "none", block, None)
+
+
+def transform_rows(quick: bool) -> Iterator[Case]:
+    for words, x, settings in rows(quick):
+        yield f"{words} {settings[:2]}", (x, *settings)
+
+
+def online_stage(quick: bool) -> Iterator[Case]:
+    x = randn(7, 96 if quick else 3584, seed=7)
+    k = x.shape[1]
+    outer = k // 32
+    tensors = {
+        "hadamard": None, "dense": torch.randn(32, 32), "kronecker": torch.randn(outer * outer + 32 * 32) / 32,
+        "permutation": torch.randperm(k), "reflection": torch.nn.functional.normalize(torch.randn(32), dim=0),
+        "shift": torch.randn(k),
+    }  # fmt: skip
+    for kind, tensor in tensors.items():
+        yield kind, (x, kind, 32, tensor)
+
+
+def quantize_rows(quick: bool) -> Iterator[Case]:
+    for words, x, settings in rows(quick):
+        for kind in KINDS:
+            yield f"{words} {settings[:2]} {kind}", (x, *settings, *kind)
+
+
+def silu_mul_quantize(quick: bool) -> Iterator[Case]:
+    for words, x, settings in rows(quick):
+        yield f"{words} {settings[:2]}", (torch.cat((x, x.flip(0)), -1).contiguous(), *settings, 4, True, 0.9)
+
+
+def rms_norm_quantize(quick: bool) -> Iterator[Case]:
+    for words, x, _ in rows(quick):
+        gain = (1 + torch.randn(x.shape[1]) / 4).to(x.dtype)
+        yield words, (x, x.flip(0).contiguous(), gain, 1e-5, 4, False, 0.9)
+
+
+def linears(quick: bool) -> Iterator[tuple[str, Tensor, Tensor, Tensor, int]]:
+    """In words, x, codes of the weight, its scales, its bits."""
+    full = [(1, 4096, 4096, 1), (16, 4096, 6144, 1), (300, 1024, 3072, 1), (33, 2048, 520, 16)]
+    for m, k, n, groups in [(3, 64, 40, 1)] if quick else full:
+        for bits in (4, 8):
+            scale = convention.qparams(torch.randn(n, groups, k // groups), bits, True)[0].squeeze(-1)
+            codes = torch.randint(*convention.int_range(bits), (n, k)).to(torch.int8)
+            yield f"{m} x {k} x {n} W{bits} {groups} groups", randn(m, k, seed=m), codes, scale, bits
+
+
+def int_linear(quick: bool) -> Iterator[Case]:
+    for words, x, codes, scale, bits in linears(quick):
+        for act_bits, symmetric, clip in KINDS:
+            bias = torch.randn(codes.shape[0]).bfloat16()
+            acts = (act_bits, symmetric, clip)
+            packed = convention.pack_int32(codes, bits)
+            yield f"{words} {acts}", (x, packed, scale, bias, bits, "hadamard", 32, None, *acts)
+        low = torch.randn(codes.shape[1], 16).bfloat16() / 64, torch.randn(16, codes.shape[0]).bfloat16()
+        yield f"{words} low rank", (x, packed, scale, None, bits, "hadamard", 32, None, 4, False, 0.9, *low)
+
+
+def quantized_linear(quick: bool) -> Iterator[Case]:
+    for words, x, codes, scale, bits in linears(quick):
+        q = reference.quantize_rows(x, "none", 0, None, 4, False, 0.9)
+        yield words, (*q, convention.pack_int32(codes, bits), scale, None, bits, False, torch.bfloat16)
+
+
+def sequences(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """In words; heads, KV heads, head size, page, R3, symmetric, lengths (two) and steps (two)."""
+    yield "GQA 2 of 64", (4, 2, 64, 16, 64, False, 37, 21, 1, 21)
+    if quick:
+        return
+    for symmetric in (True, False):
+        yield "decode", (32, 8, 128, 16, 128, symmetric, 4097, 130, 1, 1)
+        yield "prefill", (32, 8, 128, 16, 128, symmetric, 700, 300, 700, 1)
+        yield "no power of two", (14, 2, 80, 32, 16, symmetric, 515, 80, 3, 80)
+        yield "no rotation, 96", (12, 4, 96, 48, 0, symmetric, 100, 99, 1, 99)
+        yield "256", (16, 1, 256, 16, 256, symmetric, 300, 20, 9, 20)
+
+
+def kv4_write(quick: bool) -> Iterator[Case]:
+    for words, (_, kv_heads, d, page, rotate, symmetric, *_rest) in sequences(quick):
+        tokens = 5 if quick else 133
+        key, value = randn(tokens, kv_heads, d, seed=1), randn(tokens, kv_heads, d, seed=2)
+        slots = torch.randperm(16 * page)[: tokens - 1]
+        slots[::5] = -1
+        cache = torch.randint(0, 256, (16, kv_heads, page, reference.kv_token_bytes(d, symmetric))).to(torch.uint8)
+        yield words, (key, value, cache, slots, rotate, symmetric, 0.95, 1.0)
+
+
+def kv4_attention(quick: bool) -> Iterator[Case]:
+    for words, (heads, kv_heads, d, page, rotate, symmetric, *rest) in sequences(quick):
+        lengths, steps = rest[:2], rest[2:]
+        wide = -(-max(lengths) // page)
+        cache = torch.zeros(2 * wide, kv_heads, page, reference.kv_token_bytes(d, symmetric), dtype=torch.uint8)
+        table = torch.randperm(2 * wide).view(2, wide).int()
+        for row, length in zip(table, lengths, strict=True):
+            place = torch.arange(length)
+            key, value = torch.randn(2, length, kv_heads, d).bfloat16()
+            slots = row.long()[place // page] * page + place % page
+            reference.kv4_write(key, value, cache, slots, rotate, symmetric, 1.0, 1.0)
+        starts = torch.tensor([0, steps[0], sum(steps)], dtype=torch.int32)
+        query = torch.randn(sum(steps) + 1, heads, d).bfloat16()
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        yield words, (query, cache, starts, lens, table, torch.zeros_like(query), d**-0.5, rotate, symmetric)
+
+
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    op: found for op in OPS if op != "pack_weight" and (found := globals().get(op)) is not None
+}
+CHANGED = {"kv4_write": 2, "kv4_attention": 5, "rms_norm_quantize": 1}  # argument that an op changes in place
+# Extremes of codes may lie on a rounding tie, which other float32 sums (of exponentials, of squares) decide otherwise.
+TIES = ("silu_mul_quantize", "rms_norm_quantize", "online_stage")
+KV4_ERROR = 0.15  # of attention over Gaussian K and V, at least; a fifth of it is allowed
+
+
+def on(device: str, arguments: tuple[Any, ...]) -> list[Any]:
+    return [one.to(device, copy=True) if isinstance(one, Tensor) else one for one in arguments]
+
+
+def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
+    """Runs all cases of an op.
+
+    Raises:
+        AssertionError: naming the case that differs.
+    """
+    torch.manual_seed(0)
+    worst, count = 0.0, 0
+    for words, arguments in CASES[op](quick):
+        given, expected_of = on(device, arguments), on("cpu", arguments)
+        if op in ("int_linear", "quantized_linear"):
+            at = 1 if op == "int_linear" else 3
+            given[at] = ops.prepare_weight(given[at], given[at + 3], arguments[0].shape[1], given[at + 1].shape[1])
+        returned, expected = getattr(torch.ops.rotquant, op)(*given), specification(op)(*expected_of)
+        pairs = list(zip(flat(returned), flat(expected), strict=True))
+        if op in CHANGED:
+            pairs.append((given[CHANGED[op]], expected_of[CHANGED[op]]))
+        for one, other in pairs:
+            worst = max(worst, compare(f"{op}, {words}", op, one.cpu(), other))
+        count += 1
+    return {"kernel": ops.kernel_of(op, device), "cases": count, "worst": worst}
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result or ())
+
+
+def compare(where: str, op: str, one: Tensor, other: Tensor) -> float:
+    """Largest relative difference of two results; raises where it is not allowed."""
+    assert (one.shape, one.dtype) == (other.shape, other.dtype), f"{where}: {one.shape} {one.dtype}"
+    if not one.is_floating_point():
+        difference = (one.long() - other.long()).abs()
+        share = (difference > 0).float().mean().item()
+        allowed = 0.005 if op in TIES else 0.0
+        assert share <= allowed, f"{where}: {share:.2%} of the integers differ"
+        assert not share or difference.max() <= 1, f"{where}: integers differ by {difference.max()}"
+        return share
+    error = ((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30)).item()
+    allowed = 0.2 * KV4_ERROR if op == "kv4_attention" else 2 * torch.finfo(one.dtype).eps
+    allowed = max(allowed, 1e-5)
+    assert error <= allowed, f"{where}: relative difference {error:.2e}, allowed {allowed:.2e}"
+    return error
+
+
+def report(steps: dict[str, dict[str, Any]]) -> str:
+    found = [
+        [name.removeprefix("check "), one["kernel"], str(one["cases"]), f"{one['worst']:.1e}"]
+        for name, one in steps.items()
+        if "error" not in one
+    ]
+    return table(["op, against its specification", "kernel", "cases", "largest difference"], found) if found else ""

@@ -1,0 +1,175 @@
+"""The 4-bit KV cache on CUDA: `kv4_write` and `kv4_attention` in Triton, over the same pages as the CPU's.
+
+vLLM's own `int4_per_token_head` is not used, since it keeps another convention: its scales are float32 with a
+zero point in their four lowest bits, codes are rounded half up, there is no clip and no symmetric form, and Q, K
+and V are all turned by a random Hadamard of its own in place of the checkpoint's R3. A checkpoint measured with
+rotquant would be served with other numbers.
+
+Everything a launch needs is known on the host (shapes and strides): nothing waits for the device, so both ops can
+be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from functools import cache as once
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
+from rotquant_kernels.reference import kv_token_bytes
+
+LOG2_E = 1.4426950408889634
+WRITE_TOKENS = 4  # of one program
+MOST_SPLITS = 64
+PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
+LEAST_SPLIT = 256  # tokens
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = not isinstance(kv4_write.write, triton.JITFunction)  # Triton's interpreter has no assembler
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"rotquant: {message}")
+
+
+def check_pages(cache: Tensor, dim: int, symmetric: bool, rotate: int) -> Tensor:
+    """The pages as uint8, after a look at everything that the kernels rely on."""
+    check(dim % 16 == 0 and 16 <= dim <= 256, f"heads of {dim}: the CUDA kernels take multiples of 16 up to 256")
+    check(rotate == 0 or (rotate & (rotate - 1) == 0 and dim % rotate == 0), f"rotate {rotate} does not fit heads")
+    check(cache.dim() == 4 and cache.dtype in (torch.uint8, torch.int8), "cache must be bytes [blocks, heads, N, C]")
+    page, token = cache.shape[2:]
+    check(page % 16 == 0, f"cache: pages of {page} tokens, must be a multiple of 16")
+    check(token == kv_token_bytes(dim, symmetric), f"cache: {token} bytes a token do not fit heads of {dim}")
+    check(cache.stride()[2:] == (token, 1), "cache: a (block, head) plane must be contiguous")
+    return cache.view(torch.uint8)
+
+
+def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels."""
+    return {
+        "DIM": dim, "PADDED": triton.next_power_of_2(dim), "PAGE": page, "BLOCK": rotate,
+        "STAGES": max(rotate, 1).bit_length() - 1, "NORM": max(rotate, 1) ** -0.5, "SYMMETRIC": symmetric,
+    }  # fmt: skip
+
+
+def write(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    rotate: int,
+    symmetric: bool,
+    k_clip: float,
+    v_clip: float,
+) -> None:
+    """`reference.kv4_write`, the same bytes. Slots must differ from each other and lie inside the cache.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype or layout is not supported.
+    """
+    tokens, heads, dim = key.shape
+    pages = check_pages(cache, dim, symmetric, rotate)
+    check(heads == cache.shape[1], f"key has {heads} heads, cache {cache.shape[1]}")
+    check(value.shape == key.shape and value.dtype == key.dtype, "value must have key's shape and dtype")
+    check(key.dtype in FLOATS and key.stride(2) == value.stride(2) == 1, "key and value must be float rows")
+    check(slots.dtype == torch.int64 and slots.shape[0] <= tokens, "slots must be int64, one for a token")
+    if not slots.shape[0]:
+        return
+    kv4_write.write[triton.cdiv(slots.shape[0], WRITE_TOKENS), heads](
+        key, value, pages, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        pages.stride(0), pages.stride(1), slots.shape[0], k_clip, v_clip,
+        **common(dim, cache.shape[2], rotate, symmetric), TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+class Device(NamedTuple):
+    """What matters of a device: processors, and the fewest rows that its matrix unit takes."""
+
+    processors: int
+    least_rows: int
+
+
+@once
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(1, 8)  # Triton's interpreter
+    found = torch.cuda.get_device_properties(device)
+    # tcgen05 has no layout for a second operand of 8 columns that lies by rows, as softmax weights do.
+    return Device(found.multi_processor_count, 16 if found.major == 10 else 8)
+
+
+class Plan(NamedTuple):
+    """How a batch is cut up: rows (token, query head) of a program, parts of a sequence's context."""
+
+    rows: int
+    splits: int
+
+
+def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device) -> Plan:
+    """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
+
+    Args:
+        tokens, sequences, longest: upper bounds, of the batch and of a sequence's length.
+    """
+    average = -(-tokens // sequences) * group
+    rows = device.least_rows if average <= 8 else 16 if average <= 16 else PREFILL_ROWS
+    rows = max(triton.next_power_of_2(group), rows)
+    programs = kv_heads * max(sequences, tokens // (rows // group))
+    wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
+    return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
+
+
+def attention(
+    query: Tensor,
+    cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    scale: float,
+    rotate: int,
+    symmetric: bool,
+) -> None:
+    """`reference.kv4_attention` on integers, see `kv4_tiles`. Block numbers are not checked.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype or layout is not supported.
+    """
+    tokens, heads, dim = query.shape
+    pages = check_pages(cache, dim, symmetric, rotate)
+    kv_heads, page, sequences = cache.shape[1], cache.shape[2], seq_lens.shape[0]
+    check(heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads")
+    check(out.shape == query.shape and out.dtype == query.dtype, "out must have query's shape and dtype")
+    check(query.dtype in FLOATS and query.stride(2) == out.stride(2) == 1, "query and out must be float rows")
+    integers = (query_start, seq_lens, block_table)
+    check(all(one.dtype == torch.int32 for one in integers), "query_start, seq_lens, block_table must be int32")
+    check(query_start.shape[0] == sequences + 1, f"query_start must have {sequences + 1} entries")
+    check(block_table.shape[0] >= sequences and block_table.stride(1) == 1, "block_table must have a row a sequence")
+    if not tokens:
+        return
+    group, longest = heads // kv_heads, block_table.shape[1] * page
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device))
+    shared = common(dim, page, rotate, symmetric)
+    padded = shared["PADDED"]
+    parts = tokens * heads * splits if splits > 1 else 0
+    partial = query.new_empty(parts * padded, dtype=torch.float32)
+    state = query.new_empty(2 * parts, dtype=torch.float32)
+    grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
+    attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
+    attend[grid](
+        query, pages, query_start, seq_lens, block_table, out, partial, state, query.stride(0), query.stride(1),
+        pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1), tokens, sequences,
+        scale * LOG2_E, **shared, HEADS=heads, GROUP=group, ROWS=rows, SPLITS=splits, ASSEMBLER=not INTERPRETED,
+        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3,
+    )  # fmt: skip
+    if splits > 1:
+        kv4_decode.merge[tokens, heads](
+            partial, state, out, out.stride(0), out.stride(1), tokens, HEADS=heads, DIM=dim, PADDED=padded,
+            SPLITS=splits, num_warps=4,
+        )  # fmt: skip
+
+
+IMPLEMENTATIONS = {"kv4_write": write, "kv4_attention": attention}

@@ -1,0 +1,102 @@
+"""Triton attention over 4-bit pages for many rows a sequence: prefill, mixed batches. See `kv4_tiles`.
+
+The products have the usual orientation, in which softmax runs along a thread's own registers:
+
+    S [rows, tokens] = q Kᵀ,    O [rows, d] = P V
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rotquant_kernels.cuda.kv4_rows import rint
+from rotquant_kernels.cuda.kv4_tiles import (
+    LOWEST,
+    MOST_WEIGHT,
+    OFFSET,
+    TILE,
+    dither_of,
+    keys_of,
+    load_codes,
+    load_queries,
+    load_scales,
+    part_of,
+    place_of,
+    rows_of,
+    values_of,
+)
+
+
+@triton.jit
+def prefill(
+    query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
+    table_row, out_token, out_head, tokens, sequences, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, ASSEMBLER: tl.constexpr,
+):  # fmt: skip
+    """As `kv4_decode.decode`, with ROWS at least 64."""
+    sequence, token, head, any, valid, seen, end = rows_of(query_start, seq_lens, tokens, sequences, GROUP, ROWS)
+    if any:
+        head += tl.program_id(1) * GROUP
+        dim = tl.arange(0, PADDED)
+        at = query + (token * query_token + head * query_head)[:, None] + dim[None, :]
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        query_low, query_high, query_sum, unit = load_queries(at, inside, factor, ROWS, PADDED, BLOCK, STAGES, NORM)
+        order = place_of(tl.arange(0, TILE))
+        dither = dither_of(order)[None, :]
+        ones = tl.full([TILE // 2, 16], 1, tl.int8)
+        plane = cache + tl.program_id(1).to(tl.int64) * cache_head
+        pages = table + sequence.to(tl.int64) * table_row
+
+        largest = tl.full([ROWS], LOWEST, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, PADDED], tl.float32)
+        begin, stop = part_of(end, SPLITS)
+        for tile in range(begin, stop):
+            first = tile * TILE
+            keys, values = load_codes(plane, pages, first, end, cache_block, DIM, PADDED, PAGE)
+            place = first + order
+            key_scale, value_scale, key_zero, value_zero = load_scales(
+                plane, pages, place, end, cache_block, DIM, PAGE, SYMMETRIC
+            )
+            keys_low, keys_high = keys_of(keys, PADDED, ASSEMBLER)
+            dots = tl.dot(query_low, tl.trans(keys_low), out_dtype=tl.int32)
+            dots = tl.dot(query_high, tl.trans(keys_high), dots, out_dtype=tl.int32)
+            p = dots.to(tl.float32) - query_sum[:, None] * key_zero[None, :]  # exact: all below 2^24
+            p = p * unit[:, None] * key_scale[None, :]
+            p = tl.where(place[None, :] < seen[:, None], p, float("-inf"))
+            highest = tl.maximum(tl.max(p, 1), LOWEST)
+            p = tl.exp2(p - highest[:, None])
+            fresh = tl.sum(p, 1)
+            p = p * value_scale[None, :]
+            heaviest = tl.max(p, 1)
+            p = rint(p * tl.where(heaviest > 1e-30, MOST_WEIGHT / heaviest, 0.0)[:, None] + dither)
+            zero_sum = tl.sum(p * value_zero[None, :], 1)
+            weights = tl.reshape((p - OFFSET).to(tl.int8), [ROWS, 2, TILE // 2])
+            weights_low, weights_high = tl.split(tl.permute(weights, (0, 2, 1)))
+            values_low, values_high = values_of(values, PADDED, ASSEMBLER)
+            plain = tl.dot(values_low, ones, out_dtype=tl.int32)
+            plain = tl.dot(values_high, ones, plain, out_dtype=tl.int32)
+            offset = tl.max(plain, 1) * OFFSET  # all columns are the same
+            mixed = tl.dot(weights_low, tl.trans(values_low), out_dtype=tl.int32)
+            mixed = tl.dot(weights_high, tl.trans(values_high), mixed, out_dtype=tl.int32) + offset[None, :]
+
+            before = largest
+            largest = tl.maximum(before, highest)
+            fade, gain = tl.exp2(before - largest), tl.exp2(highest - largest)
+            total = total * fade + fresh * gain
+            gain = gain * (heaviest / MOST_WEIGHT)
+            sums = sums * fade[:, None] + (mixed.to(tl.float32) - zero_sum[:, None]) * gain[:, None]
+
+        if SPLITS == 1:
+            sums = sums / tl.where(total == 0, 1.0, total)[:, None]
+            result = out + (token * out_token + head * out_head)[:, None] + dim[None, :]
+            tl.store(result, sums.to(out.dtype.element_ty), mask=inside)
+        else:
+            index = (token * HEADS + head) * SPLITS + tl.program_id(2)
+            tl.store(state + index, largest, mask=valid)
+            tl.store(state + tokens.to(tl.int64) * HEADS * SPLITS + index, total, mask=valid)
+            filled = valid & (total != 0)
+            tl.store(partial + index[:, None] * PADDED + dim[None, :], sums, mask=filled[:, None])

@@ -1,0 +1,134 @@
+"""The Triton kernels of the 4-bit KV cache in Triton's interpreter, on CPU tensors: run by `test_cuda_kv4.py` in a
+process of its own, since Triton decides at its import whether it interprets."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from rotquant_kernels import reference
+from rotquant_kernels.cuda import kv4
+from test_kv4_native import Batch, make_batch, randn, rows_to_write, strided
+
+SEEDS = st.integers(0, 2**31)
+# head size, block of R3 or 0
+HEADS = st.sampled_from([(64, 64), (64, 0), (80, 16), (96, 32), (128, 128), (256, 256), (16, 2)])
+PAGES = st.sampled_from([16, 48, 128])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def few(examples: int) -> settings:
+    """Shrinking a failure would take minutes here."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(
+        max_examples=examples, deadline=None, suppress_health_check=quiet, phases=[Phase.explicit, Phase.generate]
+    )
+
+
+def attend(batch: Batch) -> torch.Tensor:
+    """Rows of the batch; what follows them must be 0."""
+    b, out = batch, strided(torch.full(batch.query.shape, 7.0), batch.query.dtype)
+    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric)
+    assert (out[int(b.starts[-1]) :] == 0).all()
+    return out[: int(b.starts[-1])]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Sets the rows of a program and the parts of the context."""
+    return lambda rows, splits: monkeypatch.setattr(kv4, "plan", lambda *numbers: kv4.Plan(rows, splits))
+
+
+@few(15)
+@given(SEEDS, st.integers(1, 20), st.integers(1, 2), HEADS, PAGES, DTYPES, st.booleans(),
+       st.sampled_from([1.0, 0.95, 0.4]))  # fmt: skip
+def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, dtype, symmetric, clip):
+    d, rotate = head
+    key, value = (strided(rows_to_write(tokens + 1, heads, d, seed + i), dtype) for i in range(2))
+    if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
+        key, value = (x.masked_fill(x.abs() < torch.finfo(dtype).tiny, 0) for x in (key, value))
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(3 * page, generator=generator)[:tokens]
+    slots[torch.rand(len(slots), generator=generator) < 0.2] = -1
+    token = reference.kv_token_bytes(d, symmetric)
+    room = torch.randint(0, 256, (3, heads + 1, page, token), generator=generator).to(torch.uint8)
+    expected, actual = room.clone(), room.view(torch.int8)
+    reference.kv4_write(key, value, expected[:, 1:], slots, rotate, symmetric, clip, 0.9)
+    kv4.write(key, value, actual[:, 1:], slots, rotate, symmetric, clip, 0.9)
+    assert torch.equal(room, expected)
+
+
+@few(7)
+@given(SEEDS, st.lists(st.tuples(st.integers(1, 280), st.integers(1, 12)), min_size=1, max_size=2), st.integers(1, 8),
+       HEADS, PAGES, DTYPES, st.booleans(), st.sampled_from([0.1, 1.0, 4.0]),
+       st.sampled_from([(8, 1), (8, 4), (16, 2), (64, 1), (64, 4)]))  # fmt: skip
+def test_attention_adds_little_to_the_error_of_four_bits(
+    planned, seed, sequences, group, head, page, dtype, symmetric, size, plan
+):
+    planned(*plan)
+    lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
+    batch = make_batch(lens, steps, 1, group, head[0], page, head[1], symmetric, dtype, seed, size)
+    out, codes, real = attend(batch).double(), batch.exact(quantized=True), batch.exact(quantized=False)
+    rounding = torch.finfo(dtype).eps * codes.norm()
+    assert (out - codes).norm() <= 0.2 * (codes - real).norm() + rounding
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_row_is_the_same_alone_in_parts_and_in_a_batch(planned, rows):
+    """But for the order in which float32 sums of tiles are added."""
+    batch = make_batch([300, 20, 1], [5, 20, 1], kv_heads=1, group=3, page=32)
+    planned(rows, 1)
+    whole = attend(batch)
+    close = {"rtol": 2e-6, "atol": 2e-6 * whole.abs().max().item()}
+    planned(72 - rows, 1)
+    assert torch.allclose(attend(batch.part(0, 1, 3)), whole[1:3], **close)
+    planned(rows, 4)
+    assert torch.allclose(attend(batch), whole, **close)
+    empty = batch._replace(starts=torch.tensor([0, 5, 5, 25, 26], dtype=torch.int32), lens=batch.lens[[0, 0, 1, 2]],
+                           table=batch.table[[0, 0, 1, 2]])  # fmt: skip
+    assert torch.equal(attend(empty), attend(batch))
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("length", [1, 128, 129])
+def test_every_visible_token_counts_and_no_other(planned, rows, length):
+    """With q = 0 the result is the mean of V, nearly all of it from the last token; the ones after it are huge."""
+    planned(rows, 1)
+    batch = make_batch([length + 40], [1], kv_heads=1, group=3, page=48)
+    value = torch.ones(length + 40, 1, 64)
+    value[length - 1] = 100 * length
+    value[length:] = 1e30
+    slots = batch.table[0].long()[torch.arange(length + 40) // 48] * 48 + torch.arange(length + 40) % 48
+    reference.kv4_write(batch.keys[0], value, batch.cache, slots, 64, False, 1.0, 1.0)
+    batch.query.zero_()
+    out = attend(batch._replace(lens=batch.lens - 40))
+    assert torch.allclose(out, torch.tensor(100 + (length - 1) / length), rtol=0.01)
+
+
+@pytest.mark.parametrize(("rows", "where"), [(8, "key"), (64, "key"), (8, "value"), (64, "value"), (8, "query")])
+def test_a_row_that_is_not_finite_spoils_only_what_sees_it(planned, rows, where):
+    planned(rows, 1)
+    batch = make_batch([150], [20], kv_heads=1)
+    before, slot = attend(batch), int(batch.table[0, 140 // 16]) * 16 + 140 % 16
+    if where == "query":
+        batch.query[10] = float("inf")
+        hit = torch.arange(20) == 10
+    else:
+        bad, good = torch.full((1, 1, 64), float("nan")), randn(1, 1, 64, seed=1)
+        key, value = (bad, good) if where == "key" else (good, bad)
+        reference.kv4_write(key, value, batch.cache, torch.tensor([slot]), 64, False, 1.0, 1.0)
+        hit = torch.arange(20) >= 10
+    after = attend(batch)
+    assert after[hit].isnan().all()
+    assert torch.equal(after[~hit], before[~hit])
+
+
+@pytest.mark.parametrize("query_size", [0.0, 1e-38, 1e20, 1e30])
+@pytest.mark.parametrize("value_size", [0.0, 1e-30, 1e5])
+def test_extreme_sizes_stay_averages(query_size, value_size):
+    batch = make_batch([100], [2], kv_heads=1, size=query_size)
+    slots = batch.table[0].long()[torch.arange(100) // 16] * 16 + torch.arange(100) % 16
+    value = batch.values[0] * value_size
+    reference.kv4_write(batch.keys[0], value, batch.cache, slots, 64, False, 1.0, 1.0)
+    codes = reference.kv4_read(batch.cache, batch.table[0, :7].long(), 64, False)[1][:, :100]
+    assert attend(batch).abs().max() <= 1.01 * codes.abs().max()
