@@ -89,24 +89,28 @@ def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: Act
         return rows.split(BATCH)
 
     if options.optimiser == "procrustes":
-        moved, _ = procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)
-        return moved
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    rows = rows[order]  # a step sees rows of all sites
+        return procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)[0]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]  # a step sees rows of all sites
     objective = gradient_objective(options, quantizer)
     moved, _ = orthogonal.learn_rotation(
         batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights
     )
-    return moved
+    polish = [quantized_target(quantizer)] * options.polish
+    return procrustes.alternate(batches, moved, polish, weights)[0] if polish else moved
 
 
 def clip_of(quantizer: Activations | KVCache) -> float:
     return quantizer.clip if isinstance(quantizer, Activations) else quantizer.value_clip
 
 
+def quantized_target(quantizer: Activations | KVCache) -> procrustes.Target:
+    return partial(
+        targets.quantized_target, bits=quantizer.bits, symmetric=quantizer.symmetric, clip=clip_of(quantizer)
+    )
+
+
 def procrustes_targets(options: Surrogate, quantizer: Activations | KVCache) -> list[procrustes.Target]:
-    symmetric = quantizer.symmetric
-    quantized = partial(targets.quantized_target, bits=quantizer.bits, symmetric=symmetric, clip=clip_of(quantizer))
+    symmetric, quantized = quantizer.symmetric, quantized_target(quantizer)
     found: dict[str, Callable[[], list[procrustes.Target]]] = {
         "quantization_error": lambda: [quantized] * options.steps,
         "clip": lambda: procrustes.annealed_clip(options.steps, symmetric=symmetric),
