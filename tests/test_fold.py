@@ -1,27 +1,36 @@
 """Folding and its gate: a folded model computes what the original does, and the gate notices when not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rotquant import fold as fold_module
 from rotquant.checkpoint import Source
+from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
-from rotquant.fold import Fold, Online, online_transforms
+from rotquant.fold import Fold, fold_layer
 from rotquant.gate import check_equivalence
-from rotquant.models import EMBEDDING, LM_HEAD, expected_shapes, read_architecture
+from rotquant.initial import initial_transforms, random_orthogonal
+from rotquant.models import EMBEDDING, LM_HEAD, expected_shapes, read_architecture, rotary
 from rotquant.recipe import load_recipe
+from rotquant.space import LayerTransforms
+from rotquant_kernels import Stage
 from source_models import source_model
 from tiny_checkpoints import KINDS
 
 TOKENS = torch.arange(3, 51)
 
 
-def gate(folder, recipe="quarot", tp_max=1):
+def gate(folder, recipe="quarot", tp_max=1, change=lambda transforms: None):
     arch, chosen = read_architecture(folder), load_recipe(recipe)
     source = Source(folder)
     source.check(expected_shapes(arch.config), [LM_HEAD])
-    fold = Fold(chosen, arch, online_transforms(chosen, arch, tp_max), seed=1)
-    return check_equivalence(source, arch, fold, TOKENS, lambda _: None)
+    transforms = initial_transforms(chosen, arch, tp_max, seed=1)
+    change(transforms)
+    return check_equivalence(source, arch, Fold(arch, transforms), TOKENS, lambda _: None)
 
 
 @pytest.mark.parametrize("hardened", [False, True])
@@ -36,15 +45,108 @@ def test_with_every_bias_and_tp_blocks(tmp_path, kind):
     assert gate(source_model(tmp_path / "m", kind, **extra), tp_max=2) < 1e-4
 
 
-@pytest.mark.parametrize("step", ["_fold_gain", "_fold_r2"])
+def everything(arch, random, qk_rows) -> LayerTransforms:
+    """Every transform of the design space at once, drawn at random."""
+
+    def factors(*size):
+        return torch.exp(0.5 * torch.randn(*size, generator=random, dtype=torch.float64))
+
+    def rotation(size):
+        return random_orthogonal(size, random)
+
+    def unit(size):
+        return torch.nn.functional.normalize(torch.randn(size, generator=random, dtype=torch.float64), dim=0)
+
+    hidden, wide = arch.hidden_size, arch.intermediate_size
+    kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
+    heads = torch.cat([rotation(arch.heads).flatten(), torch.eye(arch.head_dim, dtype=torch.float64).flatten()])
+    return LayerTransforms(
+        r2=torch.stack([rotation(arch.head_dim) for _ in range(arch.kv_heads)]),
+        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(arch.kv_heads * arch.head_dim),
+        s_ud=factors(wide), s_qk=factors(qk_rows, arch.head_dim // 2), order=torch.randperm(wide, generator=random),
+        inputs={
+            "attn": [Stage("kronecker", 8, kron), Stage("shift", hidden, unit(hidden))],
+            "o": [Stage("kronecker", arch.head_dim, heads)],
+            "mlp": [Stage("dense", 16, rotation(16) * factors(16)), Stage("reflection", hidden, unit(hidden))],
+            "down": [
+                Stage("hadamard", 16), Stage("shift", wide, unit(wide)),
+                Stage("permutation", wide, torch.randperm(wide, generator=random)), Stage("dense", 8, rotation(8)),
+            ],
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_transform_at_once_changes_nothing(tmp_path, kind):
+    extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
+    folder = source_model(tmp_path / "m", kind, **extra)
+    arch, random = read_architecture(folder), torch.Generator().manual_seed(2)
+
+    def change(transforms):
+        rows = 1 if kind == "qwen3" else arch.kv_heads
+        transforms.layers = [everything(arch, random, rows) for _ in transforms.layers]
+
+    assert gate(folder, change=change) < 1e-4
+
+
+PARTS = ("r2", "s_attn", "s_mlp", "s_ov", "s_ud", "s_qk", "order")
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory):
+    """Decoder, tensors and input of a layer, float32."""
+    folder = source_model(tmp_path_factory.mktemp("one") / "m", "qwen2")
+    arch = read_architecture(folder)
+    cos, sin = rotary(arch.config, 12)
+    tensors = Source(folder).layer(arch.layer_prefix(0))
+    h = torch.randn(12, arch.hidden_size, generator=torch.Generator().manual_seed(1))
+    return arch, Decoder(arch, cos[0], sin[0]), tensors, h
+
+
+@settings(max_examples=25, deadline=None)
+@given(part=st.sampled_from([*PARTS, "attn", "o", "mlp", "down"]), seed=st.integers(0, 2**31))
+def test_each_identity_alone(layer, part, seed):
+    """The algebra in `fold`'s docstring, one line at a time."""
+    arch, decoder, tensors, h = layer
+    full = everything(arch, torch.Generator().manual_seed(seed), arch.kv_heads)
+    one = LayerTransforms(**{part: getattr(full, part)}) if part in PARTS else LayerTransforms(
+        inputs={part: full.inputs[part]}
+    )  # fmt: skip
+    expected = decoder.layer(tensors, h, float_linear(tensors))
+    folded = fold_layer(tensors, one, arch)
+    assert (decoder.layer(folded, h, float_linear(folded, one)) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_transforms_come_back_from_a_file(layer):
+    arch = layer[0]
+    made = everything(arch, torch.Generator().manual_seed(3), arch.kv_heads)
+    made = replace(made, clips={"attn": 0.9, "key": 0.8}, weight_clips={"mlp.up_proj": torch.rand(3, 1)})
+    back = LayerTransforms.from_tensors(made.tensors())
+    assert back.clips == made.clips
+    assert back.tensors().keys() == made.tensors().keys()
+    assert all(torch.equal(t, made.tensors()[name]) for name, t in back.tensors().items())
+    assert [s.kind for s in back.inputs["down"]] == ["hadamard", "shift", "permutation", "dense"]
+
+
+def test_folding_passes_gradients(layer):
+    arch, _, tensors, _ = layer
+    scale = torch.ones(arch.intermediate_size, requires_grad=True)
+    folded = fold_layer(tensors, LayerTransforms(s_ud=scale), arch)
+    folded["mlp.down_proj.weight"].square().sum().backward()
+    assert torch.allclose(scale.grad, -2 * tensors["mlp.down_proj.weight"].square().sum(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("step", ["fold_r2", "fold_r1"])
 def test_the_gate_refuses_a_wrong_fold(tmp_path, monkeypatch, step):
-    right = getattr(Fold, step)
+    right = getattr(fold_module, step)
 
-    def wrong(self, out, *arguments):
-        right(self, out, *arguments)
-        out["self_attn.v_proj.weight"][0] *= 1.01
+    def wrong(tensors, *arguments):
+        result = right(tensors, *arguments)
+        changed = tensors if result is None else result
+        changed["self_attn.v_proj.weight"] = changed["self_attn.v_proj.weight"] * 1.01
+        return result
 
-    monkeypatch.setattr(fold_module.Fold, step, wrong)
+    monkeypatch.setattr(fold_module, step, wrong)
     with pytest.raises(RotQuantError, match="layer 0 of the folded model differs"):
         gate(source_model(tmp_path / "m", "llama"))
 
@@ -52,15 +154,26 @@ def test_the_gate_refuses_a_wrong_fold(tmp_path, monkeypatch, step):
 def test_embeddings_are_rotated_and_not_centred(tmp_path):
     folder = source_model(tmp_path / "m", "llama")
     arch, recipe = read_architecture(folder), load_recipe("quarot")
-    fold = Fold(recipe, arch, Online(32, 16), seed=1)
+    fold = Fold(arch, initial_transforms(recipe, arch, 1, seed=1))
     weight = Source(folder).get(EMBEDDING)
     rotation = fold.r1.rows(torch.eye(arch.hidden_size, dtype=torch.float64))
     assert torch.allclose(fold.embedding(weight) @ rotation.T, weight.double(), atol=1e-10)
 
 
+def test_every_seed_has_rotations_of_its_own(tmp_path):
+    arch, recipe = read_architecture(source_model(tmp_path / "m", "llama")), load_recipe("quarot")
+    made = [initial_transforms(recipe, arch, 1, seed) for seed in (0, 1, 1)]
+    eye = torch.eye(arch.hidden_size, dtype=torch.float64)
+    assert not torch.equal(made[0].r1.rows(eye), made[1].r1.rows(eye))
+    assert not torch.equal(made[0].layers[0].r2, made[1].layers[0].r2)
+    assert not torch.equal(made[1].layers[0].r2, made[1].layers[1].r2)
+    assert torch.equal(made[1].r1.rows(eye), made[2].r1.rows(eye))
+
+
 def test_r4_block_divides_every_shard(tmp_path):
     arch = read_architecture(source_model(tmp_path / "m", "llama", intermediate_size=192))
     recipe = load_recipe("quarot")
-    assert [online_transforms(recipe, arch, tp).r4 for tp in (1, 2, 4, 3)] == [64, 32, 16, 64]
+    blocks = [initial_transforms(recipe, arch, tp, 0).shared_chain("down")[0].block for tp in (1, 2, 4, 3)]
+    assert blocks == [64, 32, 16, 64]
     with pytest.raises(RotQuantError, match="tp-max 5 does not divide intermediate_size 192"):
-        online_transforms(recipe, arch, 5)
+        initial_transforms(recipe, arch, 5, 0)

@@ -4,7 +4,7 @@
     dense        T float [block, block]
     kronecker    P then Q, float [(K / block)² + block²]
     permutation  p int32 [K], each index once and within its own block
-    reflection   v float [block], of length 1
+    reflection   v float [block], of length 1, or 0 for none
     shift        b float [K]; and `<module>.<name>_output.weight`, W b of the weight before quantization, float [N]
 
 One reader for `rotquant.load` and the vLLM plugin. K is the layer's whole input.
@@ -58,8 +58,9 @@ def check(where: str, transform: Transform, tensor: Tensor, inputs: int) -> Tens
         return tensor.contiguous()
     if not tensor.is_floating_point() or not tensor.isfinite().all():
         raise RotQuantError(f"{where} is not a tensor of finite real numbers")
-    if transform.kind == "reflection" and abs(float(tensor.float().norm()) - 1) > UNIT:
-        raise RotQuantError(f"{where} has length {float(tensor.float().norm()):.3f}, a reflection's must be 1")
+    length = float(tensor.float().norm())
+    if transform.kind == "reflection" and length and abs(length - 1) > UNIT:  # length 0 reflects nothing
+        raise RotQuantError(f"{where} has length {length:.3f}, a reflection's must be 1")
     if transform.kind == "hadamard" and not _is_hadamard(tensor, transform.block):
         raise RotQuantError(f"{where} is not the Hadamard matrix that config.json declares")
     return tensor.float().contiguous()

@@ -2,7 +2,8 @@
 
 A Hadamard matrix H of order n has entries ±1 and H Hᵀ = n I, so H / sqrt(n) is a rotation that spreads
 one large coordinate over all. Orders: powers of two (Sylvester), q + 1 for a prime q = 3 mod 4 and
-2 (q + 1) for a prime q = 1 mod 4 (Paley 1933), and Kronecker products of these: 12, 20, 28, 36, 44, ...
+2 (q + 1) for a prime q = 1 mod 4 (Paley 1933), 52, 92, 100, 116, 156, 172 (Williamson 1944), and Kronecker products
+of these with powers of two: 12, 20, 28, 36, 44, ...
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from rotquant.transforms.williamson import williamson
 from rotquant_kernels.reference import hadamard as power_of_two_rows
 
 
@@ -54,15 +56,21 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
+def base(order: int) -> Tensor | None:
+    """The Hadamard matrix of an order by Paley or Williamson, float64 of ±1; None where neither has one."""
+    found = paley(order)
+    return williamson(order) if found is None else found
+
+
 @functools.cache
 def split_order(n: int) -> tuple[int, int] | None:
-    """(m, p) with n = m p, p a power of two and m = 1 or a Paley order; None where there is none."""
+    """(m, p) with n = m p, p a power of two and m = 1 or an order of `base`; None where there is none."""
     odd, power = n // power_of_two_factor(n), power_of_two_factor(n)
     if odd == 1:
         return 1, n
     factor = 4
     while factor <= power:
-        if paley(odd * factor) is not None:
+        if base(odd * factor) is not None:
             return odd * factor, power // factor
         factor *= 2
     return None
@@ -84,7 +92,7 @@ def hadamard_rows(x: Tensor, order: int) -> Tensor:
     y = power_of_two_rows(x, p) if p > 1 else x
     if m == 1:
         return y
-    matrix = paley(m)
+    matrix = base(m)
     assert matrix is not None
     blocks = y.reshape(*x.shape[:-1], -1, m, p)
     return (matrix.to(y).T @ blocks / m**0.5).reshape(x.shape)

@@ -1,0 +1,122 @@
+"""Every shipped recipe, from the model to a checkpoint that loads; learning that resumes; what recipes refuse."""
+
+import json
+
+import pytest
+import torch
+
+from rotquant import load
+from rotquant.calibrate import read_tokenizer, windows
+from rotquant.errors import RotQuantError
+from rotquant.evaluate import model_losses
+from rotquant.learn import plan
+from rotquant.pipeline import quantize
+from rotquant.recipe import load_recipe, shipped
+from source_models import HELDOUT, file_hashes, source_model
+from tiny_checkpoints import KINDS
+
+QUICK = {"samples": 4, "seq_len": 64}
+SHORT = ("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1", "learn.surrogate.steps=5")
+# 8-bit weights and activations: what is left to differ is a wrong fold, stage, shift or branch.
+FINE = ("weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16")
+RECIPES = [name for name, _ in shipped()]
+
+
+def settings(recipe: str, *more: str) -> list[str]:
+    """Shorter learning, where the recipe learns at all."""
+    learn = load_recipe(recipe).learn
+    return [s for s in SHORT if getattr(learn, s.split(".")[1])] + list(more)
+
+
+def sized(kind: str, folder, **config):
+    return source_model(folder, kind, hidden_size=128, intermediate_size=256, **config)
+
+
+def logits(model, folder):
+    ids = windows(HELDOUT.read_text(), read_tokenizer(folder), 48, "heldout")[:2]
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_computes_the_same_function(tmp_path, recipe):
+    """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly."""
+    from transformers import AutoModelForCausalLM
+
+    kind = list(KINDS)[RECIPES.index(recipe) % len(KINDS)]
+    folder = sized(kind, tmp_path / "m", head_dim=32)
+    made = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=made, **QUICK)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder).eval(), folder)
+    distance = (logits(load(out), folder) - expected).norm() / expected.norm()
+    assert distance < 0.1, distance
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("ruquant-ft", "qwen2"), ("flatquant", "llama"), ("frtq", "qwen3")])
+def test_four_bits_and_its_format(tmp_path, recipe, kind):
+    folder = sized(kind, tmp_path / "m", head_dim=32)
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=settings(recipe), **QUICK)
+    extension = json.loads((out / "config.json").read_text())["rotquant"]
+    kinds = [stage["kind"] for stage in extension.get("input_transforms", [])]
+    assert ("kronecker" in kinds) == (recipe == "flatquant")
+    assert ("reflection" in kinds and "permutation" in kinds) == (recipe == "ruquant-ft")
+    assert ("low_rank" in extension) == (recipe == "frtq")
+    if recipe == "flatquant":  # clips were learned for every layer
+        assert "model.layers.1.mlp.down_proj" in extension["activation_clip"]
+        assert "model.layers.1.self_attn" in extension["kv_clip"]["layers"]
+    ids = windows(HELDOUT.read_text(), read_tokenizer(out), 64, "heldout")[:2]
+    assert model_losses(load(out), ids).isfinite().all()
+
+
+def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """R1, the layers and the training end to end are kept: the same bytes, nothing learned twice."""
+    folder = sized("llama", tmp_path / "m", head_dim=32)
+    all_kinds = [
+        *("learn.surrogate.objective=clip", "learn.surrogate.steps=5", "learn.surrogate.targets=[r1,r2]"),
+        *("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1"),
+    ]
+    whole = quantize(str(folder), tmp_path / "whole", settings=all_kinds, **QUICK)
+    original, learned = plan.LayerLearner.__call__, []
+
+    def stopping(self, index, known=None):
+        learned.append((index, known is None))
+        if index == 1 and len(learned) == 2:
+            raise KeyboardInterrupt
+        return original(self, index, known)
+
+    monkeypatch.setattr(plan.LayerLearner, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(folder), tmp_path / "cut", settings=all_kinds, **QUICK)
+    cut = quantize(str(folder), tmp_path / "cut", settings=all_kinds, resume=True, **QUICK)
+    assert learned == [(0, True), (1, True), (0, False), (1, True)]
+    first, second = (file_hashes(folder) for folder in (cut, whole))
+    assert first.pop("README.md") != second.pop("README.md")  # names its folder
+    assert first == second
+
+
+def test_the_sink_counts_in_gptq(tmp_path):
+    """attention_weight changes the codes, and only through the Hessians."""
+    folder = sized("llama", tmp_path / "m", head_dim=32)
+    one, two = (
+        quantize(str(folder), tmp_path / f"w{w}", settings=[f"weights.attention_weight={w}"], **QUICK) for w in (0, 0.9)
+    )
+    a, b = file_hashes(one), file_hashes(two)
+    same = {name for name in a if a[name] == b[name]}
+    assert "model-00001-of-00004.safetensors" in same  # the embeddings
+    assert "model-00002-of-00004.safetensors" not in same
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        ("gsr", "rotations.walsh_block=96", "walsh_block 96 does not divide"),
+        ("best", "learn.surrogate.objective=beauty", "learn.surrogate.objective"),
+        ("best", "learn.surrogate.steps=0", "learn.surrogate.steps"),
+        ("frtq", "weights.rank=4096", "rank 4096"),
+    ],
+)
+def test_refusals_name_the_key(tmp_path, recipe, setting, message):
+    folder = sized("llama", tmp_path / "m", head_dim=32)
+    more = ["weights.group_size=0"] if recipe == "gsr" else []
+    with pytest.raises(RotQuantError, match=message):
+        quantize(str(folder), tmp_path / "out", recipe=recipe, settings=[*more, setting], **QUICK)
