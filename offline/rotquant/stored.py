@@ -67,7 +67,7 @@ def check(where: str, transform: Transform, tensor: Tensor, inputs: int) -> Tens
 
 
 def _is_hadamard(tensor: Tensor, block: int) -> bool:
-    true = hadamard(torch.eye(block, device="cpu"), block)
+    true = hadamard(torch.eye(block, dtype=torch.float32, device="cpu"), block)  # vLLM changes the default dtype
     return torch.allclose(tensor.float().cpu(), true, rtol=torch.finfo(tensor.dtype).eps, atol=0)
 
 
