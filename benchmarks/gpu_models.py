@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from rotquant import export
 from rotquant.checkpoint import INDEX, save_tensors, save_text
 from rotquant.demo import DATA
-from rotquant.fold import Online, online_transforms
+from rotquant.initial import initial_transforms
 from rotquant.models import LM_HEAD, expected_shapes, read_architecture, read_config
 from rotquant.recipe import Recipe, load_recipe
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
@@ -43,8 +43,9 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
         return
     arch, chosen = read_architecture(folder), recipe()
     if checkpoint == "rotquant":
-        quantization = export.quantization_config(chosen, arch, online_transforms(chosen, arch, 1))
-        export.write_config(folder, folder, arch, quantization, export.extension(chosen, "full", {}))
+        transforms = initial_transforms(chosen, arch, 1, seed=0)
+        quantization = export.quantization_config(chosen, arch, transforms)
+        export.write_config(folder, folder, arch, quantization, export.extension(chosen, transforms, "full", {}))
         return
     config = json.loads((folder / "config.json").read_text())
     weights = export.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}
@@ -85,7 +86,8 @@ def write_model(shape: str, checkpoint: str, folder: Path) -> Path:
     for number, sizes in enumerate(groups.values(), 1):
         tensors = {key: t for name, size in sizes.items() for key, t in random_tensors(name, size, checkpoint).items()}
         if checkpoint == "rotquant" and number == 1:
-            tensors |= export.marker(online_of(shape), torch.bfloat16)
+            marker = export.marker(r4_block(shape), torch.bfloat16)
+            tensors |= {f"model.layers.0.{key}": tensor for key, tensor in marker.items()}
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_tensors(folder / file, tensors)
         written |= dict.fromkeys(tensors, file)
@@ -93,8 +95,8 @@ def write_model(shape: str, checkpoint: str, folder: Path) -> Path:
     return folder
 
 
-def online_of(shape: str) -> Online:
-    """Online transforms of a shape; from a config that is not quantized yet, as the quantizer reads it."""
+def r4_block(shape: str) -> int:
+    """R4's block for a shape; from a config that is not quantized yet, as the quantizer reads it."""
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(**(COMMON | ALL_SHAPES[shape])).save_pretrained(folder)
-        return online_transforms(recipe(), read_architecture(Path(folder)), 1)
+        return export.r4_block(initial_transforms(recipe(), read_architecture(Path(folder)), 1, seed=0))
