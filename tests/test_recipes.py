@@ -112,6 +112,8 @@ def test_the_sink_counts_in_gptq(tmp_path):
         ("gsr", "rotations.walsh_block=96", "walsh_block 96 does not divide"),
         ("best", "learn.surrogate.objective=beauty", "learn.surrogate.objective"),
         ("best", "learn.surrogate.steps=0", "learn.surrogate.steps"),
+        ("best", "rotations.r1=none", "rotations.r1 is none, and the recipe learns it"),
+        ("flatquant", "rotations.r2=none", "rotations.r2 is none, and the recipe learns it"),
         ("frtq", "weights.rank=4096", "rank 4096"),
     ],
 )

@@ -49,6 +49,9 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
             f"config.json: head_dim is {arch.head_dim}, and R3 runs online as a Hadamard of a power of two:"
             " use --set rotations.r3=none"
         )
+    for rotation in ("r1", "r2"):
+        if getattr(recipe.rotations, rotation) == "none" and rotation in learned_rotations(recipe):
+            raise RotQuantError(f"recipe {recipe.name}: rotations.{rotation} is none, and the recipe learns it")
     if arch.intermediate_size % tp_max:
         raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {arch.intermediate_size}")
     if recipe.rotations.r1 == "walsh" and arch.hidden_size % recipe.rotations.walsh_block:
@@ -56,6 +59,16 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
             f"config.json: hidden_size is {arch.hidden_size}, which rotations.walsh_block"
             f" {recipe.rotations.walsh_block} does not divide: --set rotations.walsh_block=N with one that does"
         )
+
+
+def learned_rotations(recipe: Recipe) -> set[str]:
+    """Names of the rotations that some stage of learning moves."""
+    learn = recipe.learn
+    found = {"r1"} if recipe.rotations.mean_to_ones else set()
+    found |= set(learn.surrogate.targets) if learn.surrogate else set()
+    for stage in (learn.blockwise, learn.end_to_end):
+        found |= set(stage.learns) if stage else set()
+    return found
 
 
 def r1_of(recipe: Recipe, size: int, random: torch.Generator) -> Rotation | None:

@@ -203,15 +203,28 @@ class Recipe(_Part):
     @property
     def needs_learning(self) -> bool:
         """True where some transform depends on the model's weights or on calibration text."""
-        scales, online, learn = self.scales, self.online, self.learn
-        return bool(
-            "klt" in (self.rotations.r1, self.rotations.r2)
-            or self.rotations.mean_to_ones
+        return self.learns_r1 or self.learns_layers or self.learn.end_to_end is not None
+
+    @property
+    def learns_r1(self) -> bool:
+        rotations = self.rotations
+        return rotations.r1 == "klt" or rotations.mean_to_ones or self._by_surrogate("r1")
+
+    @property
+    def learns_layers(self) -> bool:
+        """True where a layer's own transforms depend on its weights or inputs."""
+        scales = self.scales
+        return (
+            self.learn.blockwise is not None
+            or self.rotations.r2 == "klt"
+            or self._by_surrogate("r2")
             or "smooth" in (scales.norms, scales.values, scales.up)
             or scales.order
-            or any(online.of(site) for site in ("attn", "o", "mlp", "down"))
-            or learn.surrogate or learn.blockwise or learn.end_to_end
-        )  # fmt: skip
+            or any(self.online.of(site) for site in ("attn", "o", "mlp", "down"))
+        )
+
+    def _by_surrogate(self, rotation: str) -> bool:
+        return self.learn.surrogate is not None and rotation in self.learn.surrogate.targets
 
 
 def shipped() -> list[tuple[str, str]]:

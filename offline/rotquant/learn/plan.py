@@ -13,20 +13,19 @@ from rotquant.learn.layers import LayerLearner
 from rotquant.learn.rotations import learn_r1
 from rotquant.learn.stream import Learner
 from rotquant.progress import Progress
-from rotquant.recipe import Recipe
 from rotquant.space import LayerTransforms
 from rotquant.transforms.dense import Dense
 
 
 def learn(job: Learner, journal: Journal) -> None:
     """Completes job.transforms as job.recipe says."""
-    if learns_r1(job.recipe):
+    if job.recipe.learns_r1:
         known = journal.kept("learn r1")
         if known is None:
             known = learn_r1(job)
             journal.keep("learn r1", known)
         job.transforms.r1 = Dense(known["r1"])
-    if learns_layers(job.recipe):
+    if job.recipe.learns_layers:
         learn_layers(job, journal)
     if job.recipe.learn.end_to_end:
         known = journal.kept("learn end to end")
@@ -35,24 +34,6 @@ def learn(job: Learner, journal: Journal) -> None:
             known = all_tensors(job)
             journal.keep("learn end to end", known)
         restore(job, known)
-
-
-def learns_r1(recipe: Recipe) -> bool:
-    surrogate = recipe.learn.surrogate
-    learned = surrogate is not None and "r1" in surrogate.targets
-    return recipe.rotations.r1 != "none" and (recipe.rotations.r1 == "klt" or recipe.rotations.mean_to_ones or learned)
-
-
-def learns_layers(recipe: Recipe) -> bool:
-    scales, surrogate = recipe.scales, recipe.learn.surrogate
-    return (
-        recipe.learn.blockwise is not None
-        or recipe.rotations.r2 == "klt"
-        or (surrogate is not None and "r2" in surrogate.targets)
-        or "smooth" in (scales.norms, scales.values, scales.up)
-        or scales.order
-        or any(recipe.online.of(site) for site in ("attn", "o", "mlp", "down"))
-    )
 
 
 def learn_layers(job: Learner, journal: Journal) -> None:
