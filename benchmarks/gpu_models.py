@@ -99,4 +99,4 @@ def r4_block(shape: str) -> int:
     """R4's block for a shape; from a config that is not quantized yet, as the quantizer reads it."""
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(**(COMMON | ALL_SHAPES[shape])).save_pretrained(folder)
-        return export.r4_block(initial_transforms(recipe(), read_architecture(Path(folder)), 1, seed=0))
+        return initial_transforms(recipe(), read_architecture(Path(folder)), 1, seed=0).r4_block

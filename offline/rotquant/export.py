@@ -68,7 +68,7 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
     if transforms.r3:
         places = [{"targets": ["re:.*self_attn$"], "location": place} for place in ("q_attn", "k_cache")]
         declared["R3"] = {"type": "hadamard", "head_dim": transforms.r3, "apply": places}
-    if block := r4_block(transforms):
+    if block := transforms.r4_block:
         place = {"targets": ["re:.*down_proj$"], "location": "input"}
         declared[R4_NAME] = {"type": "hadamard", "head_dim": block, "apply": [place]}
     if declared:
@@ -76,15 +76,9 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
     return config
 
 
-def r4_block(transforms: Transforms) -> int:
-    """Block of R4, 0 for none. compressed-tensors' schema knows it; all other stages stand in our own key."""
-    chain = transforms.shared_chain("down")
-    return chain[0].block if chain and chain[0].kind == "hadamard" else 0
-
-
 def own_stages(transforms: Transforms, site: str) -> dict[str, int]:
     """Names of a site's stages in the checkpoint, and their places in the chain; R4 is not among them."""
-    first = 1 if site == "down" and r4_block(transforms) else 0
+    first = 1 if site == "down" and transforms.r4_block else 0
     return {f"{site.capitalize()}{i}": i for i in range(first, len(transforms.shared_chain(site)))}
 
 
@@ -109,7 +103,7 @@ def layer_tensors(stored: dict[str, torch.Tensor], transforms: Transforms, index
             out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
             if stage.kind == "shift":
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
-    return out | (marker(r4_block(transforms), out["input_layernorm.weight"].dtype) if index == 0 else {})
+    return out | (marker(transforms.r4_block, out["input_layernorm.weight"].dtype) if index == 0 else {})
 
 
 def scheme(targets: list[str], bits: int, group_size: int, activations: Activations) -> dict[str, Any]:
@@ -251,7 +245,7 @@ def write_card(
     kv_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
     kv4 = arch.layers * arch.kv_heads * kv_token_bytes(arch.head_dim, kv.symmetric)
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    online += [f"R4: block Hadamard {block} before down_proj"] if (block := r4_block(transforms)) else []
+    online += [f"R4: block Hadamard {block} before down_proj"] if (block := transforms.r4_block) else []
     online += [
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
         for stage in input_transforms(transforms)

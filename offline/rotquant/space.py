@@ -102,6 +102,12 @@ class Transforms:
     r3: int
     layers: list[LayerTransforms]
 
+    @property
+    def r4_block(self) -> int:
+        """Block of R4, 0 for none: the Hadamard that comes first before down_proj."""
+        chain = self.shared_chain("down")
+        return chain[0].block if chain and chain[0].kind == "hadamard" else 0
+
     def shared_chain(self, site: str) -> list[Stage]:
         """The online stages of a site, whose kinds and blocks are those of every layer."""
         return self.layers[0].inputs.get(site, [])

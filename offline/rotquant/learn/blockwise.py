@@ -9,7 +9,6 @@ x is the exact input h, or what the quantized layers before make of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from rotquant.decoder import Decoder
 from rotquant.fold import Tensors
 from rotquant.initial import generator
-from rotquant.learn.orthogonal import StiefelAdam
+from rotquant.learn.orthogonal import StiefelAdam, advance, half_cosine
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.learn.stream import Learner
 from rotquant.recipe import Blockwise
@@ -50,15 +49,12 @@ def learn_blockwise(
     layer = quantized_layer(job, decoder, tensors, start, list(options.learns), options.weight_bits)
     random = generator(job.seed, f"batches.{index}")
     steps = options.epochs * math.ceil(len(inputs) / options.batch)
-    optimisers, schedule = make_optimisers(layer.parameters, options, steps)
-    for step, chosen in enumerate(batches(len(inputs), options, random)):
+    optimisers = make_optimisers(layer.parameters, options)
+    schedules = [half_cosine(optimiser, steps) for optimiser in optimisers]
+    for chosen in batches(len(inputs), options, random):
         loss = relative_error(layer(tensors, inputs[chosen].to(job.device)), wanted[chosen].to(job.device))
         loss.backward()
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        advance(optimisers, schedules)
     return layer.parameters.result()
 
 
@@ -67,19 +63,10 @@ def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     return ((output - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
 
-def make_optimisers(
-    parameters: LayerParameters, options: Blockwise, steps: int
-) -> tuple[list[torch.optim.Optimizer], Callable[[int], float]]:
+def make_optimisers(parameters: LayerParameters, options: Blockwise) -> list[torch.optim.Optimizer]:
     plain, rotations = parameters.groups(options.lr, options.clip_lr, options.rotation_lr)
-    made: list[torch.optim.Optimizer] = []
-    if plain:
-        made.append(torch.optim.AdamW(plain, weight_decay=0))
-    if rotations:
-        made.append(StiefelAdam(rotations))
-    for optimiser in made:
-        for group in optimiser.param_groups:
-            group["initial_lr"] = group["lr"]
-    return made, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(plain, weight_decay=0)] if plain else []
+    return made + ([StiefelAdam(rotations)] if rotations else [])
 
 
 def batches(count: int, options: Blockwise, random: torch.Generator) -> list[Tensor]:

@@ -9,8 +9,6 @@ activations are computed anew for its gradients, so that those of one layer are 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +18,7 @@ from rotquant.fold import fold_r1
 from rotquant.initial import generator
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
-from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
+from rotquant.learn.orthogonal import CayleySGD, StiefelAdam, advance, half_cosine
 from rotquant.learn.stream import Learner
 from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD
 from rotquant.progress import Progress
@@ -75,20 +73,17 @@ def learn_end_to_end(job: Learner) -> None:
     assert options is not None
     model = QuantizedModel(job, options)
     optimisers = make_optimisers(model, options)
+    schedules = [half_cosine(optimiser, options.steps) for optimiser in optimisers]
     random = generator(job.seed, "end_to_end")
     with Progress("end to end: step", options.steps) as progress:
-        for step in range(options.steps):
+        for _ in range(options.steps):
             chosen = torch.randint(len(job.tokens), (options.batch,), generator=random)
             total = 0.0
             for window in chosen.tolist():  # gradients add up over the batch
                 loss = loss_of(model, job.tokens[window : window + 1], options) / options.batch
                 loss.backward()
                 total += loss.item()
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = group["initial_lr"] * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+            advance(optimisers, schedules)
             progress.step(f"loss {total:.4f}")
     job.transforms.layers = [layer.parameters.result() for layer in model.layers]
     if model.r1 is not None:
@@ -115,7 +110,4 @@ def make_optimisers(model: QuantizedModel, options: EndToEnd) -> list[torch.opti
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(plain, weight_decay=0)] if plain else []
     if rotations:
         made.append((CayleySGD if options.optimiser == "cayley" else StiefelAdam)(rotations))
-    for optimiser in made:
-        for group in optimiser.param_groups:
-            group["initial_lr"] = group["lr"]
     return made

@@ -74,10 +74,10 @@ class SampleLearner:
         self.layer.inputs = {site: list(stages) for site, stages in self.layer.inputs.items()}
         self.smooth()
         if self.layer.r2 is not None:
-            self.layer.r2 = learn_r2(job, index, self.x["v"])
+            self.layer.r2 = learn_r2(job, index, self.x["v"], tensors["self_attn.o_proj.weight"])
             self.x["o"] = self.heads_rotated(self.x["o"], self.layer.r2)
         if self.recipe.scales.order:
-            self.layer.order = zigzag(self.x["down"].abs().amax(0), self.r4_block() or 1, job.tp_max)
+            self.layer.order = zigzag(self.x["down"].abs().amax(0), self.job.transforms.r4_block or 1, job.tp_max)
             self.x["down"] = self.x["down"][:, self.layer.order]
         for site in SITES:
             self.add_stages(site)
@@ -102,7 +102,7 @@ class SampleLearner:
         weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in SITES[site]])
         if alpha != "search":
             return smooth_scale(x.abs().amax(0), weight.abs().amax(0), float(alpha))
-        block = self.r4_block() if site == "down" else 0
+        block = self.job.transforms.r4_block if site == "down" else 0
 
         def rotate(rows: Tensor) -> Tensor:
             return reference.hadamard(rows, block) if block else rows
@@ -123,9 +123,6 @@ class SampleLearner:
     def heads_rotated(self, x: Tensor, r2: Tensor) -> Tensor:
         rotation = per_query_head(r2, self.job.arch).float()
         return torch.einsum("nhd,hde->nhe", x.unflatten(1, (-1, self.job.arch.head_dim)), rotation).flatten(1)
-
-    def r4_block(self) -> int:
-        return next((stage.block for stage in self.job.transforms.layers[0].inputs.get("down", [])), 0)
 
     def add_stages(self, site: str) -> None:
         """The site's own online stages, behind R4 where there is one; learning may move their tensors."""

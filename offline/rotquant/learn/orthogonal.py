@@ -153,7 +153,7 @@ def learn_rotation(
         engine = StiefelAdam(model.parameters(), lr=lr)
     else:
         engine = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(engine, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = half_cosine(engine, steps)
     losses = []
     for x, _ in zip(_forever(batches), range(steps), strict=False):
         x = x.to(rotation)
@@ -166,6 +166,19 @@ def learn_rotation(
         losses.append(loss.item())
     with torch.no_grad():
         return qr_rotation(model.z.double()), losses
+
+
+def half_cosine(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rates that fall from their first value to 0 in `steps` steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def advance(optimisers: list[torch.optim.Optimizer], schedules: list[torch.optim.lr_scheduler.LambdaLR]) -> None:
+    """One step of all, from the gradients that are there; clears them."""
+    for optimiser, schedule in zip(optimisers, schedules, strict=True):
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
 
 
 def _forever(batches: Batches) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rotquant.initial import generator
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.models import Architecture
 from rotquant.progress import Progress
 from rotquant.recipe import Activations, KVCache, Surrogate
 from rotquant.space import SITES
@@ -134,21 +135,24 @@ def gradient_objective(options: Surrogate, quantizer: Activations | KVCache) -> 
     return found[options.objective]
 
 
-def learn_r2(job: Learner, index: int, values: Tensor) -> Tensor:
-    """R2 of a layer, float64 [kv_heads, d, d], from rows of its values [n, kv_heads * d] (S_ov folded)."""
+def learn_r2(job: Learner, index: int, values: Tensor, output: Tensor) -> Tensor:
+    """R2 of a layer, float64 [kv_heads, d, d], from rows of its values [n, kv_heads * d] (S_ov folded).
+
+    Args:
+        output: o_proj's weight [hidden, heads * d], as the layer was read.
+    """
     options, start = job.recipe.learn.surrogate, job.transforms.layers[index].r2
     assert start is not None
     heads = values.unflatten(1, (job.arch.kv_heads, -1)).unbind(1)
     if job.recipe.rotations.r2 == "klt":
-        start = output_rotation(job, index)
+        start = output_rotation(output, job.arch)
     if options is None or "r2" not in options.targets:
         return start
     quantizer = job.recipe.kv if job.recipe.kv.bits == 4 else job.recipe.activations
     return torch.stack([surrogate(h, r, options, quantizer) for h, r in zip(heads, start, strict=True)])
 
 
-def output_rotation(job: Learner, index: int) -> Tensor:
+def output_rotation(output: Tensor, arch: Architecture) -> Tensor:
     """For each KV head R2 = U H of o_proj's covariance over the head's channels, float64 [kv_heads, d, d]."""
-    arch = job.arch
-    weight = job.layer(index)["self_attn.o_proj.weight"].cpu().unflatten(1, (arch.kv_heads, -1, arch.head_dim))
+    weight = output.cpu().unflatten(1, (arch.kv_heads, -1, arch.head_dim))
     return torch.stack([equal_variances(covariance([w.flatten(0, 1)])) for w in weight.unbind(1)])
