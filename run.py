@@ -140,7 +140,8 @@ def main() -> int:
             return subprocess.call(command)
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
     code = 0
-    for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest", *arguments[1:]]):
+    pytest = ["pytest", "-n", "2", "--dist", "loadgroup", *arguments[1:]]  # groups: tests/conftest.py
+    for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):
         say(" ".join(check))
         code = subprocess.call([str(PYTHON), "-m", *check], cwd=ROOT) or code
     return code
