@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-
 # Files that start vLLM: one at a time, since each start takes gigabytes and a core.
 STARTS_VLLM = {
     *("test_cli", "test_evaluate", "test_lm_eval", "test_load_online", "test_plugin", "test_serve"),
