@@ -19,7 +19,6 @@ inline void fetch(const uint8_t* tile) {
 
 #if defined(RQ_AVX512)
 
-inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline float first(F a) { return _mm512_cvtss_f32(a.v); }
 inline F load_i8(const int8_t* p) {
@@ -87,7 +86,6 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 #elif defined(RQ_AVX2)
 
-inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline float first(F a) { return _mm256_cvtss_f32(a.v); }
 inline F load_i8(const int8_t* p) {
@@ -175,7 +173,6 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 #else
 
-inline I operator&(I a, I b) { return {a.v & b.v}; }
 inline I operator|(I a, I b) { return {a.v | b.v}; }
 inline float first(F a) { return a.v; }
 inline F load_i8(const int8_t* p) { return {float(*p)}; }
