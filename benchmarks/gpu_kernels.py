@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import gpu_attention
+import gpu_fused
 from gpu_attention import Attention, Call
+from gpu_fused import Norm, Silu
 from kernels_report import table
 from rotquant_kernels import convention, ops
 
@@ -49,17 +51,20 @@ class Rows:
         return f"{self.k} block {self.block} M {self.m}"
 
 
-Problem = Linear | Rows | Attention
+Problem = Linear | Rows | Silu | Norm | Attention
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 PROBLEMS: dict[str, list[Any]] = {
     "linear": [Linear(k, n, m) for k, n in SHAPES for m in (1, 16, 64, 256, 2048, 8192)],
     "rows": [Rows(k, block, m) for k, block in ((4096, 4096), (14336, 2048)) for m in (1, 16, 2048)],
+    "silu_mul": [Silu(14336, 2048, m) for m in (1, 16, 2048)],
+    "rms_norm": [Norm(4096, m) for m in (1, 16, 2048)],
     "attention": [
         *(Attention(batch, 4096, 1) for batch in (1, 16, 64)), Attention(16, 16384, 1), Attention(1, 65536, 1),
         Attention(1, 4096, 4096), Attention(1, 16384, 512),
     ],
 }  # fmt: skip
 PEERS: dict[type, dict[str, Callable[[Any], Call]]] = {Linear: {}, Rows: {}, Attention: gpu_attention.PEERS}
+PEERS |= gpu_fused.PEERS
 
 
 def peer(kind: type, name: str) -> Callable[[Callable[[Any], Call]], Callable[[Any], Call]]:
@@ -221,6 +226,8 @@ def validate(p: Problem) -> str:
     meta = partial(torch.empty, device="meta")
     if isinstance(p, Attention):
         return gpu_attention.validate(p)
+    if isinstance(p, Silu | Norm):
+        return gpu_fused.validate(p)
     x = meta(p.m, p.k, dtype=torch.bfloat16)
     if isinstance(p, Rows):
         assert p.k % p.block == 0

@@ -38,6 +38,13 @@ def activations(m: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+def gate_up(m: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [gate, up], up of every kind; gates from where silu is 0 to where it is the gate."""
+    gate = torch.randn(m, k, generator=torch.Generator().manual_seed(seed + 1)) * 12
+    gate[:, ::7] *= 10
+    return torch.cat((gate.to(dtype), activations(m, k, seed, dtype)), -1)
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, NaN where NaN is."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
@@ -106,6 +113,48 @@ def test_dense_transforms_and_the_low_rank_branch(tier, seed, m, block, rank, dt
         assert (actual - expected).abs().max() <= (torch.finfo(dtype).eps + 1e-5) * expected.abs().max()
 
 
+@many
+@given(SEEDS, st.integers(0, 9), SHAPES, DTYPES, st.sampled_from([4, 8]), st.booleans())
+def test_silu_mul_in_front_is_the_references_bit_for_bit(tier, seed, m, shape, dtype, bits, symmetric):  # noqa: F811
+    k, block = shape
+    settings = ("hadamard" if block else "none", block, None, bits, symmetric, 0.9, True)
+    for x in (gate_up(m, k, seed, dtype), torch.empty(m, 2 * k + 3, dtype=dtype)[:, 3:]):
+        x[:] = gate_up(m, k, seed, dtype)
+        pairs = zip(ops.quantize_rows(x, *settings), reference.quantize_rows(x, *settings), strict=True)
+        assert all(same(ours, expected) for ours, expected in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_silu_mul_is_that_of_a_model(dtype):
+    """Within a step of its dtype of torch's, whose exp has another last bit; exact where that cannot show."""
+    gate = torch.cat((torch.linspace(-100, 100, 40001), torch.tensor([0.0, 6e4, -6e4, float("inf")]))).to(dtype)
+    x = torch.stack((gate, torch.ones_like(gate)), -1)
+    ours, theirs = convention.silu_mul(x)[:, 0], torch.nn.functional.silu(gate)
+    error = (ours.double() - theirs.double()).abs()
+    assert (error[:-1] <= (2 * torch.finfo(dtype).eps * theirs.double().abs()).clamp(min=1e-35)[:-1]).all()
+    assert ours[-1] == float("inf")
+    if dtype != torch.float32:
+        assert (error[:-1] > 0).float().mean() < 1e-3
+    broken = torch.tensor([[float("nan"), 1], [1, float("nan")], [-float("inf"), 1]], dtype=dtype)
+    assert convention.silu_mul(broken).isnan().all()
+
+
+@many
+@given(SEEDS, st.sampled_from([1, 5, 195]), st.sampled_from([(100, 4, 1), (24, 8, 3), (2176, 128, 17)]), DTYPES,
+       st.sampled_from([0, 24]))  # fmt: skip
+def test_silu_mul_in_front_of_a_layer(tier, seed, m, shape, dtype, rank):  # noqa: F811
+    k, block, groups = shape
+    _, packed, scale, bias = linear_case(seed, 1, k, 70, dtype, groups, 4)
+    x, prepared = gate_up(m, k, seed, dtype), ops.prepare_weight(packed, 4, k, groups)
+    generator = torch.Generator().manual_seed(seed)
+    branch = [torch.randn(s, generator=generator).to(dtype) for s in ((k, rank), (rank, 70))] if rank else [None, None]
+    rest = (bias, 4, "hadamard", block, None, 4, False, 0.8, *branch)
+    actual = ops.int_linear(x, prepared, scale, *rest, True)
+    assert same(actual, ops.int_linear(convention.silu_mul(x), prepared, scale, *rest))
+    if not rank:
+        assert same(actual, reference.int_linear(x, packed, scale, *rest, True))
+
+
 def test_results_do_not_depend_on_the_batch_the_strides_or_the_threads(tier):  # noqa: F811
     x, packed, scale, bias = linear_case(3, 300, 512, 200, torch.bfloat16, 4, 4)
     prepared = ops.prepare_weight(packed, 4, 512, 4)
@@ -147,6 +196,8 @@ def test_wrong_arguments_are_refused_by_name():
         arguments[place] = wrong
         with pytest.raises(RuntimeError, match=word):
             ops.int_linear(*arguments)
+    with pytest.raises(RuntimeError, match="gate and up, not 63"):
+        ops.quantize_rows(x[:, :63], "none", 0, None, 4, True, 0.9, True)
     with pytest.raises(RuntimeError, match="needs its matrix"):
         ops.quantize_rows(x, "dense", 64, None, 4, True, 0.9)
     with pytest.raises(RuntimeError, match="does not hold"):

@@ -6,6 +6,7 @@ Every `LLM(...)` runs in one child process, so that vLLM is imported once and th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -113,6 +114,27 @@ def test_compiled(child: Child, tmp_path: Path) -> None:
     assert "Warming up model for the compilation" in got.log
 
 
+def test_norms_quantize(child: Child, tmp_path: Path) -> None:
+    """Where the GEMM reads quantized rows, as on a GPU: norms hand on integers, through torch.compile too."""
+    spec = replace(BASE, architecture="qwen2", symmetric=False)
+    folder = write_checkpoint(tmp_path / "model", spec)
+    got = child(serving.serve, folder, PROMPTS, enforce_eager=False, swap="norms quantize")
+    agrees(got, folder, spec)
+    rows = {line.split()[0]: line for line in got.log[got.log.index("rotquant start-up check") :].splitlines()[2:6]}
+    in_front = {name: line.split(" A4 ")[1].split()[0] for name, line in rows.items()}
+    assert in_front == {"qkv_proj": "rms_norm", "o_proj": "-", "gate_up_proj": "rms_norm", "down_proj": "silu_mul"}
+    assert "Warming up model for the compilation" in got.log
+
+
+def test_lora_keeps_separate_ops(child: Child, base: Path, served: serving.Served) -> None:
+    """An adapter of down_proj reads the product of gate and up."""
+    got = child(serving.serve, base, PROMPTS, enable_lora=True, max_lora_rank=8)
+    down = next(line for line in got.log.splitlines() if line.strip().startswith("down_proj"))
+    assert re.search(r"W4 A4 +- +R4 hadamard 128", down)
+    for ours, theirs in zip(got.prompt_logprobs, served.prompt_logprobs, strict=True):
+        assert (ours - theirs).abs().median() < 1e-5
+
+
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:
     folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
     got, expected = (child(serving.serve, path, PROMPTS, swap=EXACT) for path in (folder, base))
@@ -156,7 +178,8 @@ def test_proof_names_what_runs(served: serving.Served) -> None:
     rows = {line.split()[0]: line for line in block[2:7]}
     assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention"]
     assert "W4 A4" in rows["qkv_proj"]
-    assert "R4 hadamard 128" in rows["down_proj"]
+    assert re.search(r"W4 A4 +silu_mul +R4 hadamard 128", rows["down_proj"])
+    assert "rms_norm" not in rows["qkv_proj"]  # the native GEMM does not read quantized rows
     assert "R3 hadamard 64" in rows["attention"]
     assert block[7] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
     assert block[8] == "  not quantized: lm_head (1)"
@@ -164,7 +187,13 @@ def test_proof_names_what_runs(served: serving.Served) -> None:
 
 @pytest.mark.parametrize(
     ("swap", "where"),
-    [("no transform", "down_proj"), ("16-bit activations", "qkv_proj"), ("unrotated query", "attn")],
+    [
+        ("no transform", "down_proj"),
+        ("no silu", "down_proj"),
+        ("16-bit activations", "qkv_proj"),
+        ("unrotated query", "attn"),
+        ("norms quantize without residual", "qkv_proj"),
+    ],
 )
 def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where}.*ROTQUANT_STRICT=0"):

@@ -54,10 +54,18 @@ def linear(arch: int, tokens: int, groups: int = 1, bits: int = 4, symmetric: bo
 
 def quantize(arch: int, source: str, columns: int, block: int, bits: int = 4, symmetric: bool = True) -> Any:
     """`rows.quantize_kernel` as launched for rows of bfloat16."""
-    types = {"x": "*bf16", "residual": "*bf16", "norm": "*bf16", "codes": "*i8", "scales": "*fp32", "zeros": "*i32"}
+    types = {
+        "x": "*bf16",
+        "residual": "*bf16",
+        "norm": "*bf16",
+        "stream": "*bf16",
+        "codes": "*i8",
+        "scales": "*fp32",
+        "zeros": "*i32",
+    }
     types |= {"x_stride": "i32", "columns": "i32", "clip": "fp32", "eps": "fp32"}
     width = triton.next_power_of_2(columns)
     constants: dict[str, Any] = {"SOURCE": source, "WIDTH": width, "BLOCK": block, "LOG": block.bit_length() - 1}
     constants |= {"BITS": bits, "SYMMETRIC": symmetric, "ORDER": "natural"}
-    constants |= {} if source == "rms_norm" else {"residual": None, "norm": None}
+    constants |= {} if source == "rms_norm" else dict.fromkeys(("residual", "norm", "stream"))
     return compiled(rows.quantize_kernel, arch, types, constants, num_warps=rows.warps(width))

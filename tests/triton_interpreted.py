@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rotquant_kernels import convention, fused, reference
 from rotquant_kernels.cuda import gemm, layout, rows
-from test_linear_native import activations, linear_case, same
+from test_linear_native import activations, gate_up, linear_case, same
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -124,23 +124,44 @@ def nearly(got, expected) -> None:
     assert torch.allclose(got[1], expected[1], rtol=0.01)
 
 
+@few
+@given(SEEDS, SHAPES, st.sampled_from([torch.float32, torch.float16]), st.booleans())
+def test_silu_mul_in_front_is_the_references_bit_for_bit(seed, shape, dtype, symmetric):
+    k, block = shape
+    x = gate_up(4, k, seed, dtype)
+    settings = ("hadamard" if block else "none", block, None, 4, symmetric, 0.9, True)
+    assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "dense", "none"])
+def test_silu_mul_in_front_of_a_layer(transform):
+    """Also where the low-rank branch or a dense product reads its rows."""
+    m, k, n = 9, 96, 70
+    _, packed, scale, bias = linear_case(6, 1, k, n, torch.float16, 1, 4)
+    x, weight = gate_up(m, k, 6, torch.float16), layout.pack_weight(packed, 4, k, 1)
+    generator = torch.Generator().manual_seed(6)
+    matrix = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q.contiguous()
+    rest = (bias, 4, transform, 32, matrix if transform == "dense" else None, 4, True, 0.9)
+    for rank in (0, 8):
+        branch = [torch.randn(s, generator=generator) for s in ((k, rank), (rank, n))] if rank else [None, None]
+        expected = gemm.int_linear(convention.silu_mul(x), weight, scale, *rest, *branch)
+        assert same(gemm.int_linear(x, weight, scale, *rest, *branch, True), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_silu_and_norm_quantize_in_one_launch(dtype, symmetric):
+def test_a_norm_quantizes_in_one_launch(dtype, symmetric):
     generator = torch.Generator().manual_seed(4)
-    x = (3 * torch.randn(6, 2 * 384, generator=generator)).to(dtype)
-    for transform in (("hadamard", 128, None), ("none", 0, None)):
-        arguments = (x, *transform, 4, symmetric, 0.9)
-        nearly(rows.silu_mul_quantize(*arguments), fused.silu_mul_quantize(*arguments))
-    residual = torch.randn(6, 768, generator=generator).to(dtype)
+    x, residual = ((3 * torch.randn(6, 768, generator=generator)).to(dtype) for _ in range(2))
     weight = (1 + torch.randn(768, generator=generator) / 4).to(dtype)
-    kept, ours = residual.clone(), residual.clone()
-    expected = fused.rms_norm_quantize(x, kept, weight, 1e-6, 8, symmetric, 1.0)
-    nearly(rows.rms_norm_quantize(x, ours, weight, 1e-6, 8, symmetric, 1.0), expected)
-    assert torch.equal(ours, kept)
-    assert not torch.equal(ours, residual)
-    alone = (x, None, weight, 1e-6, 4, symmetric, 0.8)
-    nearly(rows.rms_norm_quantize(*alone), fused.rms_norm_quantize(*alone))
+    for before in (residual, residual.t().contiguous().t(), None):
+        arguments = (x, before, weight, 1e-6, 8, symmetric, 1.0)
+        expected = fused.rms_norm_quantize(*arguments)
+        got = rows.rms_norm_quantize(*arguments)
+        nearly(got, expected)
+        assert same(got[3], expected[3])
+    with pytest.raises(ValueError, match="residual stream"):
+        rows.rms_norm_quantize(x, residual.double(), weight, 1e-6, 8, symmetric, 1.0)
 
 
 def test_a_linear_layer_of_quantized_rows_is_the_whole():
@@ -185,8 +206,8 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
     x = inputs(5, columns, 7, torch.float16)
     codes, *rest = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9)
     pairs = codes.view(5, -1, 2, 16).transpose(-1, -2)  # position 2 b + h of a chunk is column 16 h + b
-    eight, *same_scale = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming8")
+    eight, *same_scale = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, order="humming8")
     assert all_same(same_scale, rest)
     assert torch.equal(eight, pairs.flatten(1))
-    four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, "humming4")[0]
+    four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, order="humming4")[0]
     assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention, online, ops, reference
+from rotquant_kernels import convention, fused, online, ops, reference
 
 
 @dataclass
@@ -129,9 +129,9 @@ def swapped(how: str) -> Iterator[None]:
         return honest_linear(x, w, s, b, bits, "none", 0, None, *rest[3:])
 
     def sixteen_bit_activations(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, kind: str, *rest: Any) -> Tensor:
-        y = reference.transform_rows(x, kind, *rest[:2])
-        codes = convention.unpack_int32(w, bits, x.shape[-1])
-        weight = codes * s.repeat_interleave(x.shape[-1] // s.shape[1], dim=1)
+        y = reference.transform_rows(convention.silu_mul(x) if rest[-1] else x, kind, *rest[:2])
+        codes = convention.unpack_int32(w, bits, y.shape[-1])
+        weight = codes * s.repeat_interleave(y.shape[-1] // s.shape[1], dim=1)
         return (y @ weight.t() + (0 if b is None else b)).to(x.dtype)
 
     def unrotated_query(*arguments: Any) -> Tensor:
@@ -141,14 +141,30 @@ def swapped(how: str) -> Iterator[None]:
         return honest_linear(x, w, s, None, *rest)
 
     def no_low_rank(*arguments: Any) -> Tensor:
-        return honest_linear(*arguments[:11])
+        return honest_linear(*arguments[:11], None, None, *arguments[13:])
+
+    def no_silu(x: Tensor, *rest: Any) -> Tensor:
+        gate, up = x.chunk(2, -1) if rest[-1] else (1, x)
+        return honest_linear(gate * up, *rest[:-1])
+
+    def no_residual(x: Tensor, residual: Any, *rest: Any) -> Any:
+        return *fused.rms_norm_quantize(x, None, *rest)[:3], x + residual
 
     def no_shift(x: Tensor, kind: str, block: int, tensor: Any) -> Tensor:
         return x.float() if kind == "shift" else ops.online_stage(x, kind, block, tensor)
 
     honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
+    # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
+    norms: dict[str, Any] = {
+        "reads_quantized": lambda device: True,
+        "prepare_weight": lambda packed, *_: packed.clone(),
+        "int_linear": reference.int_linear,
+        "kv4_attention": reference.kv4_attention,
+    }
     wrong: dict[str, dict[str, Any]] = {
         "": {},
+        "norms quantize": norms,
+        "norms quantize without residual": norms | {"rms_norm_quantize": no_residual},
         "exact attention": {"kv4_attention": reference.kv4_attention},
         "no transform": {"int_linear": no_transform},
         "16-bit activations": {
@@ -157,6 +173,7 @@ def swapped(how: str) -> Iterator[None]:
         },
         "no bias": {"int_linear": no_bias},
         "no low rank": {"int_linear": no_low_rank},
+        "no silu": {"int_linear": no_silu},
         "no shift": {"online_stage": no_shift},
         "unrotated query": {"kv4_attention": unrotated_query},
     }

@@ -13,9 +13,11 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -66,10 +68,26 @@ __all__ = [
     "head_major_layouts",
     "logger",
     "lora_is_on",
+    "norm_before",
     "opaque_pages",
     "register_weight_loader_v2_supported_method",
+    "silu_mul_before",
+    "tell_compiled_graphs_apart",
     "weights_are_dummy",
 ]
+
+# Models whose forward is known. An MLP runs down_proj(act_fn(gate_up_proj(x))). A decoder layer passes the output of
+# input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
+# else reads them.
+MODELS = "vllm.model_executor.models."
+MLPS = ("llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
+ATTENTIONS = ("llama.LlamaAttention", "mistral.MistralAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+DECODERS = (
+    "llama.LlamaDecoderLayer",
+    "mistral.MistralDecoderLayer",
+    "qwen2.Qwen2DecoderLayer",
+    "qwen3.Qwen3DecoderLayer",
+)
 
 # vLLM shows only the loggers below its own name.
 logger: Any = init_logger("vllm.rotquant")
@@ -87,6 +105,42 @@ def head_major_layouts() -> Sequence[Any] | None:
     except ImportError:
         return None
     return (KVCacheLayout.LBHNC,)
+
+
+def known(module: Any, names: Sequence[str]) -> bool:
+    """Whether a module is of exactly one of these classes of vLLM's models."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in [MODELS + name for name in names]
+
+
+def silu_mul_before(layer: Any, mlp: Any) -> bool:
+    """Whether `layer` is the down_proj of an MLP and reads silu(gate) * up, which its act_fn makes."""
+    return known(mlp, MLPS) and mlp.down_proj is layer and type(mlp.act_fn) is SiluAndMul
+
+
+def norm_before(layer: Any, decoder: Any) -> str | None:
+    """Name of the RMSNorm in a decoder layer whose output `layer` reads and nothing else does."""
+    if not known(decoder, DECODERS) or getattr(decoder, "ada_rms_norm_t_cond", None) is not None:
+        return None
+    attention, mlp = decoder.self_attn, decoder.mlp
+    if known(attention, ATTENTIONS) and attention.qkv_proj is layer:
+        name = "input_layernorm"
+    elif known(mlp, MLPS) and mlp.gate_up_proj is layer:
+        name = "post_attention_layernorm"
+    else:
+        return None
+    norm = getattr(decoder, name)
+    plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
+    return name if plain else None
+
+
+def tell_compiled_graphs_apart(key: str, value: Any) -> None:
+    """Makes `value`, which decides how a model runs, part of what vLLM's cache of compiled graphs goes by.
+
+    To be called while a model is loaded.
+    """
+    extra = get_current_vllm_config().additional_config
+    if isinstance(extra, dict):
+        extra[key] = value
 
 
 def lora_is_on() -> bool:

@@ -29,6 +29,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
 
     def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
         self.format, self.prefix, self.proof = linear, prefix, proof
+        self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
 
     def create_weights(
         self,
@@ -120,15 +121,19 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         low, high = convention.int_range(self.format.weight_bits)
         layer.weight_scale.data.fill_((self.inputs / 12) ** -0.5 / (high - low))  # uniform codes
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor | tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
         """Linear layer on integers.
 
         Args:
-            x: [..., K] in the model's dtype; never changed (LoRA adds its own product of the same x).
+            x: [..., K] in the model's dtype; never changed (LoRA adds its own product of the same x). With `silu_mul`
+                [..., 2 K], gate then up. Behind a norm that has quantized already codes, scale and zero point.
         Returns:
-            [..., N] in x's dtype.
+            [..., N] in the model's dtype.
         """
         linear, correction = self.format, layer.shift_correction
+        if isinstance(x, tuple):
+            weights = layer.weight_packed, layer.weight_scale, bias, linear.weight_bits
+            return ops.quantized_linear(*x, *weights, linear.act_symmetric, self.dtype)
         if correction is not None:
             bias = correction if bias is None else bias + correction
         return online.linear(
@@ -143,6 +148,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             linear.act_clip,
             layer.low_rank_down,
             layer.low_rank_up,
+            self.silu_mul,
         )
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:

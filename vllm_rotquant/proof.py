@@ -18,8 +18,9 @@ from torch import Tensor
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
 from rotquant_kernels import ops, reference
-from rotquant_kernels.online import FUSED
+from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation
+from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.witness import (
     distance,
@@ -30,7 +31,9 @@ from vllm_rotquant.witness import (
     sign_of_extreme,
     transformed,
     trial,
+    trial_gate_up,
     trial_rows,
+    trial_stream,
 )
 
 ROWS = 9  # tokens of a trial input; also run one by one, since kernels treat a single token apart
@@ -39,17 +42,21 @@ STEPS = ((20, 0), (17, 20), (1, 1))  # new tokens of two sequences: a first chun
 
 
 class Proof:
-    """Collects the quantized layers of one model while it is built and loaded; the last one runs the check."""
+    """Collects the quantized layers of one model while it is built and loaded; the last one joins what runs in front
+    of them with their ops (`fusion`) and runs the check."""
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
         self.pending: set[int] = set()
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
+        self.holders: Holders | None = None
         self.done = False
 
     def expect(self, layer: Any) -> None:
-        """`layer` was built and will be loaded."""
+        """`layer` is being built and will be loaded."""
+        if self.holders is None and not compat.lora_is_on():
+            self.holders = Holders()
         self.layers.append(layer)
         self.pending.add(id(layer))
 
@@ -65,9 +72,11 @@ class Proof:
         if not self.pending and not self.done:
             self.done = True
             try:
+                if self.holders is not None:
+                    fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
                 run_checks(self)
             finally:
-                self.layers, self.packed = [], {}
+                self.layers, self.packed, self.holders = [], {}, None
 
 
 @dataclass
@@ -78,6 +87,7 @@ class Row:
     layers: int
     kernel: str
     bits: str
+    front: str
     transform: str
     error: float
     limit: float
@@ -89,7 +99,7 @@ class Row:
 
     def cells(self) -> list[str]:
         verdict = f"{self.error:.2%}" if self.passed else f"{self.error:.2%} MISMATCH"
-        return [self.kind, str(self.layers), self.kernel, self.bits, self.transform, verdict]
+        return [self.kind, str(self.layers), self.kernel, self.bits, self.front, self.transform, verdict]
 
 
 @torch.inference_mode()
@@ -119,7 +129,7 @@ def run_checks(proof: Proof) -> None:
 
 def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
-    table = [["layer", "count", "kernel", "bits", "online transform", "distance from reference"]]
+    table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
@@ -160,16 +170,25 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     method = layer.quant_method
     linear, inputs = method.format, method.inputs
     stages = rotation.stages(layer, linear.transforms)
-    x = trial_rows(ROWS, inputs, stages, method.dtype, packed.device)
     bias, correction = getattr(layer, "bias", None), layer.shift_correction
-    together = method.apply(layer, x, bias)
-    alone = torch.cat([method.apply(layer, row, bias) for row in x.split(1)])
+    if method.norm is not None:
+        given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps)
+    elif method.silu_mul:
+        given, x = trial_gate_up(ROWS, inputs, stages, method.dtype, packed.device)
+    else:
+        given = x = trial_rows(ROWS, inputs, stages, method.dtype, packed.device)
+
+    def run(rows: Any) -> Tensor:
+        return method.apply(layer, rows if method.norm is None else method.norm(*rows.unbind(1))[0], bias)
+
+    together, alone = run(given), torch.cat([run(row) for row in given.split(1)])
     if correction is not None:
         bias = correction if bias is None else bias.double() + correction
     factors = layer.low_rank_down, layer.low_rank_up
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
-    before = stages[:-1] if stages and stages[-1].kind in FUSED else stages
-    kernels = {ops.kernel_of(op, packed.device.type) for op in ("int_linear", *("online_stage" for _ in before))}
+    used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
+    used += ["online_stage"] if split(stages)[0] else []
+    kernels = {ops.kernel_of(op, packed.device.type) for op in used}
     group = f" g{linear.group_size}" if linear.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
@@ -177,6 +196,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
         count,
         " + ".join(sorted(kernels)),
         f"W{linear.weight_bits} A{linear.act_bits}{group}{rank}",
+        "silu_mul" if method.silu_mul else "rms_norm" if method.norm is not None else "-",
         " + ".join(str(transform) for transform in linear.transforms) or "none",
         max(distance(together, expected), distance(alone, expected)),
         limit(x.dtype, linear.act_bits),
@@ -202,7 +222,9 @@ def attention_row(layer: Any, count: int) -> Row:
     kernels = {ops.kernel_of(op, device.type) for op in ("kv4_write", "kv4_attention")}
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
     error, most = distance(got, expected), limit(layer.dtype, 4)
-    return Row("attention", count, " + ".join(sorted(kernels)), "KV4", name, error, most, layer.quant_method.prefix)
+    return Row(
+        "attention", count, " + ".join(sorted(kernels)), "KV4", "-", name, error, most, layer.quant_method.prefix
+    )
 
 
 def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> list[Tensor]:

@@ -106,6 +106,29 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     return x[good[:rows]]
 
 
+def trial_gate_up(
+    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Gate and up [rows, 2 inputs] and silu(gate) * up as a model rounds it, whose extremes are as in `trial_rows`."""
+    gate, up = (3 * trial(rows, inputs, dtype=dtype, device=device, seed=seed) for seed in (7, 8))
+    silu = torch.nn.functional.silu(gate.double()).to(dtype)
+    up = up * sign_of_extreme(transformed(silu * up, stages)).to(dtype)
+    return torch.cat((gate, up), -1), silu * up
+
+
+def trial_stream(rows: int, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A layer's output and the residual [rows, 2, K] and the norm of their sum as a model rounds it, likewise.
+
+    Args:
+        weight: the norm's, [K] in the model's dtype.
+    """
+    x = trial(rows, 2, weight.shape[0], dtype=weight.dtype, device=weight.device, seed=9)
+    total = (x[:, 0] + x[:, 1]).double()
+    normed = (total * (total.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(weight.dtype) * weight
+    sign = sign_of_extreme(normed)
+    return x * sign[:, None], normed * sign
+
+
 def float_linear(
     x: Tensor,
     linear: LinearFormat,

@@ -6,6 +6,8 @@
 
 #include "rows.h"
 
+#include "silu.h"
+
 #include "gemm.h"
 
 #include "kv4.h"
@@ -14,6 +16,7 @@ namespace rotquant {
 const Tier RQ_TABLE = {
     RQ_NAME,
     RQ_TIER::load_row,
+    RQ_TIER::load_silu_mul,
     RQ_TIER::transform_row,
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,

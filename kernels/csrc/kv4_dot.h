@@ -19,10 +19,7 @@ inline void fetch(const uint8_t* tile) {
 
 #if defined(RQ_AVX512)
 
-inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
-inline F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
-inline I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
 inline float first(F a) { return _mm512_cvtss_f32(a.v); }
 inline F load_i8(const int8_t* p) {
   return to_float(I{_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))});
@@ -89,10 +86,7 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 #elif defined(RQ_AVX2)
 
-inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
-inline F as_float(I a) { return {_mm256_castsi256_ps(a.v)}; }
-inline I as_int(F a) { return {_mm256_castps_si256(a.v)}; }
 inline float first(F a) { return _mm256_cvtss_f32(a.v); }
 inline F load_i8(const int8_t* p) {
   return to_float(I{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))});
@@ -179,10 +173,7 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 #else
 
-inline I operator&(I a, I b) { return {a.v & b.v}; }
 inline I operator|(I a, I b) { return {a.v | b.v}; }
-inline F as_float(I a) { return {float_of(uint32_t(a.v))}; }
-inline I as_int(F a) { return {int32_t(bits_of(a.v))}; }
 inline float first(F a) { return a.v; }
 inline F load_i8(const int8_t* p) { return {float(*p)}; }
 inline F first_lanes(F a, int n, F b) { return n > 0 ? a : b; }

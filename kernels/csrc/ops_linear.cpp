@@ -8,24 +8,27 @@
 namespace rotquant {
 namespace {
 
-// The rows of a tensor, [..., K]: any distance between rows, numbers of a row side by side.
+// The rows of a tensor, [..., K] or, for silu_mul, [gate, up] [..., 2 K]: any distance between rows, numbers of a row
+// side by side.
 struct Rows {
   Tensor held;
   const char* data;
   DType dtype;
-  int64_t count, columns, stride;  // stride in bytes
+  int64_t count, columns, stride;  // K; stride in bytes
+  bool silu_mul;
 
   const void* row(int64_t m) const { return data + m * stride; }
 };
 
-Rows rows_of(const Tensor& x) {
+Rows rows_of(const Tensor& x, bool silu_mul = false) {
   REQUIRE(x.dim() >= 1 && x.size(-1) > 0, "x must have at least one column");
+  REQUIRE(!silu_mul || x.size(-1) % 2 == 0, "x must hold gate and up, not ", x.size(-1), " columns");
   const DType dtype = dtype_of(x, "x");
-  const int64_t columns = x.size(-1), count = x.numel() / columns;
+  const int64_t width = x.size(-1), count = x.numel() / width;
   const bool strided = x.dim() == 2 && x.stride(1) == 1;
   const Tensor held = strided ? x : torch::stable::contiguous(x);
-  const int64_t stride = strided ? x.stride(0) : columns;
-  return {held, (const char*)held.const_data_ptr(), dtype, count, columns, stride * size_of(dtype)};
+  const int64_t stride = (strided ? x.stride(0) : width) * size_of(dtype), columns = silu_mul ? width / 2 : width;
+  return {held, (const char*)held.const_data_ptr(), dtype, count, columns, stride, silu_mul};
 }
 
 // An op's transform; holds the matrix.
@@ -58,7 +61,7 @@ ActFormat act_format(int64_t bits, bool symmetric, double clip) {
 // Row m in float32 after its transform; valid until this thread's next row.
 const float* transformed(const Rows& x, int64_t m, const Transform& transform) {
   float* row = (float*)scratch(0, size_t(x.columns) * 8);
-  tier().load_row(x.row(m), x.dtype, x.columns, row);
+  (x.silu_mul ? tier().load_silu_mul : tier().load_row)(x.row(m), x.dtype, x.columns, row);
   tier().transform_row(row, x.columns, transform, row + x.columns);
   return row;
 }
@@ -78,13 +81,14 @@ Tensor transform_rows(const Tensor& x, const std::string& transform, int64_t blo
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const std::string& transform, int64_t block,
                                                  const std::optional<Tensor>& matrix, int64_t bits, bool symmetric,
-                                                 double clip) {
-  const Rows rows = rows_of(x);
+                                                 double clip, bool silu_mul) {
+  const Rows rows = rows_of(x, silu_mul);
   const HeldTransform t = transform_of(transform, block, matrix, rows.columns);
   const ActFormat format = act_format(bits, symmetric, clip);
-  std::vector<int64_t> one(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), one = shape;
+  shape.back() = rows.columns;
   one.back() = 1;
-  Tensor codes = torch::stable::new_empty(x, x.sizes(), ScalarType::Char);
+  Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, one, ScalarType::Float);
   Tensor zero = torch::stable::new_empty(x, one, ScalarType::Int);
   int8_t* to = (int8_t*)codes.mutable_data_ptr();
@@ -217,8 +221,8 @@ void quantize_all(const Rows& x, const Transform& transform, const ActFormat& fo
 Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
                   int64_t weight_bits, const std::string& transform, int64_t block, const std::optional<Tensor>& matrix,
                   int64_t act_bits, bool act_symmetric, double act_clip, const std::optional<Tensor>& low_rank_down,
-                  const std::optional<Tensor>& low_rank_up) {
-  const Rows rows = rows_of(x);
+                  const std::optional<Tensor>& low_rank_up, bool silu_mul) {
+  const Rows rows = rows_of(x, silu_mul);
   Gemm g{};
   g.weight = weight_of(weight, weight_scale, weight_bits, rows.columns);
   g.low_rank = low_rank_of(low_rank_down, low_rank_up, rows.columns, g.weight.rows);

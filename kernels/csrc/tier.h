@@ -122,6 +122,8 @@ struct Tier {
   const char* name;
   // Row of n numbers to float32.
   void (*load_row)(const void* x, DType dtype, int64_t n, float* row);
+  // silu(gate) * up of x = [gate, up], 2 n numbers, to float32.
+  void (*load_silu_mul)(const void* x, DType dtype, int64_t n, float* row);
   void (*transform_row)(float* row, int64_t n, const Transform& transform, float* scratch);
   // Codes [groups * padded] and their sums [groups] of a row of n numbers; n = groups * group.
   QuantRow (*quantize_row)(const float* row, int64_t group, int64_t groups, int64_t padded, const ActFormat& format,

@@ -84,9 +84,13 @@ inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline int32_t hmax(I a) { return _mm512_reduce_max_epi32(a.v); }
+inline I operator&(I a, I b) { return {_mm512_and_epi32(a.v, b.v)}; }
 inline I shift_left(I a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
+inline I shift_right(I a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }  // zeros come in
 inline I round(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest even
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
+inline I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
 inline I magnitude_bits(F a) { return {_mm512_and_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))}; }
 
 inline F load_bf16(const uint16_t* p) {
@@ -180,9 +184,13 @@ inline int32_t hmax(I a) {
   for (int i = 1; i < 8; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
   return x[0];
 }
+inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline I shift_left(I a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
+inline I shift_right(I a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
 inline I round(F a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline F as_float(I a) { return {_mm256_castsi256_ps(a.v)}; }
+inline I as_int(F a) { return {_mm256_castps_si256(a.v)}; }
 inline I magnitude_bits(F a) { return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff))}; }
 
 inline F load_bf16(const uint16_t* p) {
@@ -259,10 +267,14 @@ inline I operator-(I a, I b) { return {int32_t(uint32_t(a.v) - uint32_t(b.v))}; 
 inline I operator*(I a, I b) { return {int32_t(uint32_t(a.v) * uint32_t(b.v))}; }
 inline I max(I a, I b) { return {a.v > b.v ? a.v : b.v}; }
 inline int32_t hmax(I a) { return a.v; }
+inline I operator&(I a, I b) { return {a.v & b.v}; }
 inline I shift_left(I a, int n) { return {int32_t(uint32_t(a.v) << n)}; }
+inline I shift_right(I a, int n) { return {int32_t(uint32_t(a.v) >> n)}; }
 // To nearest even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
 inline I round(F a) { return {int32_t(bits_of(a.v + 12582912.0f) - bits_of(12582912.0f))}; }
 inline F to_float(I a) { return {float(a.v)}; }
+inline F as_float(I a) { return {float_of(uint32_t(a.v))}; }
+inline I as_int(F a) { return {int32_t(bits_of(a.v))}; }
 inline I magnitude_bits(F a) { return {int32_t(bits_of(a.v) & 0x7fffffffu)}; }
 
 inline F load_bf16(const uint16_t* p) { return {bf16_to_float(*p)}; }

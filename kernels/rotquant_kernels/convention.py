@@ -11,6 +11,8 @@ quantization agrees with the served kernels. All of it runs in float32; b is the
 
 A row of zeros has scale 0; it is replaced by float32's epsilon, as compressed-tensors does. A row with NaN or
 infinity has the scale NaN and the codes 0: whatever is made from it is NaN and never passes for a number.
+
+    silu         x / (1 + exp(-x)), exp from sums and products in a fixed order, so that all kernels get its last bit
 """
 
 from __future__ import annotations
@@ -87,6 +89,34 @@ def kv_fake_quantize(x: Tensor, symmetric: bool, clip: float) -> Tensor:
     """What the KV cache gives back for x float [..., head_dim], one scale per leading index; float32."""
     scale, zero = kv_qparams(x, symmetric, clip)
     return dequantize(quantize(x, scale, zero, 4), scale, zero)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up of x = [gate, up], float [..., 2 K] to [..., K], each step rounded to x's dtype as in a model."""
+    gate, up = x.chunk(2, dim=-1)
+    gate = gate.float()
+    return (gate / (1 + exp(-gate))).to(x.dtype) * up
+
+
+LOG2_E = 1.44269504
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is ln 2; the first has few bits: its multiples are exact
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def exp(x: Tensor) -> Tensor:
+    """exp(x) of float32, to 1e-7; below -80 as at -80 (1 + exp(x) is the same), infinity where float32 ends.
+
+    exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a polynomial. No product is fused into a sum: that would change the last
+    bit from one processor to another.
+    """
+    x = x.clamp(-80, 89)
+    n = (x * LOG2_E).round()
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    y = torch.full_like(r, EXP[0])
+    for coefficient in EXP[1:]:
+        y = y * r + coefficient
+    y = y * (r * r) + r + 1
+    return y * ((n.int() + 126) << 23).view(torch.float32) * 2  # 2^n as 2^(n - 1) * 2, since 2^128 is no float32
 
 
 def pack_int32(q: Tensor, bits: int) -> Tensor:

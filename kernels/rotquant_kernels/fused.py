@@ -1,12 +1,11 @@
-"""Specification of the ops that quantize together with what comes before, and of the layer behind them.
+"""Specification of the ops by which a norm hands integers to the linear layers behind it.
 
-    silu_mul_quantize   quantize_rows(silu(gate) * up)          in front of down_proj
-    rms_norm_quantize   quantize_rows(norm(x + residual))       in front of qkv_proj and gate_up_proj
+    rms_norm_quantize   quantize_rows(norm(x + residual)), in front of qkv_proj and gate_up_proj
     quantized_linear    int_linear behind its quantize_rows
 
-A GPU runs each in one launch, so that a token's activations are read once and written once, as integers. Each step
-rounds to x's dtype where the separate ops of a model do; exp and the mean of squares are float32 in no fixed order,
-so a code may differ by one step where a value lies on a rounding tie.
+A GPU runs the first in one launch, so that a token's activations are read once and written once, as integers. Each
+step rounds to x's dtype where the separate ops of a model do; the mean of squares is float32 in no fixed order, so a
+code may differ by one step where a value lies on a rounding tie.
 """
 
 from __future__ import annotations
@@ -18,40 +17,22 @@ from rotquant_kernels.convention import unpack_int32
 from rotquant_kernels.reference import quantize_rows, scaled_product
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up of x = [gate, up], float [..., 2 K] to [..., K]."""
-    gate, up = x.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate.float()).to(x.dtype) * up
-
-
-def silu_mul_quantize(
-    x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_rows` of `silu_mul`.
-
-    Args:
-        x: float [M, 2 K], gate then up.
-    Returns:
-        codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
-    """
-    return quantize_rows(silu_mul(x), transform, block, matrix, bits, symmetric, clip)
-
-
 def rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_rows` of y / sqrt(mean(y²) + eps) * weight, y = x + residual.
 
     Args:
         x: float [M, K].
-        residual: float [M, K] in x's dtype, contiguous, replaced by y; or None, then y = x.
+        residual: float [M, K] in x's dtype, or None, then y = x.
         weight: float [K].
     Returns:
-        codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
+        codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1]; y in x's dtype, a tensor of its own.
     """
-    y = x if residual is None else residual.copy_(x + residual)
+    y = x.clone() if residual is None else x + residual
     normed = y.float() * (y.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    return quantize_rows((normed.to(x.dtype) * weight).to(x.dtype), "none", 0, None, bits, symmetric, clip)
+    rounded = (normed.to(x.dtype) * weight).to(x.dtype)
+    return *quantize_rows(rounded, "none", 0, None, bits, symmetric, clip), y
 
 
 def quantized_linear(

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rotquant_kernels.ops import int_linear, online_stage
 
-FUSED = ("hadamard", "dense")
-KINDS = (*FUSED, "kronecker", "permutation", "reflection", "shift")
+INSIDE = ("hadamard", "dense")
+KINDS = (*INSIDE, "kronecker", "permutation", "reflection", "shift")
 
 
 class Stage(NamedTuple):
@@ -31,6 +31,11 @@ class Stage(NamedTuple):
     kind: str
     block: int
     tensor: Tensor | None = None
+
+
+def split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Stage]:
+    """What runs before `int_linear`, and the stage that runs inside."""
+    return (stages[:-1], stages[-1]) if stages and stages[-1].kind in INSIDE else (stages, Stage("none", 0))
 
 
 def transform(x: Tensor, stages: Sequence[Stage]) -> Tensor:
@@ -52,18 +57,19 @@ def linear(
     act_clip: float,
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
+    silu_mul: bool = False,
 ) -> Tensor:
     """`int_linear` behind a chain of stages; everything else as there. The low-rank branch reads transformed rows.
 
     Args:
-        x: float [..., K].
+        x: float [..., K]; if `silu_mul` [..., 2 K], and no stage runs before `int_linear` (`split`).
     Returns:
         [..., N] in x's dtype.
     """
-    fused = stages[-1] if stages and stages[-1].kind in FUSED else Stage("none", 0)
-    before = stages[:-1] if fused.block else stages
+    before, inside = split(stages)
+    assert not (before and silu_mul)
     y = int_linear(
-        transform(x, before), weight, weight_scale, bias, weight_bits, *fused, act_bits, act_symmetric, act_clip,
-        low_rank_down, low_rank_up,
+        transform(x, before), weight, weight_scale, bias, weight_bits, *inside, act_bits, act_symmetric, act_clip,
+        low_rank_down, low_rank_up, silu_mul,
     )  # fmt: skip
     return y.to(x.dtype) if before else y

@@ -14,16 +14,14 @@ from rotquant_kernels import cuda, fused, native, reference
 OPS = {
     "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
-    "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
-    " -> (Tensor, Tensor, Tensor)",
+    "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip,"
+    " bool silu_mul=False) -> (Tensor, Tensor, Tensor)",
     "pack_weight": "(Tensor packed, int bits, int columns, int groups) -> Tensor",
     "int_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits, str transform,"
     " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip,"
-    " Tensor? low_rank_down=None, Tensor? low_rank_up=None) -> Tensor",
-    "silu_mul_quantize": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip)"
-    " -> (Tensor, Tensor, Tensor)",
-    "rms_norm_quantize": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, int bits, bool symmetric,"
-    " float clip) -> (Tensor, Tensor, Tensor)",
+    " Tensor? low_rank_down=None, Tensor? low_rank_up=None, bool silu_mul=False) -> Tensor",
+    "rms_norm_quantize": "(Tensor x, Tensor? residual, Tensor weight, float eps, int bits, bool symmetric,"
+    " float clip) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"
     " int weight_bits, bool act_symmetric, ScalarType dtype) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
@@ -61,18 +59,22 @@ def _quantized(x: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("rotquant::quantize_rows", lib=_library)
-def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantized(x, x.shape[-1])
-
-
-@torch.library.register_fake("rotquant::silu_mul_quantize", lib=_library)
-def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantized(x, x.shape[-1] // 2)
+def _(
+    x: Tensor,
+    transform: str,
+    block: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    silu_mul: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantized(x, x.shape[-1] // 2 if silu_mul else x.shape[-1])
 
 
 @torch.library.register_fake("rotquant::rms_norm_quantize", lib=_library)
-def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantized(x, x.shape[-1])
+def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_quantized(x, x.shape[-1]), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("rotquant::quantized_linear", lib=_library)
@@ -110,7 +112,6 @@ online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear
-silu_mul_quantize = torch.ops.rotquant.silu_mul_quantize
 rms_norm_quantize = torch.ops.rotquant.rms_norm_quantize
 quantized_linear = torch.ops.rotquant.quantized_linear
 kv4_write = torch.ops.rotquant.kv4_write
@@ -128,6 +129,14 @@ def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> 
         bytes (`cuda.layout`); else a copy of `packed`.
     """
     return pack_weight(packed.contiguous(), bits, columns, groups)
+
+
+def reads_quantized(device: str) -> bool:
+    """Whether `quantized_linear` is as good as `int_linear` with weights prepared on a device.
+
+    Native CPU kernels know no other way into their GEMM than rows of floats; Humming wants codes in its own order.
+    """
+    return kernel_of("int_linear", device) in ("reference (torch)", kernel_of("quantized_linear", device))
 
 
 def kernel_of(op: str, device: str = "cpu") -> str:

@@ -76,17 +76,24 @@ def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Ten
 
 
 def quantize_rows(
-    x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
+    x: Tensor,
+    transform: str,
+    block: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    silu_mul: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transforms and quantizes activations per token.
 
     Args:
-        x: float [M, K].
+        x: float [M, K]; if `silu_mul` [M, 2 K], gate then up: the activations are `convention.silu_mul` of it.
         bits, symmetric, clip: see `convention.qparams`.
     Returns:
         codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
     """
-    y = transform_rows(x, transform, block, matrix)
+    y = transform_rows(convention.silu_mul(x) if silu_mul else x, transform, block, matrix)
     scale, zero = qparams(y, bits, symmetric, clip)
     return quantize(y, scale, zero, bits), scale, zero.to(torch.int32)
 
@@ -131,11 +138,12 @@ def int_linear(
     act_clip: float,
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
+    silu_mul: bool = False,
 ) -> Tensor:
     """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + (x T) D U + bias, q_x from x T, x transformed online.
 
     Args:
-        x: float [..., K].
+        x: float [..., K]; if `silu_mul` [..., 2 K], gate then up, and `convention.silu_mul` of it stands for x.
         weight: int32 [N, ceil(K * weight_bits / 32)], packed codes (`prepare_weight`).
         weight_scale: float32 [N, G]; G = 1 per channel, else one scale per group of K / G inputs.
         bias: float [N] or None.
@@ -147,6 +155,7 @@ def int_linear(
         the groups, then * s_x, then + the low-rank branch, then + bias, then one rounding to x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
+    rows = convention.silu_mul(rows) if silu_mul else rows
     q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
     codes = unpack_int32(weight, weight_bits, rows.shape[1])
     y = scaled_product(q, scale, zero, codes, weight_scale, act_symmetric)

@@ -166,22 +166,24 @@ def product(
 def int_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, transform: str, block: int,
     matrix: Tensor | None, act_bits: int, act_symmetric: bool, act_clip: float,
-    low_rank_down: Tensor | None = None, low_rank_up: Tensor | None = None,
+    low_rank_down: Tensor | None = None, low_rank_up: Tensor | None = None, silu_mul: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
     if humming.chosen():
-        layer = humming.Layer(weight_scale.shape[0], flat.shape[1], weight_bits, act_bits, bias is not None)
+        columns = flat.shape[1] // 2 if silu_mul else flat.shape[1]
+        layer = humming.Layer(weight_scale.shape[0], columns, weight_bits, act_bits, bias is not None)
         major, minor = torch.cuda.get_device_capability(x.device)
         sm, low_rank = 10 * major + minor, low_rank_down is not None
         if flat.shape[0] and not humming.misfit(x, weight_scale, layer, act_symmetric, low_rank, sm):
-            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, (transform, block, matrix), act_clip)
+            settings = (transform, block, matrix)
+            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, settings, act_clip, silu_mul)
             return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
-        flat, transform = rows.transform_rows(flat, transform, block, matrix), "none"
+        flat, transform, silu_mul = rows.transform_rows(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:
         down = flat.float() @ low_rank_down.float()
-    quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip)
+    quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip, silu_mul)
     y = product(quantized, weight, weight_scale, bias, weight_bits, act_symmetric, x.dtype, down, low_rank_up)
     return y.view(*x.shape[:-1], y.shape[1])
 

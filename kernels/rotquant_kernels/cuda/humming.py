@@ -129,14 +129,14 @@ def order(config: Any, layer: Layer) -> str:
 
 def int_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, layer: Layer, sm: int,
-    transform: tuple[str, int, Tensor | None], clip: float,
+    transform: tuple[str, int, Tensor | None], clip: float, silu_mul: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The layer of rows x bfloat16 [M, K] that `misfit` has nothing against; [M, N]."""
+    """The layer of rows x bfloat16 [M, K] (for `silu_mul` [M, 2 K]) that `misfit` has nothing against; [M, N]."""
     from humming.ops import humming_gemm
 
     config, _ = configuration(layer, sm)
     words, _ = layout.unpack(weight, layer.weight_bits, layer.columns, layer.channels, 1)
-    codes, scale, _ = rows.quantize_rows(x, *transform, layer.act_bits, True, clip, order(config, layer))
+    codes, scale, _ = rows.quantize_rows(x, *transform, layer.act_bits, True, clip, silu_mul, order(config, layer))
     return humming_gemm(
         layer_config=config.to_str(),
         compute_config=COMPUTE,

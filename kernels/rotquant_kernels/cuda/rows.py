@@ -19,11 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels import convention, fused, reference
+from rotquant_kernels import convention, reference
 
 EXACT = {"enable_fp_fusion": False}
 LARGEST = 65536  # columns of a row: what the registers of one program hold
 EPSILON = tl.constexpr(convention.EPSILON)
+LOG2_E = tl.constexpr(convention.LOG2_E)
+LN2_HIGH, LN2_LOW = tl.constexpr(convention.LN2_HIGH), tl.constexpr(convention.LN2_LOW)
+EXP = tl.constexpr(convention.EXP)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction, rounded half to even
 
 
@@ -74,13 +77,21 @@ def qparams(y, clip, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+def exp(x):
+    """`convention.exp`."""
+    x = tl.minimum(tl.maximum(x, -80.0), 89.0)
+    n = (x * LOG2_E + ROUND) - ROUND
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    y = tl.full(x.shape, EXP[0], tl.float32)
+    for i in tl.static_range(1, 6):
+        y = y * r + EXP[i]
+    y = y * (r * r) + r + 1.0
+    return y * ((n.to(tl.int32) + 126) << 23).to(tl.float32, bitcast=True) * 2.0
 
 
 @triton.jit
 def quantize_kernel(
-    x, residual, norm, codes, scales, zeros, x_stride, columns, clip, eps,
+    x, residual, norm, stream, codes, scales, zeros, x_stride, columns, clip, eps,
     SOURCE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -92,11 +103,11 @@ def quantize_kernel(
     if SOURCE == "silu_mul":
         up = tl.load(x + row * x_stride + columns + k, inside, 0)
         gate = y.to(tl.float32)
-        y = ((gate * sigmoid(gate)).to(up.dtype).to(tl.float32) * up.to(tl.float32)).to(up.dtype)
+        y = (tl.div_rn(gate, 1.0 + exp(-gate)).to(up.dtype).to(tl.float32) * up.to(tl.float32)).to(up.dtype)
     if SOURCE == "rms_norm":
         if residual is not None:
             y = (y.to(tl.float32) + tl.load(residual + row * columns + k, inside, 0).to(tl.float32)).to(y.dtype)
-            tl.store(residual + row * columns + k, y, inside)
+        tl.store(stream + row * columns + k, y, inside)
         f = y.to(tl.float32)
         f = f * tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(f * f, 0), columns.to(tl.float32)) + eps))
         y = (f.to(y.dtype).to(tl.float32) * tl.load(norm + k, inside, 0).to(tl.float32)).to(y.dtype)
@@ -128,7 +139,8 @@ def quantize_kernel(
 
 def launch(
     source: str, x: Tensor, settings: tuple[str, int, Tensor | None], bits: int, symmetric: bool, clip: float,
-    order: str = "natural", residual: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+    order: str = "natural", residual: Tensor | None = None, norm: Tensor | None = None, stream: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs `quantize_kernel` over the rows of x.
 
@@ -138,7 +150,7 @@ def launch(
         settings: transform ("none" or "hadamard"), block, None.
         bits: 2 to 8, or 0 for the transform alone.
         order: of the codes, "natural", "humming8" or "humming4".
-        residual, norm, eps: for rms_norm; [M, K] (contiguous, changed in place) and [K].
+        residual, norm, stream, eps: for rms_norm; contiguous [M, K] or None, [K], contiguous [M, K], filled.
     Returns:
         codes int8 [M, K] ([M, K / 2] for humming4; float32 for bits = 0), scale float32 [M, 1], zero int32 [M, 1].
     Raises:
@@ -155,7 +167,7 @@ def launch(
     if rows:
         log = block.bit_length() - 1 if transform == "hadamard" else 0
         quantize_kernel[(rows,)](
-            x, residual, norm, codes, scale, zero, x.stride(0), columns, clip, eps,
+            x, residual, norm, stream, codes, scale, zero, x.stride(0), columns, clip, eps,
             SOURCE=source, WIDTH=width, BLOCK=1 << log, LOG=log, BITS=bits, SYMMETRIC=symmetric, ORDER=order,
             num_warps=warps(width), **EXACT,
         )  # fmt: skip
@@ -187,48 +199,41 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
+def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None, silu_mul: bool = False) -> Tensor:
     """See `reference.transform_rows`. Dense products are torch's; floats of another width are not the kernel's."""
-    if transform != "hadamard" or x.dtype == torch.float64:
-        return reference.transform_rows(x, transform, block, matrix)
-    return launch("plain", rows_of(x), (transform, block, None), 0, True, 1.0)[0].view(x.shape)
+    y = x
+    if silu_mul or (transform == "hadamard" and x.dtype != torch.float64):
+        inside = "none" if transform == "dense" else transform
+        y = launch("silu_mul" if silu_mul else "plain", rows_of(x), (inside, block, None), 0, True, 1.0)[0]
+        y, transform = y.view(*x.shape[:-1], y.shape[1]), transform if transform == "dense" else "none"
+    return reference.transform_rows(y, transform, block, matrix)
 
 
 def quantize_rows(
     x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float,
-    order: str = "natural",
+    silu_mul: bool = False, order: str = "natural",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `reference.quantize_rows`."""
     rows = rows_of(x)
     if transform == "dense":
-        rows, transform = reference.transform_rows(rows, transform, block, matrix), "none"
-    return launch("plain", rows, (transform, block, None), bits, symmetric, clip, order)
-
-
-def silu_mul_quantize(
-    x: Tensor, transform: str, block: int, matrix: Tensor | None, bits: int, symmetric: bool, clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.silu_mul_quantize`."""
-    if transform == "dense":
-        return quantize_rows(fused.silu_mul(x), transform, block, matrix, bits, symmetric, clip)
-    return launch("silu_mul", rows_of(x), (transform, block, None), bits, symmetric, clip)
+        rows, transform, silu_mul = transform_rows(rows, transform, block, matrix, silu_mul), "none", False
+    return launch("silu_mul" if silu_mul else "plain", rows, (transform, block, None), bits, symmetric, clip, order)
 
 
 def rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fused.rms_norm_quantize`."""
-    if residual is not None and not (residual.is_contiguous() and residual.dtype == x.dtype):
-        raise ValueError("the residual stream must be contiguous and have the dtype of x")
-    settings = ("none", 0, None)
-    return launch(
-        "rms_norm", rows_of(x), settings, bits, symmetric, clip, residual=residual, norm=weight.contiguous(), eps=eps
-    )
+    if residual is not None and (residual.dtype, residual.shape) != (x.dtype, x.shape):
+        raise ValueError("the residual stream must have the dtype and the shape of x")
+    residual = None if residual is None else residual.contiguous()
+    rows, stream, norm = rows_of(x), torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.contiguous()
+    extra: dict[str, Any] = {"residual": residual, "norm": norm, "stream": stream, "eps": eps}
+    return *launch("rms_norm", rows, ("none", 0, None), bits, symmetric, clip, **extra), stream
 
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "transform_rows": transform_rows,
     "quantize_rows": quantize_rows,
-    "silu_mul_quantize": silu_mul_quantize,
     "rms_norm_quantize": rms_norm_quantize,
 }
