@@ -44,7 +44,7 @@ def served_loss(checkpoint: Path, ranks: int, work: Path) -> float:
         "VLLM_CPU_OMP_THREADS_BIND": binding, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }  # fmt: skip
     command = [sys.executable, work / "served.py", checkpoint, str(ranks), work / "prompts.json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     count, loss = json.loads(result.removeprefix("RESULT"))
