@@ -31,7 +31,7 @@ def weight_scale(
     groups = grouped(weight.float(), group_size)
     scale, zero = convention.qparams(groups, bits, symmetric=True)
     if clip is not None:
-        return stored(scale.squeeze(-1) * clip, dtype)
+        return stored(scale.squeeze(-1) * clip.to(scale), dtype)
     scale = stored(scale, dtype)
     if clip_search:
         best = torch.full_like(scale, float("inf"))
