@@ -157,7 +157,12 @@ def test_no_model_and_only_pickle(model, tmp_path):
         ({"settings": ["oops"]}, "write it as key=value"),
         ({"profile": "half"}, "--profile half"),
         ({"tp_max": 3}, "--tp-max 3 does not divide intermediate_size"),
-        ({"max_memory": 1e-6}, "--max-memory"),
+        ({"max_memory": 1e-6}, "--max-memory 1e-06: quantizing needs about .*; lower --samples or --seq-len"),
+        ({"max_memory": 1e-6, "recipe": "flatquant"}, "--max-memory 1e-06: learning layer by layer needs about"),
+        (
+            {"max_memory": 1e-6, "recipe": "spinquant"},
+            "learning end to end, .* or take a recipe that works layer by",
+        ),
         ({"settings": ["weights.group_size=40"]}, "not divisible by weights.group_size 40"),
         ({"calibration": "missing.txt"}, "missing.txt: no such calibration file"),
     ],
@@ -187,7 +192,7 @@ def test_output_folder_exists(model, tmp_path):
 
 def test_disk_too_small_is_seen_before_any_work(model, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("rotquant.pipeline.shutil.disk_usage", lambda _: usage(1, 1, 1000))
+    monkeypatch.setattr("rotquant.resources.shutil.disk_usage", lambda _: usage(1, 1, 1000))
     refused(model, "disk full: .* GB are needed, 0.00 GB are free")
 
 

@@ -23,6 +23,7 @@ from rotquant.inspection import TEXT, Inspection, inspect
 from rotquant.inspection.html import spread
 from rotquant.inspection.statistics import RowFormat, SiteStatistics
 from rotquant.inspection.table import change
+from rotquant.learn.quantizers import fake_quantize
 from rotquant_kernels import convention
 from source_models import source_model
 from tiny_checkpoints import KINDS
@@ -76,7 +77,7 @@ def test_sites_of_a_full_precision_model(kind: str, tmp_path: Path) -> None:
         entering = decoder.input_layernorm(hidden[layer]).detach()
         found = figures(facts, layer, "attn_in")
         assert found["peak_to_rms"] == pytest.approx(metrics.peak_to_rms(entering).mean().item(), rel=1e-4)
-        quantized = metrics.fake_quantize(entering, 4, True, 1.0)
+        quantized = fake_quantize(entering, 4, True)
         assert found["snr"] == pytest.approx(
             metrics.snr_db(metrics.relative_error(entering, quantized).mean()), abs=0.02
         )

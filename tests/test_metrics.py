@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rotquant import metrics
+from rotquant.learn.quantizers import fake_quantize
 from rotquant.weights import rtn
+from rotquant_kernels import convention
 
 
 def random_rows(seed: int, rows: int = 8, d: int = 16) -> Tensor:
@@ -44,15 +46,26 @@ def test_kurtosis() -> None:
     assert metrics.kurtosis(random_rows(0, 1, 100_000)).item() == pytest.approx(3, abs=0.1)
 
 
-def test_rows_of_zeros_have_no_figures() -> None:
-    both = torch.cat((ZERO, FLAT))
-    for figure in (
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_step_is_that_of_the_served_arithmetic(bits: int, symmetric: bool) -> None:
+    x = torch.cat((random_rows(3), random_rows(4) + 9)).float()
+    torch.testing.assert_close(metrics.step(x, bits, symmetric), convention.qparams(x, bits, symmetric)[0][:, 0])
+
+
+def test_rows_of_zeros_are_finite_and_have_finite_gradients() -> None:
+    """Learning meets them; reports leave them out."""
+    both = torch.cat((ZERO, FLAT)).requires_grad_()
+    figures = (
         metrics.peak_to_rms(both),
         metrics.gsr(both, 4, True),
+        metrics.rounding_error(both, metrics.step(both, 4, True)),
         metrics.kurtosis(both),
-        metrics.relative_error(both, both),
-    ):
-        assert figure.isnan().tolist() == [True, False]
+        metrics.relative_error(both, 0.9 * both),
+    )
+    for figure in figures:
+        assert figure.tolist()[0] == 0 < figure.tolist()[1]
+        assert torch.autograd.grad(figure.sum(), both, retain_graph=True)[0].isfinite().all()
 
 
 def test_error_and_snr() -> None:
@@ -65,7 +78,7 @@ def test_error_and_snr() -> None:
 def test_uniform_values_have_the_textbook_snr() -> None:
     """Power A²/3 over Δ²/12 with Δ = A / 7.5."""
     x = torch.linspace(-1, 1, 20001)[None]
-    error = metrics.relative_error(x, metrics.fake_quantize(x, 4, True, 1.0)).item()
+    error = metrics.relative_error(x, fake_quantize(x, 4, True)).item()
     assert metrics.snr_db(error) == pytest.approx(10 * math.log10(4 * 7.5**2), abs=0.1)
 
 
@@ -99,14 +112,17 @@ def test_massive() -> None:
     assert metrics.massive(peaks, factor=9).tolist() == [2, 5]
 
 
-def test_grid_error_is_what_rounding_makes() -> None:
+def test_rounding_error_is_what_rounding_makes() -> None:
     weight = random_rows(2, 64, 512).float()
     weight[3] *= 100
     for group in (0, 128):
         scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
+        steps = scale.square().mean(-1).sqrt()
         made = metrics.relative_error(weight, rtn.dequantize(rtn.quantize(weight, scale, 4), scale))
-        assert metrics.grid_error(weight, scale).mean().item() == pytest.approx(made.mean().item(), rel=0.03)
-    assert metrics.grid_error(torch.zeros(1, 16), torch.ones(1, 1)).isnan().all()
+        assert metrics.rounding_error(weight, steps).mean().item() == pytest.approx(made.mean().item(), rel=0.03)
+    rows = random_rows(5) - random_rows(5).mean(-1, keepdim=True)
+    predicted = metrics.rounding_error(rows, metrics.step(rows, 4, False))
+    torch.testing.assert_close(predicted, metrics.gsr(rows, 4, False).square() / 12)
 
 
 @settings(max_examples=25, deadline=None)

@@ -59,18 +59,17 @@ def test_refit_takes_back_what_quantization_does_to_every_token():
     seen = x + 0.1 * torch.randn_like(x)
     seen[::8] = x[0] * (1 + 0.2 * torch.randn(48))
     weight = torch.randn(16, 48)
-    moments = [a.T @ seen / len(x) for a in (seen, x)]
-    fitted = weight @ gptq.refit(*moments, damping=1e-4)
+    hessian, drift = (a.T @ seen / len(x) for a in (seen, x - seen))
+    fitted = gptq.refit(weight, hessian, drift, damping=1e-4)
     before, after = (((x @ weight.T - seen @ w.T)[::8]).norm() for w in (weight, fitted))
     assert after < 0.1 * before
     residual = (x @ weight.T - seen @ fitted.T).T @ seen / len(x)  # the gradient of the squared error
-    assert residual.abs().max() < 0.01 * (weight @ moments[1]).abs().max()
+    assert residual.abs().max() < 0.01 * (weight @ (hessian + drift)).abs().max()
 
 
 def test_refit_changes_nothing_where_inputs_are_exact():
-    x = torch.randn(500, 32)
-    hessian = x.T @ x / len(x)
-    assert torch.allclose(gptq.refit(hessian, hessian, 0.01), torch.eye(32), atol=1e-5)
+    x, weight = torch.randn(500, 32), torch.randn(8, 32)
+    assert torch.equal(gptq.refit(weight, x.T @ x / len(x), torch.zeros(32, 32), 0.01), weight)
 
 
 def test_gptq_survives_dead_and_singular_inputs():
@@ -81,3 +80,5 @@ def test_gptq_survives_dead_and_singular_inputs():
     assert (codes[:, 3] == 0).all()
     with pytest.raises(RotQuantError, match="singular"):
         gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)
+    with pytest.raises(RotQuantError, match="singular"):
+        gptq.refit(torch.ones(2, 4), torch.full((4, 4), float("nan")), torch.eye(4), 0.01)

@@ -11,8 +11,6 @@ from torch import Tensor
 from rotquant_kernels import convention
 from rotquant_kernels.convention import qparams, quantize, unpack_int32
 
-TRANSFORMS = ("none", "hadamard", "dense")
-
 
 def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
     """Online transform of the last dimension: x (I ⊗ T), T of size block x block.
@@ -25,13 +23,7 @@ def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None)
     Returns:
         float32 [..., K].
     """
-    x = x.float()
-    if transform == "hadamard":
-        return hadamard(x, block)
-    if transform == "dense":
-        assert matrix is not None
-        return (x.unflatten(-1, (-1, block)) @ matrix.float()).flatten(-2)
-    return x
+    return x.float() if transform == "none" else online_stage(x, transform, block, matrix)
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
@@ -57,21 +49,28 @@ def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Ten
     Returns:
         float32 [..., K].
     """
-    if kind in TRANSFORMS:
-        return transform_rows(x, kind, block, tensor)
-    x = x.float()
+    return stage_rows(x.float(), kind, block, tensor)
+
+
+def stage_rows(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
+    """`online_stage` in x's dtype, float32 or float64: folding needs more digits than serving."""
+    if kind == "hadamard":
+        return hadamard(x, block)
     assert tensor is not None
-    if kind == "kronecker":
-        outer = x.shape[-1] // block
-        left, right = tensor.float().split((outer * outer, block * block))
-        return (left.view(outer, outer).T @ (x.unflatten(-1, (outer, block)) @ right.view(block, block))).flatten(-2)
     if kind == "permutation":
         return x[..., tensor.long()]
+    tensor = tensor.to(x)
+    if kind == "dense":
+        return (x.unflatten(-1, (-1, block)) @ tensor).flatten(-2)
+    if kind == "kronecker":
+        outer = x.shape[-1] // block
+        left, right = tensor.split((outer * outer, block * block))
+        return (left.view(outer, outer).T @ (x.unflatten(-1, (outer, block)) @ right.view(block, block))).flatten(-2)
     if kind == "reflection":
-        rows, v = x.unflatten(-1, (-1, block)), tensor.float()
-        return (rows - 2 * (rows @ v).unsqueeze(-1) * v).flatten(-2)
+        rows = x.unflatten(-1, (-1, block))
+        return (rows - 2 * (rows @ tensor).unsqueeze(-1) * tensor).flatten(-2)
     if kind == "shift":
-        return x - tensor.float()
+        return x - tensor
     raise ValueError(f"unknown online transform {kind!r}")
 
 

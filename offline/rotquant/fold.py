@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rotquant.models import Architecture
 from rotquant.space import SITES, LayerTransforms, Rotation, Transforms
+from rotquant.transforms import kronecker
 from rotquant_kernels import Stage, reference
 
 WRITES = ("self_attn.o_proj", "mlp.down_proj")
@@ -60,14 +61,23 @@ class Fold:
         return fold_layer(out, self.transforms.layers[index], self.arch)
 
 
-def fold_r1(tensors: Tensors, r1: Rotation) -> Tensors:
-    """The norms' gains and R1, in the dtype of the tensors."""
+def fold_gains(tensors: Tensors) -> Tensors:
+    """The norms' gains into the weights that they feed, in the dtype of the tensors."""
     out = dict(tensors)
     for site, norm in NORMS.items():
         gain = out[f"{norm}.weight"]
         for linear in SITES[site]:
-            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"] * gain)
+            out[f"{linear}.weight"] = out[f"{linear}.weight"] * gain
         out[f"{norm}.weight"] = torch.ones_like(gain)
+    return out
+
+
+def fold_r1(tensors: Tensors, r1: Rotation) -> Tensors:
+    """The norms' gains and R1, in the dtype of the tensors."""
+    out = fold_gains(tensors)
+    for site in NORMS:
+        for linear in SITES[site]:
+            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"])
     for linear in WRITES:
         out[f"{linear}.weight"] = r1.columns(out[f"{linear}.weight"])
         if f"{linear}.bias" in out:
@@ -168,26 +178,16 @@ def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
             moved = weight @ stage.tensor.to(weight)
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
         else:
-            weight = inverse_transposed(stage, weight)
+            weight = reference.stage_rows(weight, *inverse_transposed(stage, weight))
     out[f"{linear}.weight"] = weight
 
 
-def inverse_transposed(stage: Stage, weight: Tensor) -> Tensor:
-    """W T⁻ᵀ, T the matrix of an online stage: W [N, K]. Hadamards, reflections and permutations are orthogonal."""
-    kind, block, tensor = stage
-    if kind == "hadamard":
-        return reference.hadamard(weight, block)
-    assert tensor is not None
-    if kind == "permutation":
-        return weight[:, tensor.long()]
-    tensor = tensor.to(weight)
-    if kind == "reflection":
-        rows = weight.unflatten(-1, (-1, block))
-        return (rows - 2 * (rows @ tensor).unsqueeze(-1) * tensor).flatten(-2)
-    if kind == "dense":
-        return (weight.unflatten(-1, (-1, block)) @ torch.linalg.inv(tensor).mT).flatten(-2)
-    assert kind == "kronecker", kind
-    outer = weight.shape[-1] // block
-    left, right = tensor.split((outer * outer, block * block))
-    left, right = (torch.linalg.inv(m.view(n, n)) for m, n in ((left, outer), (right, block)))
-    return (left @ (weight.unflatten(-1, (outer, block)) @ right.mT)).flatten(-2)
+def inverse_transposed(stage: Stage, weight: Tensor) -> Stage:
+    """The stage of T⁻ᵀ, T the matrix of a stage, in weight's dtype; T itself where it is orthogonal."""
+    if stage.kind not in ("dense", "kronecker"):
+        return stage
+    assert stage.tensor is not None
+    stage = stage._replace(tensor=stage.tensor.to(weight))
+    if stage.kind == "kronecker":
+        return kronecker.inverse_transposed(stage)
+    return stage._replace(tensor=torch.linalg.inv(stage.tensor).mT)

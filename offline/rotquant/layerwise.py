@@ -150,28 +150,36 @@ class LayerQuantizer:
             for name in SITES[site]:
                 self._quantize(name, weights.pop(name), None)
             return
-        hessian, cross = self._moments(site, inputs)
-        refit = gptq.refit(hessian, cross, self.recipe.weights.damping) if self.recipe.weights.refit else None
+        hessian, drift = self._moments(site, inputs)
         for name in SITES[site]:
             weight = weights.pop(name)
-            self._quantize(name, weight if refit is None else weight @ refit, hessian)
+            if drift is not None:
+                weight = gptq.refit(weight, hessian, drift, self.recipe.weights.damping)
+            self._quantize(name, weight, hessian)
 
-    def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        """Means of w x̂ᵀ x̂ and w xᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
+    def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
 
         Returns:
-            float32 [K, K] each.
+            float32 [K, K] each; the second for `gptq.refit`, None where the recipe has none.
         """
-        hessian, cross, count = torch.zeros(()), torch.zeros(()), 0
+        hessian: Tensor | None = None
+        drift: Tensor | None = None
+        count = 0
         for i, x in enumerate(inputs):
             exact = transform(x, self.stages.get(site, [])).float()
             q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
             seen = convention.dequantize(q, scale, zero.float())
             weighted = seen if self.importance is None else seen * self.importance[i][:, None]
-            hessian = hessian.to(seen) + weighted.T @ seen
-            cross = cross.to(seen) + exact.T @ weighted
+            if hessian is None:
+                hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
+                drift = torch.zeros_like(hessian) if self.recipe.weights.refit else None
+            hessian.addmm_(weighted.T, seen)
+            if drift is not None:
+                drift.addmm_((exact - seen).T, weighted)
             count += len(x)
-        return hessian / count, cross / count
+        assert hessian is not None
+        return hessian.div_(count), None if drift is None else drift.div_(count)
 
     def _activations(self, site: str) -> tuple[int, bool, float]:
         act = self.recipe.activations

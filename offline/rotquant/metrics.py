@@ -1,11 +1,11 @@
-"""How hard rows are to quantize, and how well quantization did: pure functions, no gradients.
+"""How hard rows are to quantize, and how well quantization did: one formula each, for reports and for learning.
 
 A row x of d numbers is what gets one scale: a token of a linear's input, or a (token, head) of the KV cache.
-Per row:
+Per row, with gradients (`learn.objectives` makes losses of them, `inspection` means):
 
     peak to RMS    max|x| / sqrt(mean x²)        1 flat; sqrt(2 ln d) or so Gaussian; sqrt(d) one spike
-    GSR            Δ / std(x)           step over standard deviation (FRTQ); rounding makes an error of about Δ²/12,
-                                        which is GSR²/12 of a centred row's energy
+    GSR            Δ / std(x)                    the quantizer's step over the row's standard deviation (FRTQ)
+    rounding       Δ² / 12 / mean x²             the relative error that rounding makes; GSR² / 12 for a centred row
     kurtosis       mean (x - μ)⁴ / var(x)²       1.8 uniform, 3 Gaussian (KurTail aims at 1.8)
     error          ‖x - x̂‖² / ‖x‖²               SNR in dB is -10 log10 of its mean over rows
 
@@ -15,7 +15,7 @@ Over rows:
     QSUR           volume of the data's ellipsoid over that of the quantizer's cube (OSTQuant)
     massive        rows whose peak is far above the other rows' peaks
 
-Rows of zeros have no shape: their figures are NaN, and means leave them out.
+A row of zeros has no shape. Its figures are finite, as learning needs; means should leave it out.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ import math
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention
-
 MASSIVE = 10.0  # times the median peak
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """mean x² of each row, at least the smallest normal number: float [..., d] to [...]."""
+    return x.square().mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square of each row: float [..., d] to [...]."""
-    return x.square().mean(-1).sqrt()
+    return mean_square(x).sqrt()
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows scaled to RMS 1, float [..., d]; NaN where a row is zero."""
+    """Rows scaled to RMS 1, float [..., d]; zeros stay."""
     return x / rms(x).unsqueeze(-1)
 
 
@@ -45,29 +48,42 @@ def peak_to_rms(x: Tensor) -> Tensor:
     return x.abs().amax(-1) / rms(x)
 
 
-def gsr(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Δ / std(x) of each row, without clipping: FRTQ's range-to-spread ratio.
-
-    Δ is the step of `convention.qparams`: 2 max|x| / (2^b - 1), or (max - min) / (2^b - 1) asymmetric.
+def step(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Δ of each row without clipping, as `convention.qparams`: (max - min) / (2^b - 1), 2 max|x| / (2^b - 1) symmetric.
 
     Args:
-        x: float [..., d].
+        x: float [..., d]; asymmetric ranges hold 0.
     Returns:
-        float32 [...].
+        [...] in x's dtype.
     """
-    step = convention.qparams(x, bits, symmetric)[0].squeeze(-1)
-    return _shaped(x, step / x.float().std(-1, correction=0))
+    smallest, largest = x.amin(-1), x.amax(-1)
+    extent = 2 * torch.maximum(largest, -smallest) if symmetric else largest.clamp(min=0) - smallest.clamp(max=0)
+    return extent / (2**bits - 1)
+
+
+def gsr(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Δ / std(x) of each row: FRTQ's grid-to-sigma ratio, float [..., d] to [...]. A Gaussian row of 4096 has 0.48."""
+    return step(x, bits, symmetric) / x.std(-1, correction=0).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def rounding_error(x: Tensor, steps: Tensor) -> Tensor:
+    """Δ² / 12 / mean x² of each row, the relative error of rounding to steps Δ: float [..., d] and [...] to [...].
+
+    mean x² and not GSR's variance: a rotation can lower the variance by moving energy into the row's mean, which
+    helps an asymmetric quantizer and must count as a gain. Saturation is not in it.
+    """
+    return steps.square() / (12 * mean_square(x))
 
 
 def kurtosis(x: Tensor) -> Tensor:
     """mean (x - μ)⁴ / var(x)² of each row (KurTail): float [..., d] to [...]."""
-    energy = (x - x.mean(-1, keepdim=True)).square()
-    return _shaped(x, energy.square().mean(-1) / energy.mean(-1).square())
+    square = (x - x.mean(-1, keepdim=True)).square()
+    return square.square().mean(-1) / square.mean(-1).square().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def relative_error(x: Tensor, quantized: Tensor) -> Tensor:
     """‖x - x̂‖² / ‖x‖² of each row: float [..., d] twice to [...]."""
-    return (x - quantized).square().sum(-1) / x.square().sum(-1)
+    return (x - quantized).square().sum(-1) / x.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def snr_db(error: float) -> float:
@@ -76,12 +92,6 @@ def snr_db(error: float) -> float:
     Of a mean of `relative_error` it is the SNR in which every row counts the same, however large.
     """
     return -10 * math.log10(error) if error > 0 else math.inf
-
-
-def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
-    """What activations are after per-row quantization, float32 [..., d] (`convention`)."""
-    scale, zero = convention.qparams(x, bits, symmetric, clip)
-    return convention.dequantize(convention.quantize(x, scale, zero, bits), scale, zero)
 
 
 def difficulty(channel_norms: Tensor) -> Tensor:
@@ -134,23 +144,3 @@ def chi2_quantile(d: int, z: float = 2.3263478740408408) -> float:
 def massive(peaks: Tensor, factor: float = MASSIVE) -> Tensor:
     """Which rows are massive: peak max|x| above `factor` times the median peak. Float [n] to int64 indices [m]."""
     return (peaks > factor * peaks.median()).nonzero().flatten()
-
-
-def grid_error(weight: Tensor, scale: Tensor) -> Tensor:
-    """Relative error that rounding to a grid of steps Δ makes in each row of a weight matrix, K mean(Δ²/12) / ‖w‖².
-
-    The noise of rounding alone: a stored checkpoint knows its steps, but no longer the weights before rounding.
-    Saturation, and errors that GPTQ trades between columns, are not in it.
-
-    Args:
-        weight: float [N, K]; scale: float [N, G], steps of each row's groups.
-    Returns:
-        float [N]; NaN for a row of zeros.
-    """
-    noise = weight.shape[1] * scale.square().mean(-1) / 12
-    return _shaped(weight, noise / weight.square().sum(-1))
-
-
-def _shaped(x: Tensor, figure: Tensor) -> Tensor:
-    """NaN where the row is zero; a constant row has an infinite figure."""
-    return figure.masked_fill(x.abs().amax(-1) == 0, math.nan)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from rotquant.learn.stream import Learner
 from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
+from rotquant.resources import check_disk, check_memory
 from rotquant.space import Transforms
 from rotquant.weights import rtn
 
@@ -60,6 +60,11 @@ class Run:
     device: str
     seed: int
     tp_max: int
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Calibration samples and their tokens."""
+        return tuple(self.calibrated.tokens.shape) if self.calibrated else (0, 0)
 
     @property
     def fold(self) -> Fold:
@@ -106,7 +111,9 @@ def quantize(
     """
     output = Path(output)
     run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
-    check_resources(run, output, max_memory)
+    if max_memory is not None:
+        check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
+    check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
     digest = run.source.digest()
     if resume and finished(run, output, digest):
         say(f"{output}: already finished")
@@ -161,25 +168,6 @@ def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
         if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
             raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
-
-
-def check_resources(run: Run, output: Path, max_memory: float | None) -> None:
-    """Refuses a run that cannot fit on the disk or in the memory allowed."""
-    arch, tokens = run.arch, run.calibrated.tokens.numel() if run.calibrated else 0
-    hidden, wide, width = arch.hidden_size, arch.intermediate_size, run.dtype.itemsize
-    layer = hidden * (2 * arch.heads + 2 * arch.kv_heads) * arch.head_dim + 3 * hidden * wide
-    vocabulary, chain = arch.vocab_size * hidden * width, tokens * hidden * width
-    disk = 2 * vocabulary + arch.layers * layer * run.recipe.weights.bits // 8 + 2 * chain
-    home = next(p for p in output.absolute().parents if p.exists())
-    if shutil.disk_usage(home).free < disk:
-        free = shutil.disk_usage(home).free / 1e9
-        raise RotQuantError(f"{home}: disk full: {disk / 1e9:.2f} GB are needed, {free:.2f} GB are free")
-    hessian = 3 * 4 * max(wide, arch.heads * arch.head_dim) ** 2 if run.recipe.needs_calibration else 0
-    memory = (2 * vocabulary + layer * (8 + 4 + width) + hessian + 3 * chain) / 1e9
-    if max_memory is not None and memory > max_memory:
-        raise RotQuantError(
-            f"--max-memory {max_memory}: about {memory:.1f} GB are needed; lower --samples or --seq-len, or use rtn"
-        )
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:

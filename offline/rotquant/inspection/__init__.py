@@ -21,7 +21,7 @@ The JSON object:
             heads                           K and V: SNR of each KV head
             massive     {"count", "positions": [[position in its window, how often], ...], "largest", "median",
                         "position", "token", "channel"}; the last three and `largest` tell of the largest peak
-    linears              {"layer", "name", "before", "after"}: SNR of the weights in dB (`metrics.grid_error`); null
+    linears              {"layer", "name", "before", "after"}: SNR of the weights in dB (`metrics.rounding_error`); null
                          where the linear stays in 16 bits
     token_texts          how the tokenizer writes the tokens named above
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rotquant import metrics
+from rotquant.learn.quantizers import fake_quantize
 from rotquant_kernels import convention
 
 QSUR_WIDTH = 1024  # wider sites get no QSUR: their second moments would not fit in memory for all layers
@@ -35,7 +36,7 @@ class RowFormat:
         """x float32 [..., d] quantized and back."""
         if self.kv:
             return convention.kv_fake_quantize(x, self.symmetric, self.clip)
-        return metrics.fake_quantize(x, self.bits, self.symmetric, self.clip)
+        return fake_quantize(x, self.bits, self.symmetric, self.clip)
 
 
 class SiteStatistics:
@@ -64,10 +65,9 @@ class SiteStatistics:
         }
         if self.format.bits < 16:
             figures["error"] = metrics.relative_error(x, self.format.apply(x))
-        sums = {name: _finite(figure).sum(0) for name, figure in figures.items()}
-        sums |= {f"{name} rows": figure.isfinite().sum(0) for name, figure in figures.items()}
-        unit = unit.nan_to_num(0)
-        sums |= {"first": unit.sum(0), "second": unit.square().sum(0)}
+        shaped = x.amax(-1) > x.amin(-1)  # rows of one value, zero above all, have no shape
+        sums = {name: figure.where(shaped, 0).sum(0) for name, figure in figures.items()}
+        sums |= {"shaped": shaped.sum(0), "first": unit.sum(0), "second": unit.square().sum(0)}
         if x.shape[2] <= QSUR_WIDTH:
             rows = unit.movedim(1, 0)  # [G, T, d]
             sums["moments"] = rows.mT @ rows
@@ -102,7 +102,7 @@ class SiteStatistics:
 
     def _mean(self, name: str) -> Tensor:
         """Mean over rows of a figure, float64 [G]."""
-        return self.sums[name] / self.sums[f"{name} rows"]
+        return self.sums[name] / self.sums["shaped"]
 
     def _qsur(self) -> float | None:
         if "moments" not in self.sums or self.rows <= self.sums["first"].shape[1]:
@@ -126,10 +126,6 @@ class SiteStatistics:
             "token": int(tokens.flatten()[top]),
             "channel": int(channels[top]),
         }
-
-
-def _finite(figure: Tensor) -> Tensor:
-    return torch.where(figure.isfinite(), figure, 0)
 
 
 def _plain(value: float) -> float | None:

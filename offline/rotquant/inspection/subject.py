@@ -134,11 +134,12 @@ def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
 
 
 def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int, str], float | None]:
-    """SNR in dB of each linear's weights by `metrics.grid_error`, every row counting the same.
+    """SNR in dB of each linear's weights by `metrics.rounding_error`, every row counting the same.
 
-    A checkpoint's stored grid; for full-precision weights the grid that round-to-nearest with clip search would take,
-    in the format of `like`, else int4 per channel. At most WEIGHT_ROWS rows of a matrix, evenly spread, are looked at.
-    None where the linear stays in 16 bits.
+    The noise of rounding alone, as a checkpoint knows its steps but not the weights before rounding: saturation, and
+    errors that GPTQ trades between columns, are not in it. A checkpoint's stored grid; for full-precision weights the
+    grid that round-to-nearest with clip search would take, in the format of `like`, else int4 per channel. At most
+    WEIGHT_ROWS rows of a matrix, evenly spread, are looked at. None where the linear stays in 16 bits.
     """
     source = Source(subject.folder)
     found: dict[tuple[int, str], float | None] = {}
@@ -165,7 +166,8 @@ def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | Non
         weight = stored.float()
         bits, group = (wanted.weight_bits, wanted.group_size) if wanted else (4, 0)
         scale = rtn.weight_scale(weight, bits, group, True, stored.dtype)
-    error = metrics.grid_error(weight, scale).nanmean().item()
+    steps = scale.square().mean(-1).sqrt()  # of each row; one step a group
+    error = metrics.rounding_error(weight, steps)[weight.any(1)].mean().item()
     return round(metrics.snr_db(error), 2) if math.isfinite(error) else None
 
 

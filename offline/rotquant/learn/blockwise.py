@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from rotquant import metrics
 from rotquant.decoder import Decoder
 from rotquant.fold import Tensors
 from rotquant.initial import generator
@@ -52,15 +53,10 @@ def learn_blockwise(
     optimisers = make_optimisers(layer.parameters, options)
     schedules = [half_cosine(optimiser, steps) for optimiser in optimisers]
     for chosen in batches(len(inputs), options, random):
-        loss = relative_error(layer(tensors, inputs[chosen].to(job.device)), wanted[chosen].to(job.device))
-        loss.backward()
+        output = layer(tensors, inputs[chosen].to(job.device))
+        metrics.relative_error(wanted[chosen].to(job.device), output).mean().backward()
         advance(optimisers, schedules)
     return layer.parameters.result()
-
-
-def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of |output - wanted|² / |wanted|²; [..., hidden] each."""
-    return ((output - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
 
 def make_optimisers(parameters: LayerParameters, options: Blockwise) -> list[torch.optim.Optimizer]:

@@ -32,18 +32,18 @@ class QuantizedModel:
     def __init__(self, job: Learner, options: EndToEnd) -> None:
         self.job, self.decoder, arch, source = job, job.decoder(), job.arch, job.source
         rotation = job.transforms.r1
-        eye = torch.eye(arch.hidden_size, dtype=torch.float64)
-        self.r1 = nn.Parameter(rotation.rows(eye).float(), requires_grad="r1" in options.learns) if rotation else None
-        embedding = source.get(EMBEDDING)
-        self.embedding, self.gain = embedding.float(), source.get(FINAL_NORM).float()
-        self.head = self.embedding if arch.tied else source.get(LM_HEAD).float()
+        eye, self.r1 = torch.eye(arch.hidden_size, dtype=torch.float64), None
+        if rotation:
+            self.r1 = nn.Parameter(rotation.rows(eye).float().to(job.device), requires_grad="r1" in options.learns)
+        self.embedding, self.gain = (source.get(name).float().to(job.device) for name in (EMBEDDING, FINAL_NORM))
+        self.head = self.embedding if arch.tied else source.get(LM_HEAD).float().to(job.device)
         self.tensors, self.layers = [], []
         for index in range(arch.layers):
             folded, raw = job.layer(index), job.source.layer(arch.layer_prefix(index))
             start = job.transforms.layers[index]
             learns: list[str] = [name for name in options.learns if name != "r1"]
             self.layers.append(quantized_layer(job, self.decoder, folded, start, learns, options.weight_bits))
-            self.tensors.append({name: tensor.float() for name, tensor in raw.items()})
+            self.tensors.append({name: tensor.float().to(job.device) for name, tensor in raw.items()})
 
     def teacher(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the full-precision model."""
@@ -80,14 +80,15 @@ def learn_end_to_end(job: Learner) -> None:
             chosen = torch.randint(len(job.tokens), (options.batch,), generator=random)
             total = 0.0
             for window in chosen.tolist():  # gradients add up over the batch
-                loss = loss_of(model, job.tokens[window : window + 1], options) / options.batch
+                tokens = job.tokens[window : window + 1].to(job.device)
+                loss = loss_of(model, tokens, options) / options.batch
                 loss.backward()
                 total += loss.item()
             advance(optimisers, schedules)
             progress.step(f"loss {total:.4f}")
     job.transforms.layers = [layer.parameters.result() for layer in model.layers]
     if model.r1 is not None:
-        job.transforms.r1 = Dense(procrustes.nearest_rotation(model.r1.detach().double()))
+        job.transforms.r1 = Dense(procrustes.nearest_rotation(model.r1.detach().double()).cpu())
 
 
 def loss_of(model: QuantizedModel, tokens: Tensor, options: EndToEnd) -> Tensor:

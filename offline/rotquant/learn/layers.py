@@ -20,8 +20,8 @@ from rotquant.learn.rotations import learn_r2
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.recipe import Blockwise
 from rotquant.space import SITES, LayerTransforms
+from rotquant.transforms import kronecker
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
-from rotquant.transforms.kronecker import factor_pair
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import search_scale, smooth_scale
 from rotquant_kernels import Stage, reference
@@ -154,15 +154,11 @@ class SampleLearner:
             return made
         if kind == "heads":
             size = self.job.arch.head_dim
-            return [kronecker(rotation(width // size, random), torch.eye(size))]
-        outer, inner = factor_pair(width)
-        return [kronecker(rotation(outer, random), rotation(inner, random))]
+            return [kronecker.stage(rotation(width // size, random), torch.eye(size))]
+        outer, inner = kronecker.factor_pair(width)
+        return [kronecker.stage(rotation(outer, random), rotation(inner, random))]
 
 
 def rotation(size: int, random: torch.Generator) -> Tensor:
     """A random Hadamard rotation as a matrix, float32 [size, size]."""
     return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64)).float()
-
-
-def kronecker(left: Tensor, right: Tensor) -> Stage:
-    return Stage("kronecker", len(right), torch.cat((left.flatten(), right.flatten())))

@@ -101,15 +101,8 @@ def massive_tokens(x: Tensor, share: float = 0.9, channels: int = 4) -> Tensor:
     return top > share * square.sum(-1)
 
 
-def token_weights(x: Tensor, gamma: float = 1.0, equal_rows: bool = False) -> Tensor:
-    """Row weights [n] for x [n, d]: gamma² for massive tokens (DFRot takes gamma = 100), 1 for the others.
-
-    Args:
-        equal_rows: also divides by |x_t|², so that every token counts the same (FRTQ's uniform preconditioning).
-    """
+def token_weights(x: Tensor, gamma: float) -> Tensor:
+    """Row weights [n] for x [n, d]: gamma² for massive tokens (DFRot takes gamma = 100), 1 for the others."""
     weights = torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
-    if gamma != 1:
-        weights[massive_tokens(x)] = gamma**2
-    if equal_rows:
-        weights = weights / x.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
+    weights[massive_tokens(x)] = gamma**2
     return weights

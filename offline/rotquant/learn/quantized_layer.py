@@ -95,10 +95,10 @@ class LayerParameters(nn.Module):
 
     @torch.no_grad()
     def result(self) -> LayerTransforms:
-        """What was learned, for folding."""
-        made = LayerTransforms.from_tensors({k: t.clone() for k, t in self.transforms().tensors().items()})
+        """What was learned, for folding: on the CPU."""
+        made = LayerTransforms.from_tensors({k: t.cpu().clone() for k, t in self.transforms().tensors().items()})
         made.clips = self.start.clips | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
-        made.weight_clips = {name.replace("-", "."): logit.sigmoid() for name, logit in self.weight_clips.items()}
+        made.weight_clips = {name.replace("-", "."): clip.sigmoid().cpu() for name, clip in self.weight_clips.items()}
         return made
 
     def groups(self, lr: float, clip_lr: float, rotation_lr: float) -> tuple[list[Group], list[Group]]:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rotquant.fold import NORMS, fold_gains
 from rotquant.initial import generator
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.stream import Capture, Learner, forward
@@ -52,23 +53,11 @@ def residual_rows(job: Learner, budget: int) -> Tensor:
     random, decoder, chain = generator(job.seed, "rows"), job.decoder(), job.embedded(len(job.tokens))
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index in range(arch.layers):
-            tensors = job.layer(index)
-            gains = {"attn": tensors["input_layernorm.weight"], "mlp": tensors["post_attention_layernorm.weight"]}
             seen = Capture(budget // (2 * arch.layers), len(chain), random)
-            chain = forward(job, decoder, without_gains(tensors), chain, seen)
-            found += [seen.rows(site) for site in gains]
+            chain = forward(job, decoder, fold_gains(job.layer(index)), chain, seen)
+            found += [seen.rows(site) for site in NORMS]
             progress.step()
     return torch.cat(found)
-
-
-def without_gains(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same layer with its norms' gains in the weights."""
-    out = dict(tensors)
-    for norm, site in (("input_layernorm", "attn"), ("post_attention_layernorm", "mlp")):
-        for linear in SITES[site]:
-            out[f"{linear}.weight"] = tensors[f"{linear}.weight"] * tensors[f"{norm}.weight"]
-        out[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
-    return out
 
 
 def reading_covariance(job: Learner) -> Tensor:
@@ -76,7 +65,7 @@ def reading_covariance(job: Learner) -> Tensor:
 
     def rows() -> Iterator[Tensor]:
         for index in range(job.arch.layers):
-            tensors = without_gains(job.layer(index))
+            tensors = fold_gains(job.layer(index))
             yield from (tensors[f"{linear}.weight"].cpu() for linear in (*SITES["attn"], *SITES["mlp"]))
 
     return covariance(rows())

@@ -36,10 +36,6 @@ class PairRotations:
         y[..., self.second] = a * sin + b * cos
         return y
 
-    def matrix(self) -> Tensor:
-        """G [B, B], orthogonal, in cos' dtype."""
-        return self.rows(torch.eye(2 * len(self.first), dtype=self.cos.dtype, device=self.cos.device))
-
 
 def givens(x: Tensor, target: Tensor, pairing: Tensor | None = None) -> PairRotations:
     """The rotations that turn x's pairs towards the target's; a pair without direction, in x or target, is left alone.

@@ -17,6 +17,9 @@ from rotquant.transforms.williamson import williamson
 from rotquant_kernels.reference import hadamard as power_of_two_rows
 
 
+CACHED = 1 << 19  # numbers rotated at a time: a vocabulary in float64 is far larger than the processor's cache
+
+
 def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
@@ -88,13 +91,19 @@ def hadamard_rows(x: Tensor, order: int) -> Tensor:
     """
     parts = split_order(order)
     assert parts is not None, f"no Hadamard matrix of order {order}"
-    m, p = parts
+    rows = x.reshape(-1, x.shape[-1])
+    some = max(1, CACHED // x.shape[-1])
+    return torch.cat([_product(part, *parts) for part in rows.split(some)]).view(x.shape)
+
+
+def _product(x: Tensor, m: int, p: int) -> Tensor:
+    """x (I ⊗ H_m ⊗ H_p) / sqrt(m p) for x [n, K]."""
     y = power_of_two_rows(x, p) if p > 1 else x
     if m == 1:
         return y
     matrix = base(m)
     assert matrix is not None
-    blocks = y.reshape(*x.shape[:-1], -1, m, p)
+    blocks = y.reshape(len(x), -1, m, p)
     return (matrix.to(y).T @ blocks / m**0.5).reshape(x.shape)
 
 

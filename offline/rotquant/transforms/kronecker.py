@@ -1,16 +1,17 @@
 """Kronecker products A = P ⊗ Q of two small invertible matrices (FlatQuant), for rows of n = a b numbers.
 
 x A = vec(Pᵀ X Q),  X = x as a matrix [a, b]        a + b multiplications a channel in place of a b
-(P ⊗ Q)⁻¹ = P⁻¹ ⊗ Q⁻¹,  (P ⊗ Q)ᵀ = Pᵀ ⊗ Qᵀ
-y = x Wᵀ = (x A) (W A⁻ᵀ)ᵀ                            for any invertible A; A⁻ᵀ = A where it is orthogonal
+A⁻ᵀ = P⁻ᵀ ⊗ Q⁻ᵀ,   y = x Wᵀ = (x A) (W A⁻ᵀ)ᵀ        for any invertible A; A⁻ᵀ = A where it is orthogonal
+
+A runs online as the stage `kronecker` of `rotquant_kernels.online`, block b, whose tensor holds P then Q.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from rotquant_kernels import Stage
 
 
 def factor_pair(n: int) -> tuple[int, int]:
@@ -19,22 +20,20 @@ def factor_pair(n: int) -> tuple[int, int]:
     return a, n // a
 
 
-@dataclass(frozen=True)
-class Kronecker:
-    """A = left ⊗ right, float [a, a] and [b, b]."""
+def stage(left: Tensor, right: Tensor) -> Stage:
+    """The stage of P ⊗ Q, float [a, a] and [b, b]."""
+    return Stage("kronecker", len(right), torch.cat((left.flatten(), right.flatten())))
 
-    left: Tensor
-    right: Tensor
 
-    def rows(self, x: Tensor) -> Tensor:
-        """x A for x [..., a b], in x's dtype."""
-        matrices = x.unflatten(-1, (self.left.shape[0], self.right.shape[0]))
-        return (self.left.to(x).mT @ (matrices @ self.right.to(x))).flatten(-2)
+def factors(made: Stage) -> tuple[Tensor, Tensor]:
+    """P and Q of a stage."""
+    assert made.tensor is not None
+    inner = made.block**2
+    left, right = made.tensor[:-inner], made.tensor[-inner:]
+    outer = round(len(left) ** 0.5)
+    return left.view(outer, outer), right.view(made.block, made.block)
 
-    def weight(self, w: Tensor) -> Tensor:
-        """W A⁻ᵀ for W [N, a b], in its dtype: what the linear layer behind x A needs."""
-        return Kronecker(*(torch.linalg.inv(m.double()).mT for m in (self.left, self.right))).rows(w)
 
-    def tensor(self) -> Tensor:
-        """Both factors, P then Q, in one row [a² + b²]: the tensor of the online stage `kronecker`, block b."""
-        return torch.cat((self.left.flatten(), self.right.flatten()))
+def inverse_transposed(made: Stage) -> Stage:
+    """The stage of A⁻ᵀ."""
+    return stage(*(torch.linalg.inv(m).mT for m in factors(made)))

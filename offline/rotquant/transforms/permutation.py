@@ -4,7 +4,7 @@ Channels are sorted by magnitude, largest first, and dealt to the n blocks to an
 so each block's magnitudes have nearly one mean, and no block holds more than its share of the outliers, which a
 rotation within the block then spreads.
 
-    y = x[..., p],  y[..., inverse(p)] = x        W' = W[:, p]:  y W'ᵀ = x Wᵀ
+    y = x[..., p],  W' = W[:, p]:  y W'ᵀ = x Wᵀ
 """
 
 from __future__ import annotations
@@ -34,8 +34,3 @@ def zigzag(magnitude: Tensor, block: int, shards: int = 1) -> Tensor:
     dealt[:, 1::2] = dealt[:, 1::2].flip(-1)
     offset = torch.arange(shards, device=magnitude.device).view(-1, 1, 1) * size
     return (dealt.mT + offset).flatten()
-
-
-def inverse(permutation: Tensor) -> Tensor:
-    """q with x[..., p][..., q] = x."""
-    return permutation.argsort()

@@ -34,11 +34,6 @@ def sequency_order(block: int) -> Tensor:
     return sum((((gray >> i) & 1) << (bits - 1 - i) for i in range(bits)), torch.zeros_like(gray))
 
 
-def walsh(block: int) -> Tensor:
-    """W float64 [block, block]: orthogonal and symmetric."""
-    return walsh_rows(torch.eye(block, dtype=torch.float64), block)
-
-
 def walsh_rows(x: Tensor, block: int) -> Tensor:
     """x (I ⊗ W) for x [..., K], block dividing K, in float32 or float64 as x is; its own inverse."""
     order = sequency_order(block).to(x.device)

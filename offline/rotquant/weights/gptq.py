@@ -71,18 +71,24 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
 
 
-def refit(hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """The matrix F for which W F, applied to quantized inputs, comes nearest to W applied to the exact ones.
+def refit(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """The weight that, applied to quantized inputs, comes nearest to W applied to the exact ones.
 
     argmin_V E‖x Wᵀ - x̂ Vᵀ‖² is V = W E[xᵀ x̂] (E[x̂ᵀ x̂])⁻¹; damped towards V = W, that is
-    F = (C + λI)(H + λI)⁻¹. It takes back what quantization does to the same token every time: without it
-    the error of the first token, to which most heads attend, is added to the output of all others.
+    V = W + W D (H + λI)⁻¹ with D = E[(x - x̂)ᵀ x̂]. It takes back what quantization does to the same token every time:
+    without it the error of the first token, to which most heads attend, is added to the output of all others.
 
     Args:
-        hessian: E[x̂ᵀ x̂], cross: E[xᵀ x̂], float32 [K, K]; damping: λ as a share of the mean diagonal of H.
+        weight: float32 [N, K]; hessian: H = E[x̂ᵀ x̂], drift: D, float32 [K, K].
+        damping: λ as a share of the mean diagonal of H.
     Returns:
-        float32 [K, K].
+        float32 [N, K].
+    Raises:
+        RotQuantError: a Hessian that is not positive in spite of its damping.
     """
-    eye = torch.eye(hessian.shape[0], dtype=torch.float64).to(hessian.device)
-    ridge = eye * (damping * hessian.diagonal().mean().double())
-    return torch.linalg.solve(hessian.double() + ridge, cross.double() + ridge, left=False).float()
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if info:
+        raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
+    return weight + torch.cholesky_solve((weight @ drift).mT.double(), factor).mT.float()

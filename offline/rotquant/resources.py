@@ -1,0 +1,101 @@
+"""What a run will need of disk and memory, estimated from sizes alone: one that cannot fit stops before any work.
+
+Memory is the largest of three phases, which do not overlap:
+
+    quantizing           a layer in float64 and its copies, GPTQ's Hessians, the chain of calibration windows
+    learning by layer    a layer in float64 and float32, the float32 chain; blockwise: what gradients of a layer hold
+    end to end           all layers and the vocabulary in float32, gradients of a layer and of the logits of one window
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from rotquant.errors import RotQuantError
+from rotquant.models import Architecture
+from rotquant.recipe import Recipe
+
+Windows = tuple[int, ...]  # calibration samples, tokens of each
+GRADIENT_BYTES = 24  # a weight of a layer under training: its folded and its rounded values, and gradients of both
+LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradients
+
+
+def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype, output: Path) -> None:
+    """Refuses a checkpoint that the disk cannot hold."""
+    chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
+    need = 2 * vocabulary(arch) * dtype.itemsize + arch.layers * layer_weights(arch) * recipe.weights.bits // 8
+    need += 2 * chain
+    home = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(home).free
+    if free < need:
+        raise RotQuantError(f"{home}: disk full: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype, allowed: float) -> None:
+    """Refuses a run that is estimated to need more than `allowed` GB.
+
+    Raises:
+        RotQuantError: which phase needs how much, and what lowers it.
+    """
+    phases = {
+        "quantizing": (quantizing(recipe, arch, windows, dtype), "lower --samples or --seq-len, or use --recipe rtn"),
+        "learning layer by layer": (by_layer(recipe, arch, windows, dtype), "lower --samples or --seq-len"),
+        "learning end to end, which holds the whole model in float32,": (
+            end_to_end(recipe, arch, windows),
+            "lower --seq-len, or take a recipe that works layer by layer, such as best",
+        ),
+    }
+    name, (need, remedy) = max(phases.items(), key=lambda phase: phase[1][0])
+    if need > allowed * 1e9:
+        raise RotQuantError(f"--max-memory {allowed}: {name} needs about {need / 1e9:.1f} GB; {remedy}")
+
+
+def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
+    """Bytes."""
+    widest = max(arch.intermediate_size, arch.heads * arch.head_dim)
+    hessians = 3 * 4 * widest**2 if recipe.weights.needs_inputs else 0
+    chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
+    return 2 * vocabulary(arch) * dtype.itemsize + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + 3 * chain
+
+
+def by_layer(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
+    """Bytes of R1's and the layers' learning; 0 where there is none."""
+    if not (recipe.learns_r1 or recipe.learns_layers):
+        return 0
+    chains = 3 * windows[0] * windows[1] * arch.hidden_size * 4
+    rows = recipe.learn.surrogate.rows if recipe.learn.surrogate else 0
+    r1 = 6 * 8 * arch.hidden_size**2 + 3 * 4 * rows * arch.hidden_size if recipe.learns_r1 else 0
+    need = vocabulary(arch) * dtype.itemsize + layer_weights(arch) * (2 * 8 + 4) + chains + r1
+    block = recipe.learn.blockwise
+    return need + (gradients(arch, block.batch * windows[1]) if block else 0)
+
+
+def end_to_end(recipe: Recipe, arch: Architecture, windows: Windows) -> int:
+    """Bytes; 0 where nothing is learned end to end. Windows pass one at a time, whatever the batch."""
+    if not recipe.learn.end_to_end:
+        return 0
+    weights = arch.layers * layer_weights(arch) + vocabulary(arch) * (1 if arch.tied else 2)
+    r1 = 8 * arch.hidden_size**2  # itself, gradient, moments and what its optimiser computes with
+    between = arch.layers * windows[1] * arch.hidden_size  # what enters each layer, kept for the backward pass
+    logits = LOGITS * windows[1] * arch.vocab_size
+    return 4 * (weights + r1 + between + logits) + gradients(arch, windows[1])
+
+
+def gradients(arch: Architecture, tokens: int) -> int:
+    """Bytes that the backward pass through one layer needs, beside the layer itself."""
+    queries_keys_values = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    activations = 8 * arch.hidden_size + 6 * arch.intermediate_size + 4 * queries_keys_values
+    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * activations
+
+
+def layer_weights(arch: Architecture) -> int:
+    attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim
+    return arch.hidden_size * (attention + 3 * arch.intermediate_size)
+
+
+def vocabulary(arch: Architecture) -> int:
+    """Numbers in the embedding, or in the head."""
+    return arch.vocab_size * arch.hidden_size
