@@ -33,7 +33,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(hard: Path, name: str, recipe: str, *settings: str) -> str:
     folder = hard.with_name(name)
-    return str(quantize(str(hard), folder, recipe=recipe, samples=8, seq_len=128, settings=(*CHEAP, *settings)))
+    return str(quantize(str(hard), folder, recipe=recipe, samples=4, seq_len=128, settings=(*CHEAP, *settings)))
 
 
 def looked_at(model: str, against: str | Path, tokens: int = 512) -> Inspection:

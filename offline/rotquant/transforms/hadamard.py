@@ -16,7 +16,6 @@ from torch import Tensor
 from rotquant.transforms.williamson import williamson
 from rotquant_kernels.reference import hadamard as power_of_two_rows
 
-
 CACHED = 1 << 19  # numbers rotated at a time: a vocabulary in float64 is far larger than the processor's cache
 
 
