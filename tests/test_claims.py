@@ -31,9 +31,9 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(hard: Path, name: str, recipe: str, *settings: str) -> str:
+def made(hard: Path, name: str, recipe: str, *settings: str, seq_len: int = 128) -> str:
     folder = hard.with_name(name)
-    return str(quantize(str(hard), folder, recipe=recipe, samples=8, seq_len=128, settings=(*CHEAP, *settings)))
+    return str(quantize(str(hard), folder, recipe=recipe, samples=4, seq_len=seq_len, settings=(*CHEAP, *settings)))
 
 
 def looked_at(model: str, against: str | Path, tokens: int = 512) -> Inspection:
@@ -63,7 +63,7 @@ def test_ostquant_raises_qsur(hard: Path) -> None:
 
 
 def test_ruquant_lowers_the_peaks(hard: Path) -> None:
-    found = looked_at(made(hard, "ruquant", "ruquant"), hard)
+    found = looked_at(made(hard, "ruquant", "ruquant", seq_len=32), hard)
     for site in QUANTIZED:
         before, after = means(found, "peak_to_rms", site)
         assert after < before, site

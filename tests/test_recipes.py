@@ -94,6 +94,14 @@ def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert first == second
 
 
+@pytest.mark.parametrize("recipe", ["best-online", "baseq"])
+def test_half_precision_with_biases(tmp_path, recipe):
+    """As real checkpoints come: what learning and GPTQ compute in float32 meets biases in bfloat16."""
+    folder = sized("qwen2", tmp_path / "m", head_dim=32, dtype=torch.bfloat16)
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=settings(recipe), **QUICK)
+    assert logits(load(out), folder).isfinite().all()
+
+
 def test_the_sink_counts_in_gptq(tmp_path):
     """attention_weight changes the codes, and only through the Hessians."""
     folder = sized("llama", tmp_path / "m", head_dim=32)

@@ -136,7 +136,8 @@ class LayerQuantizer:
         share = self.recipe.weights.attention_weight
         if not share:
             return None
-        tensors = self.tensors | {f"{name}.weight": weights[name] for name in SITES["attn"]}
+        known = self.tensors | {f"{name}.weight": weights[name] for name in SITES["attn"]}
+        tensors = {name: tensor.float() for name, tensor in known.items()}
         exact = float_linear(tensors, self.layer)
         inputs = (self.decoder.norm(h, self.tensors["input_layernorm.weight"]).float() for h in self._samples(chain))
         return [(1 - share) + share * self.decoder.attention_received(tensors, x, exact) for x in inputs]

@@ -19,6 +19,8 @@ from rotquant.models import Architecture
 from rotquant.recipe import Recipe
 
 Windows = tuple[int, ...]  # calibration samples, tokens of each
+PROCESS = 600_000_000  # bytes of Python and its libraries
+HESSIANS = 8  # square float32 arrays: two moments, and what GPTQ factorises
 GRADIENT_BYTES = 24  # a weight of a layer under training: its folded and its rounded values, and gradients of both
 LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradients
 
@@ -48,7 +50,8 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
             "lower --seq-len, or take a recipe that works layer by layer, such as best",
         ),
     }
-    name, (need, remedy) = max(phases.items(), key=lambda phase: phase[1][0])
+    name, (most, remedy) = max(phases.items(), key=lambda phase: phase[1][0])
+    need = PROCESS + most
     if need > allowed * 1e9:
         raise RotQuantError(f"--max-memory {allowed}: {name} needs about {need / 1e9:.1f} GB; {remedy}")
 
@@ -56,9 +59,10 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
 def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
     """Bytes."""
     widest = max(arch.intermediate_size, arch.heads * arch.head_dim)
-    hessians = 3 * 4 * widest**2 if recipe.weights.needs_inputs else 0
+    hessians = HESSIANS * 4 * widest**2 if recipe.weights.needs_inputs else 0
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
-    return 2 * vocabulary(arch) * dtype.itemsize + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + 3 * chain
+    tables = 3 * vocabulary(arch) * dtype.itemsize  # as read, folded, and folded in one piece
+    return tables + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + 3 * chain
 
 
 def by_layer(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
