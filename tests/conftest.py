@@ -18,6 +18,7 @@ STARTS_VLLM = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `pytest -n 2 --dist loadgroup` keeps in one process: a file, for its fixtures; all that start vLLM."""
     for item in items:
