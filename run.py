@@ -140,7 +140,7 @@ def main() -> int:
             return subprocess.call(command)
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
     code = 0
-    pytest = ["pytest", "-n", "2", "--dist", "loadgroup", *arguments[1:]]  # groups: tests/conftest.py
+    pytest = ["pytest", "-n", "2", "--dist", "loadfile", *arguments[1:]]
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):
         say(" ".join(check))
         code = subprocess.call([str(PYTHON), "-m", *check], cwd=ROOT) or code

@@ -11,20 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-# Files that start vLLM: one at a time, since each start takes gigabytes and a core.
-STARTS_VLLM = {
-    *("test_cli", "test_evaluate", "test_lm_eval", "test_load_online", "test_plugin", "test_serve"),
-    *("test_stock_vllm", "test_tensor_parallel"),
-}
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest -n 2 --dist loadgroup` keeps in one process: a file, for its fixtures; all that start vLLM."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("vllm" if name in STARTS_VLLM else name))
-
 
 class Demo(NamedTuple):
     """The demo model made hard, and its checkpoints."""
