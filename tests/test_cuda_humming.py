@@ -1,4 +1,8 @@
-"""What we hand to Humming against its own preparation, for GPUs that are not here; skipped without the package."""
+"""What we hand to Humming against its own preparation, for GPUs that are not here; skipped without the package.
+
+Not part of the `test` extra: vLLM imports Humming where it finds it, on CPUs too, and every engine then first builds
+GPU launchers. `pip install humming-kernels`, this file, `pip uninstall humming-kernels`.
+"""
 
 import json
 import os
