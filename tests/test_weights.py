@@ -60,7 +60,7 @@ def test_refit_takes_back_what_quantization_does_to_every_token():
     seen[::8] = x[0] * (1 + 0.2 * torch.randn(48))
     weight = torch.randn(16, 48)
     hessian, drift = (a.T @ seen / len(x) for a in (seen, x - seen))
-    fitted = gptq.refit(weight, hessian, drift, damping=1e-4)
+    fitted = gptq.refit(weight, drift, gptq.factor(hessian, damping=1e-4))
     before, after = (((x @ weight.T - seen @ w.T)[::8]).norm() for w in (weight, fitted))
     assert after < 0.1 * before
     residual = (x @ weight.T - seen @ fitted.T).T @ seen / len(x)  # the gradient of the squared error
@@ -69,7 +69,7 @@ def test_refit_takes_back_what_quantization_does_to_every_token():
 
 def test_refit_changes_nothing_where_inputs_are_exact():
     x, weight = torch.randn(500, 32), torch.randn(8, 32)
-    assert torch.equal(gptq.refit(weight, x.T @ x / len(x), torch.zeros(32, 32), 0.01), weight)
+    assert torch.equal(gptq.refit(weight, torch.zeros(32, 32), gptq.factor(x.T @ x / len(x), 0.01)), weight)
 
 
 def test_gptq_survives_dead_and_singular_inputs():
@@ -81,4 +81,4 @@ def test_gptq_survives_dead_and_singular_inputs():
     with pytest.raises(RotQuantError, match="singular"):
         gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)
     with pytest.raises(RotQuantError, match="singular"):
-        gptq.refit(torch.ones(2, 4), torch.full((4, 4), float("nan")), torch.eye(4), 0.01)
+        gptq.factor(torch.full((4, 4), float("nan")), 0.01)

@@ -152,10 +152,11 @@ class LayerQuantizer:
                 self._quantize(name, weights.pop(name), None)
             return
         hessian, drift = self._moments(site, inputs)
+        lower = None if drift is None else gptq.factor(hessian, self.recipe.weights.damping)
         for name in SITES[site]:
             weight = weights.pop(name)
-            if drift is not None:
-                weight = gptq.refit(weight, hessian, drift, self.recipe.weights.damping)
+            if drift is not None and lower is not None:
+                weight = gptq.refit(weight, drift, lower)
             self._quantize(name, weight, hessian)
 
     def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -45,14 +45,14 @@ def quantize(
     zero = torch.zeros(()).to(scale)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        block, factor = weight[:, start:end].clone(), upper[start:end, start:end]
+        block, corner = weight[:, start:end].clone(), upper[start:end, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):
             s = column_scale[:, start + j]
             q = convention.quantize(block[:, j], s, zero, bits)
             codes[:, start + j] = q
-            errors[:, j] = (block[:, j] - q.float() * s) / factor[j, j]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * factor[j, j + 1 :]
+            errors[:, j] = (block[:, j] - q.float() * s) / corner[j, j]
+            block[:, j + 1 :] -= errors[:, j : j + 1] * corner[j, j + 1 :]
         weight[:, end:] -= errors @ upper[start:end, end:]
     return codes[:, order.argsort()]
 
@@ -71,7 +71,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
 
 
-def refit(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor:
+def factor(hessian: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of H + λI, float64 [K, K]: for `refit` of all weights that read the same inputs.
+
+    Args:
+        hessian: H = E[x̂ᵀ x̂], float32 [K, K]; damping: λ as a share of the mean diagonal of H.
+    Raises:
+        RotQuantError: a Hessian that is not positive in spite of its damping.
+    """
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if info:
+        raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
+    return lower
+
+
+def refit(weight: Tensor, drift: Tensor, lower: Tensor) -> Tensor:
     """The weight that, applied to quantized inputs, comes nearest to W applied to the exact ones.
 
     argmin_V E‖x Wᵀ - x̂ Vᵀ‖² is V = W E[xᵀ x̂] (E[x̂ᵀ x̂])⁻¹; damped towards V = W, that is
@@ -79,16 +95,8 @@ def refit(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Ten
     without it the error of the first token, to which most heads attend, is added to the output of all others.
 
     Args:
-        weight: float32 [N, K]; hessian: H = E[x̂ᵀ x̂], drift: D, float32 [K, K].
-        damping: λ as a share of the mean diagonal of H.
+        weight: float32 [N, K]; drift: D, float32 [K, K]; lower: `factor` of H.
     Returns:
         float32 [N, K].
-    Raises:
-        RotQuantError: a Hessian that is not positive in spite of its damping.
     """
-    damped = hessian.to(torch.float64, copy=True)
-    damped.diagonal().add_(damping * damped.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if info:
-        raise RotQuantError("GPTQ: the Hessian of the inputs is singular; use more calibration text")
-    return weight + torch.cholesky_solve((weight @ drift).mT.double(), factor).mT.float()
+    return weight + torch.cholesky_solve((weight @ drift).mT.double(), lower).mT.float()
