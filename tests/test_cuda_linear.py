@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from interpreter import passes_interpreted
+from own_process import passes_interpreted
 from rotquant_kernels import convention, cuda, fused, ops
 
 pytest.importorskip("triton")
