@@ -163,7 +163,7 @@ def on(device: str, arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
-    """Runs all cases of an op.
+    """Runs all cases of an op, on a GPU also as a replayed CUDA graph.
 
     Raises:
         AssertionError: naming the case that differs.
@@ -178,14 +178,33 @@ def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
             bits, groups = given[at + 3], given[at + 1].shape[1]
             columns = arguments[at].shape[1] * 32 // bits  # all of these layers fill their words
             given[at] = ops.prepare_weight(given[at], bits, columns, groups)
-        returned, expected = getattr(torch.ops.rotquant, op)(*given), specification(op)(*expected_of)
-        pairs = list(zip(flat(returned), flat(expected), strict=True))
-        if op in CHANGED:
-            pairs.append((given[CHANGED[op]], expected_of[CHANGED[op]]))
-        for one, other in pairs:
-            worst = max(worst, compare(f"{op}, {words}", op, one.cpu(), other))
+        call = getattr(torch.ops.rotquant, op)
+        outcomes = [replayed(call, given)] if device == "cuda" else []
+        outcomes.append((call(*given), given))
+        changed = [CHANGED[op]] if op in CHANGED else []
+        expected = flat(specification(op)(*expected_of)) + [expected_of[index] for index in changed]
+        for returned, used in outcomes:
+            actual = flat(returned) + [used[index] for index in changed]
+            for one, other in zip(actual, expected, strict=True):
+                worst = max(worst, compare(f"{op}, {words}", op, one.cpu(), other))
         count += 1
     return {"kernel": ops.kernel_of(op, device), "cases": count, "worst": worst}
+
+
+def replayed(call: Callable[..., Any], given: list[Any]) -> tuple[Any, list[Any]]:
+    """What an op returns, and its arguments afterwards, when a CUDA graph captured on zeros is replayed on `given`."""
+    static = [torch.zeros_like(one) if isinstance(one, Tensor) else one for one in given]
+    call(*static)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = call(*static)
+    for one, other in zip(static, given, strict=True):
+        if isinstance(one, Tensor):
+            one.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    return returned, static
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -34,6 +34,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -45,6 +46,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 __all__ = [
     "Attention",
     "AttentionBackend",
+    "AttentionCGSupport",
     "AttentionImpl",
     "AttentionLayerBase",
     "AttentionMetadataBuilder",

@@ -39,6 +39,15 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> compat.AttentionCGSupport:
+        """Whole steps are captured where all sequences have equally many new tokens; others run piecewise.
+
+        The ops are launched by shapes alone and read the step from vLLM's lasting buffers. But those shapes decide
+        how a batch is cut up, which a mixed batch would want otherwise than the one that was captured.
+        """
+        return compat.AttentionCGSupport.UNIFORM_BATCH
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
     ) -> KV4Metadata:
