@@ -40,7 +40,7 @@ def learn_r1(job: Learner) -> dict[str, Tensor]:
     if learns or rotations.mean_to_ones:
         rows = residual_rows(job, options.rows if options else Surrogate().rows)
         if options and learns:
-            r1 = surrogate(rows, r1, options, job.recipe.activations)
+            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations)
         if rotations.mean_to_ones:
             r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))
     job.transforms.r1 = Dense(r1)
@@ -72,21 +72,25 @@ def reading_covariance(job: Learner) -> Tensor:
 
 
 def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: Activations | KVCache) -> Tensor:
-    """A rotation, float64 [d, d], that makes an objective of rows [n, d] small; see `recipe.Surrogate`."""
+    """A rotation, float64 [d, d] on the CPU, that makes an objective of rows [n, d] small; see `recipe.Surrogate`.
+
+    Computed where the rows are.
+    """
+    rotation = rotation.to(rows.device)
     weights = partial(procrustes.token_weights, gamma=options.massive_weight) if options.massive_weight != 1 else None
 
     def batches() -> tuple[Tensor, ...]:
         return rows.split(BATCH)
 
     if options.optimiser == "procrustes":
-        return procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)[0]
+        return procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)[0].cpu()
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]  # a step sees rows of all sites
     objective = gradient_objective(options, quantizer)
     moved, _ = orthogonal.learn_rotation(
         batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights
     )
     polish = [quantized_target(quantizer)] * options.polish
-    return procrustes.alternate(batches, moved, polish, weights)[0] if polish else moved
+    return (procrustes.alternate(batches, moved, polish, weights)[0] if polish else moved).cpu()
 
 
 def clip_of(quantizer: Activations | KVCache) -> float:
@@ -138,7 +142,7 @@ def learn_r2(job: Learner, index: int, values: Tensor, output: Tensor) -> Tensor
     if options is None or "r2" not in options.targets:
         return start
     quantizer = job.recipe.kv if job.recipe.kv.bits == 4 else job.recipe.activations
-    return torch.stack([surrogate(h, r, options, quantizer) for h, r in zip(heads, start, strict=True)])
+    return torch.stack([surrogate(h.to(job.device), r, options, quantizer) for h, r in zip(heads, start, strict=True)])
 
 
 def output_rotation(output: Tensor, arch: Architecture) -> Tensor:
