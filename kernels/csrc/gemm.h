@@ -14,13 +14,23 @@ namespace {
 // acc[r][c] += sum_k a[r][k] w[c][k] for `steps` times 8 inputs and the 64 channels of a panel, tier by
 // tier; `Packed` weights are nibbles, others bytes.
 
+// Packed weights that are wanted after those of a tile: cache lines fetched every 8 steps, from `at` on.
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;
+};
+
 #if defined(RQ_AVX512)
 
 constexpr int TILE_ROWS = 6;  // rows; 6 x 4 accumulators leave registers for the weights
 constexpr bool UNPACK_ONCE = true;
+// Steps of a block of weights that `tiles` tiles of rows share. For many, its 128 KiB lie in the second cache level,
+// which feeds a tile fast enough, and accumulators move less often; for few, they are used before they leave the first.
+constexpr int64_t BLOCK_STEPS = 256;
+inline int64_t block_steps(int64_t tiles) { return tiles < 8 ? 32 : BLOCK_STEPS; }
 
 template <int R, bool Packed>
-inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t steps, int32_t* acc) {
+inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t steps, Ahead ahead, int32_t* acc) {
   __m512i sum[R][4];
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
@@ -47,10 +57,8 @@ inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t steps, 
       }
       w += 256;
     } else {
-      if (k % 8 == 0) {  // the rows of the next tile lie in other pages, where no hardware prefetcher goes
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) _mm_prefetch((const char*)a + (R + r) * lda, _MM_HINT_T0);
-      }
+      if (k % 8 == 0)
+        for (int64_t i = 0; i < ahead.lines; i++, ahead.at += 64) _mm_prefetch((const char*)ahead.at, _MM_HINT_T1);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++, w += 256) {
         __m512i line[4];
@@ -74,14 +82,15 @@ inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t steps, 
 }
 
 template <bool Packed>
-inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int, int32_t* acc) {
+inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int, Ahead ahead,
+                 int32_t* acc) {
   switch (count) {
-    case 1: return tile<1, Packed>(w, a, lda, steps, acc);
-    case 2: return tile<2, Packed>(w, a, lda, steps, acc);
-    case 3: return tile<3, Packed>(w, a, lda, steps, acc);
-    case 4: return tile<4, Packed>(w, a, lda, steps, acc);
-    case 5: return tile<5, Packed>(w, a, lda, steps, acc);
-    default: return tile<6, Packed>(w, a, lda, steps, acc);
+    case 1: return tile<1, Packed>(w, a, lda, steps, ahead, acc);
+    case 2: return tile<2, Packed>(w, a, lda, steps, ahead, acc);
+    case 3: return tile<3, Packed>(w, a, lda, steps, ahead, acc);
+    case 4: return tile<4, Packed>(w, a, lda, steps, ahead, acc);
+    case 5: return tile<5, Packed>(w, a, lda, steps, ahead, acc);
+    default: return tile<6, Packed>(w, a, lda, steps, ahead, acc);
   }
 }
 
@@ -91,7 +100,6 @@ inline void unpack(const uint8_t* w, int64_t steps, uint8_t* to) {
   for (int64_t k = 0; k < steps; k++, w += 256, to += 512)
     for (int j = 0; j < 4; j++) {
       const __m512i both = _mm512_loadu_si512(w + 64 * j);
-      _mm_prefetch((const char*)w + 8192 + 64 * j, _MM_HINT_T1);
       _mm512_store_si512(to + 64 * j, _mm512_and_si512(both, low));
       _mm512_store_si512(to + 256 + 64 * j, _mm512_and_si512(_mm512_srli_epi32(both, 4), low));
     }
@@ -101,6 +109,8 @@ inline void unpack(const uint8_t* w, int64_t steps, uint8_t* to) {
 
 constexpr int TILE_ROWS = 4;
 constexpr bool UNPACK_ONCE = false;
+constexpr int64_t BLOCK_STEPS = 32;  // 8 KiB of nibbles, which stay in the first cache level
+inline int64_t block_steps(int64_t) { return BLOCK_STEPS; }
 
 // R rows and H half lines (8 channels each) with R H = 8. Products of nibbles are added in int16 as long as
 // they cannot overflow: a step adds at most 4 * 15 * 2^(act_bits - 1).
@@ -157,7 +167,8 @@ inline void byte_row(const uint8_t* w, const int8_t* a, int64_t steps, int32_t* 
 }
 
 template <bool Packed>
-inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int act_bits, int32_t* acc) {
+inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int act_bits, Ahead,
+                 int32_t* acc) {
   if constexpr (!Packed) {
     for (int r = 0; r < count; r++) byte_row(w, a + r * lda, steps, acc + r * PANEL);
   } else {
@@ -176,9 +187,11 @@ inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int6
 
 constexpr int TILE_ROWS = 4;
 constexpr bool UNPACK_ONCE = false;
+constexpr int64_t BLOCK_STEPS = 32;  // 8 KiB of nibbles, which stay in the first cache level
+inline int64_t block_steps(int64_t) { return BLOCK_STEPS; }
 
 template <bool Packed>
-inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int, int32_t* acc) {
+inline void rows(const uint8_t* w, const int8_t* a, int64_t lda, int count, int64_t steps, int, Ahead, int32_t* acc) {
   for (int r = 0; r < count; r++, a += lda, acc += PANEL)
     for (int64_t k = 0; k < steps; k++) {
       const int8_t* x = a + 8 * k;
@@ -201,8 +214,6 @@ inline void unpack(const uint8_t*, int64_t, uint8_t*) {}
 #endif
 
 // ---- one panel, all tiers ------------------------------------------------------------------------------
-
-constexpr int64_t BLOCK_STEPS = 32;  // steps whose unpacked weights, 16 KiB, stay in the first cache level
 
 // Of a panel and at most GEMM_ROWS rows.
 struct PanelScratch {
@@ -229,18 +240,20 @@ inline void start(const Gemm& g, int64_t m0, int64_t m1, const int32_t* weight_s
 // whose nibbles are unpacked once where that pays.
 inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t lda, int64_t steps, const uint8_t* w,
                      PanelScratch& s) {
-  const int64_t count = m1 - m0, block = count <= TILE_ROWS ? steps : BLOCK_STEPS;
+  const int64_t count = m1 - m0, tiles = (count + TILE_ROWS - 1) / TILE_ROWS, block = tiles <= 1 ? steps : block_steps(tiles);
   const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
   for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
     const int64_t part = steps - k < block ? steps - k : block;
     if (unpacked) unpack(w, part, s.bytes);
-    for (int64_t r = 0; r < count; r += TILE_ROWS) {
+    // While this block is multiplied the next one is fetched, a share with every tile: a step has 4 lines of nibbles.
+    Ahead ahead{w + 256 * part, unpacked ? (32 + tiles - 1) / tiles : 0};
+    for (int64_t r = 0; r < count; r += TILE_ROWS, ahead.at += 8 * part * ahead.lines) {
       const int many = int(count - r < TILE_ROWS ? count - r : TILE_ROWS);
       if (nibbles && !unpacked)
-        rows<true>(w, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
+        rows<true>(w, a + r * lda, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
       else
-        rows<false>(unpacked ? s.bytes : w, a + r * lda, lda, many, part, g.act_bits, s.acc + r * PANEL);
+        rows<false>(unpacked ? s.bytes : w, a + r * lda, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
     }
   }
 }

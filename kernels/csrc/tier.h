@@ -43,7 +43,7 @@ constexpr int64_t padded_group(int64_t columns, int64_t groups) { return (column
 constexpr int weight_offset(int64_t bits) { return 1 << (bits - 1); }
 
 constexpr int64_t GEMM_ROWS = 192;  // rows of one call of gemm_panel at most
-constexpr int64_t GEMM_SCRATCH = 1 << 17;  // bytes
+constexpr int64_t GEMM_SCRATCH = 1 << 18;  // bytes
 
 // Packed weights, layout P64.
 struct Weight {
