@@ -271,6 +271,13 @@ def test_real_runs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert runs["quarot-0"]["nll"] != runs["quarot-1"]["nll"]
     assert runs["rtn-0"]["online_multiply_adds"] == 0 < runs["quarot-0"]["online_multiply_adds"]
     assert capsys.readouterr().out.startswith("| recipe | perplexity |")
+    # Another recipe under a name that is there: its checkpoint is made anew, the earlier numbers stay.
+    before = (out / "rtn-1" / "config.json").stat().st_mtime_ns
+    assert cli.main([*command, "rtn", "--seeds", "1", "--set", "weights.bits=8"]) == 0
+    scheme = json.loads((out / "rtn-0" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {group["weights"]["num_bits"] for group in scheme.values()} == {8}
+    assert (out / "rtn-1" / "config.json").stat().st_mtime_ns == before
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
 
 
 def test_a_recipe_that_fails_leaves_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

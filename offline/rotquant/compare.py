@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,9 +98,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run: `key` covers what decides its numbers, `names` what they are shown under."""
+    """One run: `key` covers what decides its numbers, `checkpoint` its files, `names` is what it is shown under."""
 
     key: str
+    checkpoint: str
     folder: str
     names: dict[str, Any]
     job: dict[str, Any]
@@ -158,9 +160,9 @@ def plan(job: dict[str, Any], variants: Sequence[Variant], seeds: Sequence[int],
         "version": version("rotquant"),
         "model": Source(folder).digest(),
         "config": json.loads((folder / "config.json").read_text()),
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "profile": job["quantize"]["profile"],
     }
+    scored = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     calibrated = [job["quantize"]["samples"], job["quantize"]["seq_len"]]
     if any(variant.loaded.needs_calibration for variant in variants):
         calibrated.append(hashlib.sha256(read_text(job["quantize"]["calibration"])[1].encode()).hexdigest())
@@ -168,13 +170,16 @@ def plan(job: dict[str, Any], variants: Sequence[Variant], seeds: Sequence[int],
     for variant in variants:
         recipe = {"recipe": variant.loaded.model_dump(), "calibrated": variant.loaded.needs_calibration and calibrated}
         for seed in seeds:
-            decides = json.dumps([common, recipe, seed], sort_keys=True)
+            checkpoint, key = digest(common, recipe, seed), digest(common, scored, recipe, seed)
             label = f"{folder_name(variant.label)}-{seed}"
             quantize = job["quantize"] | {"recipe": variant.recipe, "settings": variant.settings, "seed": seed}
             names = {"label": variant.label, "recipe": variant.loaded.name, "seed": seed}
-            key = hashlib.sha256(decides.encode()).hexdigest()
-            planned.append(Planned(key, label, names, job | {"label": label, "quantize": quantize}))
+            planned.append(Planned(key, checkpoint, label, names, job | {"label": label, "quantize": quantize}))
     return planned
+
+
+def digest(*decides: Any) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 # ---- running ----------------------------------------------------------------------------------------
@@ -202,6 +207,15 @@ class Results:
     def done(self, key: str) -> bool:
         return key in self.runs and "error" not in self.runs[key]
 
+    def outdated(self, run: Planned) -> list[dict[str, Any]]:
+        """Runs of this name whose checkpoint was another one's: of another recipe, model or calibration."""
+        name = run.names["label"], run.names["seed"]
+        return [
+            one
+            for one in self.runs.values()
+            if (one["label"], one["seed"]) == name and one.get("checkpoint") not in (run.checkpoint, "replaced")
+        ]
+
     def add(self, run: dict[str, Any]) -> None:
         self.runs[run["key"]] = run
         self.save()
@@ -222,10 +236,25 @@ def run_all(planned: Sequence[Planned], store: Results, home: Path) -> None:
         spent = time.monotonic() - started
         eta = f" · eta {clock(spent / number * (len(todo) - number))}" if number else ""
         say(f"compare: run {number + 1}/{len(todo)} · {clock(spent)}{eta} · {run.folder}")
+        make_room(run, store, home)
         result = run_alone(run.job | {"checkpoint": str(home / run.folder)})
         if "error" in result:
             say(f"compare: {run.folder} failed: {result['error']}")
-        store.add({"key": run.key, **run.names, **result})
+        store.add({"key": run.key, "checkpoint": run.checkpoint, **run.names, **result})
+
+
+def make_room(run: Planned, store: Results, home: Path) -> None:
+    """Removes what outdated runs of this name left in `home`; their numbers stay."""
+    outdated = store.outdated(run)
+    if not outdated:
+        return
+    say(f"compare: {run.folder} is made anew, the one that was there has other settings")
+    for name in (run.folder, f"{run.folder}.partial"):
+        shutil.rmtree(home / name, ignore_errors=True)
+    (home / f"{run.folder}.time.json").unlink(missing_ok=True)
+    for one in outdated:
+        one["checkpoint"] = "replaced"
+    store.save()  # only now: where this was interrupted, it begins again
 
 
 def run_alone(job: dict[str, Any]) -> dict[str, Any]:
