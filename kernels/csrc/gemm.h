@@ -11,14 +11,14 @@
 namespace RQ_TIER {
 namespace {
 
-// acc[r][c] += sum_k a[r][k] w[c][k] for `steps` times 8 inputs and the 64 channels of a panel, tier by
-// tier; `Packed` weights are nibbles, others bytes.
-
 // Packed weights that are wanted after those of a tile: cache lines fetched every 8 steps, from `at` on.
 struct Ahead {
   const uint8_t* at;
   int64_t lines;
 };
+
+// acc[r][c] += sum_k a[r][k] w[c][k] for `steps` times 8 inputs and the 64 channels of a panel, tier by
+// tier; `Packed` weights are nibbles, others bytes.
 
 #if defined(RQ_AVX512)
 
@@ -240,7 +240,8 @@ inline void start(const Gemm& g, int64_t m0, int64_t m1, const int32_t* weight_s
 // whose nibbles are unpacked once where that pays.
 inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t lda, int64_t steps, const uint8_t* w,
                      PanelScratch& s) {
-  const int64_t count = m1 - m0, tiles = (count + TILE_ROWS - 1) / TILE_ROWS, block = tiles <= 1 ? steps : block_steps(tiles);
+  const int64_t count = m1 - m0, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t block = tiles <= 1 ? steps : block_steps(tiles);
   const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
   for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
