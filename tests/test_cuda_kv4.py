@@ -95,9 +95,9 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
         ("heads of 512", {"query": torch.zeros(2, 4, 512)}),
         ("rotate 48", {"rotate": 48}),
         ("cache", {"cache": torch.zeros(4, 2, 16, 68, dtype=torch.uint8)}),
-        ("cache", {"cache": torch.zeros(4, 2, 8, 70, dtype=torch.uint8)}),
-        ("cache", {"cache": torch.zeros(4, 2, 16, 70)}),
-        ("contiguous", {"cache": torch.zeros(4, 16, 2, 70, dtype=torch.uint8).transpose(1, 2)}),
+        ("cache", {"cache": torch.zeros(4, 2, 8, 69, dtype=torch.uint8)}),
+        ("cache", {"cache": torch.zeros(4, 2, 16, 69)}),
+        ("contiguous", {"cache": torch.zeros(4, 16, 2, 69, dtype=torch.uint8).transpose(1, 2)}),
         ("block_table", {"block_table": torch.tensor([[0, 1]])}),
         ("query_start", {"query_start": torch.tensor([0, 1, 2], dtype=torch.int32)}),
         ("out", {"out": torch.zeros(2, 4, 64, dtype=torch.float16)}),
@@ -106,7 +106,7 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
 )
 def test_wrong_arguments_are_named(name, changes):
     arguments = {
-        "query": torch.ones(2, 4, 64), "cache": torch.zeros(4, 2, 16, 70, dtype=torch.uint8),
+        "query": torch.ones(2, 4, 64), "cache": torch.zeros(4, 2, 16, 69, dtype=torch.uint8),
         "query_start": torch.tensor([0, 2], dtype=torch.int32), "seq_lens": torch.tensor([20], dtype=torch.int32),
         "block_table": torch.tensor([[0, 1]], dtype=torch.int32), "out": torch.zeros(2, 4, 64), "scale": 0.125,
         "rotate": 64, "symmetric": False,
@@ -118,4 +118,4 @@ def test_wrong_arguments_are_named(name, changes):
         good = {"key": key, "value": key, "cache": arguments["cache"], "slots": torch.arange(2)}
         with pytest.raises(RuntimeError, match=f"rotquant: .*{where}"):
             kv4.write(**good | wrong, rotate=64, symmetric=False, k_clip=1.0, v_clip=1.0)
-    assert reference.kv_token_bytes(64, False) == 70
+    assert reference.kv_token_bytes(64, False) == 69

@@ -256,9 +256,9 @@ def bad_calls():
         ("key", {"key": torch.zeros(2, 2, 64, dtype=int64)}),
         ("key", {"key": torch.zeros(2, 2, 128)[..., ::2]}),
         ("cache", {"cache": torch.zeros(4, 2, 16, 68, dtype=torch.uint8)}),
-        ("cache", {"cache": torch.zeros(4, 2, 16, 70)}),
-        ("cache", {"cache": torch.zeros(4, 2, 8, 70, dtype=torch.uint8)}),
-        ("cache", {"cache": torch.zeros(4, 16, 2, 70, dtype=torch.uint8).transpose(1, 2)}),
+        ("cache", {"cache": torch.zeros(4, 2, 16, 69)}),
+        ("cache", {"cache": torch.zeros(4, 2, 8, 69, dtype=torch.uint8)}),
+        ("cache", {"cache": torch.zeros(4, 16, 2, 69, dtype=torch.uint8).transpose(1, 2)}),
         ("rotate", {"rotate": 48}),
         ("block_table", {"block_table": torch.tensor([[0, 4]], dtype=torch.int32)}),
         ("block_table", {"block_table": torch.tensor([[-1, 0]], dtype=torch.int32)}),
@@ -274,7 +274,7 @@ def bad_calls():
 
 @pytest.mark.parametrize(("name", "changes"), bad_calls())
 def test_wrong_arguments_are_named_and_nothing_is_written(name, changes):
-    cache, out = torch.zeros(4, 2, 16, 70, dtype=torch.uint8), torch.zeros(2, 4, 64)
+    cache, out = torch.zeros(4, 2, 16, 69, dtype=torch.uint8), torch.zeros(2, 4, 64)
     both = {"cache": cache, "rotate": 64, "symmetric": False}
     write = {"key": torch.ones(2, 2, 64), "value": torch.ones(2, 2, 64), "slots": torch.arange(2), "k_clip": 1.0}
     attention = {

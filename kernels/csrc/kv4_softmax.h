@@ -60,25 +60,27 @@ inline void find_tile(const KVPages& pages, const KVItem& item, int64_t begin, i
     }
     __builtin_prefetch(tile.at[u].key_scale);
     __builtin_prefetch(tile.at[u].value_scale);
-    __builtin_prefetch(tile.at[u].key_zero);
-    __builtin_prefetch(tile.at[u].value_zero);
+    __builtin_prefetch(tile.at[u].zeros);
   }
 }
 
-// Zero points of the stored codes, so 8 more; whatever the bytes are, 0 to 15.
-inline void load_zeros(const uint8_t* from, bool symmetric, int8_t* to) {
-  uint64_t zeros[2] = {};
-  if (!symmetric) memcpy(zeros, from, 16);
-  for (uint64_t& z : zeros) z = (z & 0x0f0f0f0f0f0f0f0fu) ^ 0x0808080808080808u;
-  memcpy(to, zeros, 16);
+// Zero points of 16 tokens' stored codes.
+inline void load_zeros(const uint8_t* from, bool symmetric, int8_t* key, int8_t* value) {
+  const uint64_t low = 0x0f0f0f0f0f0f0f0fu;
+  uint64_t both[2] = {0x8888888888888888u, 0x8888888888888888u};
+  if (!symmetric) memcpy(both, from, 16);
+  for (int i = 0; i < 2; i++) {
+    const uint64_t keys = both[i] & low, values = both[i] >> 4 & low;
+    memcpy(key + 8 * i, &keys, 8);
+    memcpy(value + 8 * i, &values, 8);
+  }
 }
 
 inline void load_scales(Tile& tile, bool symmetric) {
   for (int64_t u = 0; u < tile.subtiles; u++) {
     const Subtile& from = tile.at[u];
     alignas(16) int8_t key_zero[16];
-    load_zeros(from.key_zero, symmetric, key_zero);
-    load_zeros(from.value_zero, symmetric, tile.value_zero + 16 * u);
+    load_zeros(from.zeros, symmetric, key_zero, tile.value_zero + 16 * u);
     for (int64_t i = 0; i < 16; i += W) {
       store(tile.key_zero + 16 * u + i, load_i8(key_zero + i));
       store(tile.key_scale + 16 * u + i, load_f16((const uint16_t*)from.key_scale + i));

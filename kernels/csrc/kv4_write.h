@@ -10,7 +10,7 @@ namespace {
 // Where 16 tokens lie in their (block, head) plane; see reference.py, kv_planes.
 struct Subtile {
   uint8_t *keys, *values;  // tiles of codes
-  uint8_t *key_scale, *value_scale, *key_zero, *value_zero;
+  uint8_t *key_scale, *value_scale, *zeros;
 };
 
 // `place`: the first token's position in its page, a multiple of 16.
@@ -18,8 +18,7 @@ inline Subtile subtile_of(const KVPages& p, int64_t block, int64_t head, int64_t
   const int64_t n = p.tokens, codes = n * p.head_dim / 2;  // bytes of K's codes, and of V's
   uint8_t* plane = p.data + block * p.block_stride + head * p.head_stride;
   uint8_t *keys = plane + place * p.head_dim / 2, *scales = plane + 2 * codes;
-  uint8_t* zeros = scales + 4 * n;
-  return {keys, keys + codes, scales + 2 * place, scales + 2 * (n + place), zeros + place, zeros + n + place};
+  return {keys, keys + codes, scales + 2 * place, scales + 2 * (n + place), scales + 4 * n + place};
 }
 
 struct Coded {
@@ -91,10 +90,7 @@ void kv4_write(const KVWrite& w, int64_t head, int64_t part, int64_t parts) {
     kv_codes(row, dim, value, codes);
     store_value(to.values, token, codes, dim);
     memcpy(to.value_scale + 2 * token, &value.scale, 2);
-    if (!pages.symmetric) {
-      to.key_zero[token] = uint8_t(key.zero);
-      to.value_zero[token] = uint8_t(value.zero);
-    }
+    if (!pages.symmetric) to.zeros[token] = uint8_t((key.zero + 8) | (value.zero + 8) << 4);
   }
 }
 

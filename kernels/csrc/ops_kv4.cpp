@@ -13,7 +13,7 @@ KVPages pages_of(const Tensor& cache, int64_t head_dim, bool symmetric) {
   REQUIRE(cache.is_cpu() && bytes && cache.dim() == 4, "cache must be uint8 or int8 [blocks, heads, N, C] on the CPU");
   REQUIRE(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kv_max_dim, "heads of ", head_dim,
           " are not supported: a multiple of 16 up to ", kv_max_dim, " is");
-  const int64_t tokens = cache.size(2), token_bytes = head_dim + (symmetric ? 4 : 6);
+  const int64_t tokens = cache.size(2), token_bytes = head_dim + (symmetric ? 4 : 5);
   REQUIRE(tokens > 0 && tokens % 16 == 0, "cache has pages of ", tokens, " tokens, not a multiple of 16");
   REQUIRE(cache.size(3) == token_bytes, "cache has ", cache.size(3), " bytes a token, ", token_bytes, " expected");
   REQUIRE(cache.stride(3) == 1 && cache.stride(2) == token_bytes, "the planes of cache are not contiguous");

@@ -169,8 +169,8 @@ def int_linear(
 
 
 def kv_token_bytes(head_dim: int, symmetric: bool) -> int:
-    """Bytes for K and V of one token and head: two nibble rows, two float16 scales, two int8 zero points."""
-    return head_dim + (4 if symmetric else 6)
+    """Bytes for K and V of one token and head: two rows of nibbles, two float16 scales, a byte of two zero points."""
+    return head_dim + (4 if symmetric else 5)
 
 
 def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor]:
@@ -180,13 +180,13 @@ def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor
         cache: uint8 or int8 [blocks, heads, N, C], C = kv_token_bytes, N and d multiples of 16; each
             (block, head) plane of N * C bytes is contiguous and holds, one after the other: K codes and
             V codes (`pack_codes`), N * d / 2 bytes each, K scale float16 [N], V scale float16 [N], and if
-            asymmetric K zero int8 [N], V zero int8 [N].
+            asymmetric zero points + 8, uint8 [N]: K's in the low nibble, V's in the high nibble.
     Returns:
-        k, v uint8 [blocks, heads, N * d / 2]; k_scale, v_scale float16 and k_zero, v_zero int8 [blocks, heads, N].
+        k, v uint8 [blocks, heads, N * d / 2]; k_scale, v_scale float16 and zeros uint8 [blocks, heads, N].
     """
     n = cache.shape[2]
     plane = cache.view(torch.uint8).flatten(2)
-    sizes = [n * head_dim // 2] * 2 + [2 * n] * 2 + ([] if symmetric else [n] * 2)
+    sizes = [n * head_dim // 2] * 2 + [2 * n] * 2 + ([] if symmetric else [n])
     parts = plane.split(sizes, dim=-1)
     views = {
         "k": parts[0],
@@ -195,7 +195,7 @@ def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor
         "v_scale": parts[3].view(torch.float16),
     }
     if not symmetric:
-        views |= {"k_zero": parts[4].view(torch.int8), "v_zero": parts[5].view(torch.int8)}
+        views["zeros"] = parts[4]
     return views
 
 
@@ -252,6 +252,7 @@ def kv4_write(
     stored = slots >= 0
     blocks, offsets = slots[stored] // cache.shape[2], slots[stored] % cache.shape[2]
     touched, where = blocks.unique(return_inverse=True)
+    zeros = {}
     for name, x, clip, block in (("k", key, k_clip, rotate), ("v", value, v_clip, 0)):
         rows = x[: slots.shape[0]][stored].float()
         rows = hadamard(rows, block) if block else rows
@@ -260,8 +261,9 @@ def kv4_write(
         codes[where, :, offsets] = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
         planes[name][touched] = pack_codes(codes, name)
         planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].nan_to_num(torch.nan).half()  # one kind of NaN
-        if not symmetric:
-            planes[f"{name}_zero"][blocks, :, offsets] = zero[..., 0].to(torch.int8)
+        zeros[name] = (zero[..., 0].nan_to_num(0) + 8).to(torch.uint8)
+    if not symmetric:
+        planes["zeros"][blocks, :, offsets] = zeros["k"] | zeros["v"] << 4
 
 
 def kv4_read(cache: Tensor, blocks: Tensor, head_dim: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -274,9 +276,9 @@ def kv4_read(cache: Tensor, blocks: Tensor, head_dim: int, symmetric: bool) -> t
     """
     planes = kv_planes(cache, head_dim, symmetric)
     out = []
-    for name in ("k", "v"):
-        codes = unpack_codes(planes[name][blocks], name, head_dim).float() - 8
-        zero = 0 if symmetric else planes[f"{name}_zero"][blocks].float().unsqueeze(-1)
+    for name, shift in (("k", 0), ("v", 4)):
+        codes = unpack_codes(planes[name][blocks], name, head_dim).float()
+        zero = 8 if symmetric else (planes["zeros"][blocks] >> shift & 15).float().unsqueeze(-1)
         x = (codes - zero) * planes[f"{name}_scale"][blocks].float().unsqueeze(-1)
         out.append(x.movedim(-3, -4).flatten(-3, -2))  # [..., P, heads, N, d] -> [..., heads, P * N, d]
     return out[0], out[1]

@@ -121,9 +121,8 @@ def load_scales(plane, pages, place, end, cache_block, DIM: tl.constexpr, PAGE: 
     values = tl.where(values == values, values, 0.0)
     key_zero, value_zero = tl.full([TILE], 8.0, tl.float32), tl.full([TILE], 8.0, tl.float32)
     if not SYMMETRIC:
-        zeros = (at + 4 * PAGE).to(tl.pointer_type(tl.int8), bitcast=True) + place % PAGE
-        key_zero += tl.load(zeros, mask=there, other=0).to(tl.float32)
-        value_zero += tl.load(zeros + PAGE, mask=there, other=0).to(tl.float32)
+        zeros = tl.load(at + 4 * PAGE + place % PAGE, mask=there, other=0)
+        key_zero, value_zero = (zeros & 15).to(tl.float32), (zeros >> 4).to(tl.float32)
     return keys, values, key_zero, value_zero
 
 

@@ -83,6 +83,4 @@ def write(
     tl.store(scales, k_scale, mask=stored)
     tl.store(scales + PAGE, v_scale, mask=stored)
     if not SYMMETRIC:
-        zeros = (plane + PAGE * (DIM + 4)).to(tl.pointer_type(tl.int8), bitcast=True) + place
-        tl.store(zeros, k_zero.to(tl.int8), mask=stored)
-        tl.store(zeros + PAGE, v_zero.to(tl.int8), mask=stored)
+        tl.store(plane + PAGE * (DIM + 4) + place, ((k_zero + 8) | (v_zero + 8) << 4).to(tl.uint8), mask=stored)
