@@ -240,6 +240,7 @@ def plot(medians: Medians, file: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "rotquant", "font.size": 9}  # same results, same file
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rated = {run["load"]: float(run["rate"]) for run in medians.runs if run.get("rate", "inf") != "inf"}
     fixed = [load for load in medians.loads if load not in rated]
@@ -265,8 +266,10 @@ def plot(medians: Medians, file: Path) -> None:
         axis.locator_params(axis="x", nbins=4)
         axis.xaxis.set_major_formatter("{x:,.0f}")
     for axis in axes.flat[:4]:
-        axis.yaxis.set_major_formatter("{x:,.4g}")
-        axis.yaxis.set_minor_formatter("{x:,.4g}")
+        if axis.get_yscale() == "log":  # 1, 2, 5, 10: a label at every step could not be read
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:,.6g}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(medians.formats))
     figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(file.with_suffix(".png"), dpi=120)
