@@ -7,6 +7,7 @@ slow is kept in a folder of the user's cache, named after what decides its conte
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -84,10 +85,13 @@ def hardened(folder: Path) -> Path:
     if not output.exists():
         from rotquant.harden import harden_folder
 
-        say("demo: writing outlier channels into the bundled model (its function stays the same)")
-        shutil.rmtree(partial, ignore_errors=True)
-        harden_folder(DATA / "demo", partial)
-        partial.rename(output)
+        with (folder / "hardened.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another demo may have begun, too
+            if not output.exists():
+                say("demo: writing outlier channels into the bundled model (its function stays the same)")
+                shutil.rmtree(partial, ignore_errors=True)
+                harden_folder(DATA / "demo", partial)
+                partial.rename(output)
     return output
 
 
