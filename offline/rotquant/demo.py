@@ -85,6 +85,7 @@ def hardened(folder: Path) -> Path:
     if not output.exists():
         from rotquant.harden import harden_folder
 
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "hardened.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another demo may have begun, too
             if not output.exists():
