@@ -6,8 +6,8 @@
 Clients send prompts of all lengths at once, streamed or not, sampled or greedy; some hang up in the
 middle. Every probe, a greedy request among the others, is compared afterwards with the fake-quantized
 model in transformers (`rotquant.load`): each served token must be its first choice or lose a near tie.
-Serves in float32, where the two agree to rounding, with a cache so small that blocks are evicted and requests
-preempted all the time, and that its pages are no new memory after the first minute. Ends with exit code 1 if a
+Serves in float32, where the two agree to rounding, with a cache that holds the longest requests of half the
+clients: blocks are evicted all the time, and soon its pages are no new memory. Ends with exit code 1 if a
 request failed, a probe is wrong, or the server's memory grew.
 """
 
@@ -37,7 +37,7 @@ from rotquant.server import Server
 
 # A 4-bit code that falls on the other side of a tie in one of the two engines moves logits by some tenths.
 PROBE_TOKENS, NEAR_TIE, TIES, GROWTH = 24, 1.0, 0.02, 0.05
-BLOCKS = 48  # of 128 tokens
+MOST_OUTPUT, BLOCK = 200, 128  # tokens
 KINDS = {"probe": 2, "plain": 3, "stream": 3, "abort": 2}
 
 
@@ -71,7 +71,9 @@ class Soak:
         draw = self.random
         length = draw.choice([1, draw.randint(2, 60), draw.randint(60, self.longest)])
         start = draw.randrange(len(self.ids) - length)
-        tokens = PROBE_TOKENS if kind == "probe" else draw.choice([1, draw.randint(2, 40), draw.randint(40, 200)])
+        tokens = (
+            PROBE_TOKENS if kind == "probe" else draw.choice([1, draw.randint(2, 40), draw.randint(40, MOST_OUTPUT)])
+        )
         greedy = kind == "probe" or draw.random() < 0.5
         return {
             "model": self.server.model,
@@ -163,7 +165,10 @@ def main() -> int:
     checkpoint = given.checkpoint or quantized(folder, hardened(folder), "quarot")
     ids = AutoTokenizer.from_pretrained(checkpoint)((DATA / "heldout.txt").read_text())["input_ids"]
     log = Path(tempfile.mkdtemp()) / "server.log"
-    with Server(checkpoint, 0, log, ["--dtype", "float32", "--num-gpu-blocks-override", str(BLOCKS)]) as server:
+    context = given.longest + MOST_OUTPUT
+    blocks = max(1, given.clients // 2) * -(-context // BLOCK)
+    limits = ["--max-model-len", str(context), "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(blocks)]
+    with Server(checkpoint, 0, log, ["--dtype", "float32", *limits]) as server:
         server.wait()
         proof = server.proof()
         record = asyncio.run(Soak(server, ids, given.longest, given.seed).run(given.minutes, given.clients))
