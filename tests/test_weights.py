@@ -41,7 +41,7 @@ def test_gptq_beats_rounding_on_correlated_inputs(group, act_order):
     scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
     hessian = x.T @ x / len(x)
     rounded = rtn.dequantize(rtn.quantize(weight, scale, 4), scale)
-    better = rtn.dequantize(gptq.quantize(weight, scale, hessian, 4, act_order=act_order), scale)
+    better = rtn.dequantize(gptq.quantize(weight, scale, gptq.columns(hessian, act_order=act_order), 4), scale)
     error = [((w - weight) @ x.T).square().sum() for w in (rounded, better)]
     assert error[1] < 0.7 * error[0]
 
@@ -49,7 +49,7 @@ def test_gptq_beats_rounding_on_correlated_inputs(group, act_order):
 def test_gptq_is_rounding_where_inputs_are_independent():
     weight = torch.randn(8, 64)
     scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
-    assert torch.equal(gptq.quantize(weight, scale, torch.eye(64), 4), rtn.quantize(weight, scale, 4))
+    assert torch.equal(gptq.quantize(weight, scale, gptq.columns(torch.eye(64)), 4), rtn.quantize(weight, scale, 4))
 
 
 def test_refit_takes_back_what_quantization_does_to_every_token():
@@ -76,7 +76,7 @@ def test_gptq_survives_dead_and_singular_inputs():
     x, weight = correlated(10, 64), torch.randn(8, 64)
     x[:, 3] = 0
     scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
-    codes = gptq.quantize(weight, scale, x.T @ x, 4)
+    codes = gptq.quantize(weight, scale, gptq.columns(x.T @ x), 4)
     assert (codes[:, 3] == 0).all()
     with pytest.raises(RotQuantError, match="singular"):
         gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)

@@ -6,7 +6,7 @@ it*, so the Hessians of GPTQ, and the chain handed to the next layer, are those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -90,7 +90,7 @@ class LayerQuantizer:
         folded.clear()
         if chain is None:
             for name in LINEARS:
-                self._quantize(name, weights.pop(name), None)
+                self._quantize(name, weights.pop(name), None, self._rounding(None))
         else:
             chain = self._calibrate(weights, chain)
         stored = dict(others)
@@ -149,17 +149,26 @@ class LayerQuantizer:
         """Quantizes the linears of a site, which share these inputs."""
         if not self.recipe.weights.needs_inputs:
             for name in SITES[site]:
-                self._quantize(name, weights.pop(name), None)
+                self._quantize(name, weights.pop(name), None, self._rounding(None))
             return
         hessian, drift = self._moments(site, inputs)
         refit = drift is not None and partial(
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
+        rounded = self._rounding(hessian)
         for name in SITES[site]:
             weight = weights.pop(name)
             if refit:
                 weight = refit(weight)
-            self._quantize(name, weight, hessian)
+            self._quantize(name, weight, hessian, rounded)
+
+    def _rounding(self, hessian: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Weight and scale -> codes, for the linears of one site."""
+        options = self.recipe.weights
+        if hessian is None or options.method == "rtn":
+            return partial(rtn.quantize, bits=options.bits)
+        prepared = gptq.columns(hessian, options.damping, options.act_order)
+        return partial(gptq.quantize, prepared=prepared, bits=options.bits)
 
     def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
@@ -189,16 +198,15 @@ class LayerQuantizer:
         act = self.recipe.activations
         return act.bits, act.symmetric, self.layer.clips.get(site, act.clip)
 
-    def _quantize(self, name: str, weight: Tensor, hessian: Tensor | None) -> None:
+    def _quantize(
+        self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         options, down, up = self.recipe.weights, None, None
         if options.rank:
             down, up, weight = self._branch(weight, hessian)
         learned = self.layer.weight_clips.get(name)
         scale = rtn.weight_scale(weight, options.bits, options.group_size, options.clip_search, self.dtype, learned)
-        if hessian is None or options.method == "rtn":
-            codes = rtn.quantize(weight, scale, options.bits)
-        else:
-            codes = gptq.quantize(weight, scale, hessian, options.bits, options.damping, options.act_order)
+        codes = rounded(weight, scale)
         self.errors.append(((rtn.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
         self.done[name] = pack(codes, scale, options.bits, down, up)
 

@@ -7,6 +7,8 @@ the served layer really sees). With U = chol(H⁻¹) upper, column j is rounded 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,35 +18,49 @@ from rotquant_kernels import convention
 BLOCK = 128
 
 
-def quantize(
-    weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01, act_order: bool = True
-) -> Tensor:
-    """Codes of a weight matrix.
+class Columns(NamedTuple):
+    """What GPTQ takes from a Hessian, made once for all weights that read the same inputs."""
+
+    order: Tensor  # int64 [K], the order in which the columns are rounded
+    dead: Tensor  # bool [K], inputs that never fire
+    upper: Tensor  # U, float32 [K, K], in that order
+
+
+def columns(hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> Columns:
+    """Prepares `quantize`.
 
     Args:
-        weight: float [N, K]; scale: float32 [N, G] from `rtn.weight_scale`.
         hessian: float [K, K].
         damping: share of the mean diagonal added to the diagonal.
         act_order: largest diagonal first; the scales stay where they are, so the format does not change.
-    Returns:
-        int8 [N, K].
     Raises:
         RotQuantError: a Hessian that stays singular after damping was raised three times.
     """
-    weight, hessian = weight.float().clone(), hessian.float().clone()
-    columns = weight.shape[1]
+    hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
-    dead = diagonal == 0  # inputs that never fire
+    dead = diagonal == 0
     diagonal[dead] = 1
-    weight[:, dead] = 0
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    column_scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)[:, order]
-    upper = inverse_factor(hessian[order][:, order], damping)
-    weight = weight[:, order]
+    ascending = torch.arange(len(diagonal), device=hessian.device)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else ascending
+    return Columns(order, dead, inverse_factor(hessian[order][:, order], damping))
+
+
+def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Tensor:
+    """Codes of a weight matrix.
+
+    Args:
+        weight: float [N, K]; scale: float32 [N, G] from `rtn.weight_scale`; prepared: from `columns`.
+    Returns:
+        int8 [N, K].
+    """
+    order, dead, upper = prepared
+    weight = weight.float().masked_fill(dead, 0)[:, order]
+    size = weight.shape[1]
+    column_scale = scale.repeat_interleave(size // scale.shape[1], dim=1)[:, order]
     codes = torch.empty_like(weight, dtype=torch.int8)
     zero = torch.zeros(()).to(scale)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
         block, corner = weight[:, start:end].clone(), upper[start:end, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):
