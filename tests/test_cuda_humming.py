@@ -1,6 +1,7 @@
 """Humming, GEMMs for GPUs: our layouts and plans against its own preparation, on machines without a GPU too."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -14,4 +15,5 @@ APART = Path(sys.prefix) / "humming-kernels"
 
 @pytest.mark.skipif(not APART.exists() and not importlib.util.find_spec("humming"), reason="needs humming-kernels")
 def test_we_agree_with_humming():
-    passes("humming_checks.py", PYTHONPATH=str(APART))
+    paths = [str(APART), *filter(None, [os.environ.get("PYTHONPATH")])]
+    passes("humming_checks.py", PYTHONPATH=os.pathsep.join(paths))
