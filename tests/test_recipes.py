@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rotquant import load
 from rotquant.calibrate import read_tokenizer, windows
@@ -112,6 +113,23 @@ def test_the_sink_counts_in_gptq(tmp_path):
     same = {name for name in a if a[name] == b[name]}
     assert "model-00001-of-00004.safetensors" in same  # the embeddings
     assert "model-00002-of-00004.safetensors" not in same
+
+
+@pytest.mark.parametrize("weights", ["all", "one"])
+def test_whose_weights_smoothing_looks_at(tmp_path, weights):
+    """A large channel of k_proj changes the scales behind the first norm, unless only q_proj counts."""
+    folder = sized("llama", tmp_path / "m", head_dim=32)
+    name, scales = "model.layers.0.input_layernorm.weight", []
+    changes = ["scales.norms=smooth", f"scales.weights={weights}", "kv.bits=16"]
+    for out in ("before", "after"):
+        quantize(str(folder), tmp_path / out, recipe="rtn", settings=changes, **QUICK)
+        scales.append(load_file(tmp_path / out / "model-00002-of-00004.safetensors")[name])
+        for shard in folder.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if (key := "model.layers.0.self_attn.k_proj.weight") in tensors:
+                tensors[key][:, 5] *= 50
+                save_file(tensors, shard, metadata={"format": "pt"})
+    assert torch.equal(*scales) == (weights == "one")
 
 
 @pytest.mark.parametrize(

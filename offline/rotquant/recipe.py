@@ -59,6 +59,9 @@ class Scales(_Part):
     alpha: float | Literal["search"] = Field(
         default=0.5, description="0: weights decide, 1: activations; search: least error of each site on a grid"
     )
+    weights: Literal["all", "one"] = Field(
+        default="all", description="behind a norm: of all linears there, or of q_proj and up_proj alone"
+    )
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 

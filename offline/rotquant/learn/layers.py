@@ -28,6 +28,7 @@ from rotquant_kernels import Stage, reference
 
 ROWS = 4096  # tokens of a site that are kept
 VALUES_ALPHA = 0.5
+ONE = {"attn": ("self_attn.q_proj",), "mlp": ("mlp.up_proj",)}  # what OmniQuant's code and its heirs look at
 
 
 class LayerLearner:
@@ -99,7 +100,8 @@ class SampleLearner:
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
         x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
-        weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in SITES[site]])
+        linears = SITES[site] if self.recipe.scales.weights == "all" else ONE.get(site, SITES[site])
+        weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in linears])
         if alpha != "search":
             return smooth_scale(x.abs().amax(0), weight.abs().amax(0), float(alpha))
         block = self.job.transforms.r4_block if site == "down" else 0
