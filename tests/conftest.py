@@ -18,6 +18,7 @@ class Demo(NamedTuple):
     hard: Path
     rtn: Path
     quarot: Path
+    best: Path
     portable: Path
 
 
@@ -31,6 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     harden_folder(DATA / "demo", folder / "hard")
     small = {"samples": 16, "seq_len": 512}
-    made = {name: quantize(str(folder / "hard"), folder / name, recipe=name, **small) for name in ("rtn", "quarot")}
-    portable = quantize(str(folder / "hard"), folder / "portable", profile="portable", **small)
-    return Demo(folder / "hard", made["rtn"], made["quarot"], portable)
+    recipes = ("rtn", "quarot", "best")
+    made = [quantize(str(folder / "hard"), folder / name, recipe=name, **small) for name in recipes]
+    portable = quantize(str(folder / "hard"), folder / "portable", recipe="quarot", profile="portable", **small)
+    return Demo(folder / "hard", *made, portable)

@@ -18,7 +18,7 @@ from source_models import HELDOUT, source_model
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00006.safetensors"
-SETTINGS = {"calibration": str(HELDOUT), "samples": 2, "seq_len": 64}
+SETTINGS = {"recipe": "quarot", "calibration": str(HELDOUT), "samples": 2, "seq_len": 64}
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ def test_demo_work_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(rotquant.evaluate, "evaluate", evaluate)
     for _ in range(2):
         scores = rotquant.demo.perplexities(tmp_path, rotquant.demo.hardened(tmp_path))
-    assert sorted(calls) == ["eval hardened", "eval quarot", "eval rtn", "quarot", "rtn"]
+    assert sorted(calls) == ["best", "eval best", "eval hardened", "eval quarot", "eval rtn", "quarot", "rtn"]
     text = rotquant.demo.table(scores)
     assert "full precision" in text
     assert "1.00x" in text

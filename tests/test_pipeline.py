@@ -22,7 +22,7 @@ from rotquant.pipeline import quantize
 from source_models import HELDOUT, file_hashes, source_model
 from tiny_checkpoints import KINDS
 
-QUICK = {"calibration": str(HELDOUT), "samples": 4, "seq_len": 64}
+QUICK = {"recipe": "quarot", "calibration": str(HELDOUT), "samples": 4, "seq_len": 64}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +87,7 @@ def test_one_seed_gives_one_set_of_files(tmp_path):
 
 
 def start(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rotquant", "quantize", str(folder), "-o", str(out)]
+    command = [sys.executable, "-m", "rotquant", "quantize", str(folder), "-o", str(out), "--recipe", "quarot"]
     command += ["--calibration", str(HELDOUT), "--samples", "4", "--seq-len", "64", *more]
     # A shell starts background jobs with SIGINT ignored, which would be inherited.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731

@@ -76,7 +76,7 @@ def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
         *("learn.surrogate.objective=clip", "learn.surrogate.steps=5", "learn.surrogate.targets=[r1,r2]"),
         *("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1"),
     ]
-    whole = quantize(str(folder), tmp_path / "whole", settings=all_kinds, **QUICK)
+    whole = quantize(str(folder), tmp_path / "whole", recipe="quarot", settings=all_kinds, **QUICK)
     original, learned = plan.LayerLearner.__call__, []
 
     def stopping(self, index, known=None):
@@ -87,8 +87,8 @@ def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plan.LayerLearner, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(folder), tmp_path / "cut", settings=all_kinds, **QUICK)
-    cut = quantize(str(folder), tmp_path / "cut", settings=all_kinds, resume=True, **QUICK)
+        quantize(str(folder), tmp_path / "cut", recipe="quarot", settings=all_kinds, **QUICK)
+    cut = quantize(str(folder), tmp_path / "cut", recipe="quarot", settings=all_kinds, resume=True, **QUICK)
     assert learned == [(0, True), (1, True), (0, False), (1, True)]
     first, second = (file_hashes(folder) for folder in (cut, whole))
     assert first.pop("README.md") != second.pop("README.md")  # names its folder
@@ -107,7 +107,8 @@ def test_the_sink_counts_in_gptq(tmp_path):
     """attention_weight changes the codes, and only through the Hessians."""
     folder = sized("llama", tmp_path / "m", head_dim=32)
     one, two = (
-        quantize(str(folder), tmp_path / f"w{w}", settings=[f"weights.attention_weight={w}"], **QUICK) for w in (0, 0.9)
+        quantize(str(folder), tmp_path / f"w{w}", recipe="quarot", settings=[f"weights.attention_weight={w}"], **QUICK)
+        for w in (0, 0.9)
     )
     a, b = file_hashes(one), file_hashes(two)
     same = {name for name in a if a[name] == b[name]}

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # ranks are started by importing this file again
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     harden_folder(DATA / "demo", folder / "hard")
-    return quantize(str(folder / "hard"), folder / "made", tp_max=2, settings=["weights.method=rtn"])
+    return quantize(str(folder / "hard"), folder / "made", tp_max=2, recipe="quarot", settings=["weights.method=rtn"])
 
 
 def served_loss(checkpoint: Path, ranks: int, work: Path) -> float:

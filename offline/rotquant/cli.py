@@ -139,7 +139,7 @@ def _add_quantize(verbs: Verbs) -> None:
     ).add_argument
     add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
     add("-o", "--output", metavar="OUT", required=True, help="folder to write; must not exist, except to --resume")
-    add("--recipe", default="quarot", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
+    add("--recipe", default="best", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
     add("--samples", type=_positive, metavar="N", help="calibration windows (default: the recipe's)")
     add("--seq-len", type=_positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")

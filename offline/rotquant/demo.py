@@ -24,8 +24,10 @@ from rotquant.progress import say
 from rotquant.server import Answer, Server
 
 DATA = Path(__file__).parent / "data"
-RECIPES = ("quarot", "rtn")  # the first one is served
-ROWS = {"hardened": "full precision", "rtn": "W4A4KV4, rtn", "quarot": "W4A4KV4, quarot"}
+SERVED = "best"
+ROWS = {
+    "hardened": "full precision", "rtn": "W4A4KV4, rtn", "quarot": "W4A4KV4, quarot", "best": "W4A4KV4, best",
+}  # fmt: skip
 # Little calibration, to be quick: for this model 8 and 24 windows differ by half a percent in perplexity.
 SAMPLES, SCORED_TOKENS, WINDOW = 16, 4096, 512
 PROMPT = "def read_lines(path):\n    "
@@ -47,7 +49,7 @@ def demo(*, once: bool = False, port: int = 0, keep: Path | None = None) -> int:
     with terminated_like_interrupted():
         say(f"demo: working in {folder}")
         source = hardened(folder)
-        served = quantized(folder, source, RECIPES[0])
+        served = quantized(folder, source, SERVED)
         with Server(served, port, folder / "server.log") as server:
             scores = perplexities(folder, source)  # while the server starts
             server.wait()

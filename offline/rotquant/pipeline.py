@@ -79,7 +79,7 @@ def quantize(
     model: str,
     output: str | Path,
     *,
-    recipe: str = "quarot",
+    recipe: str = "best",
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
