@@ -1,6 +1,8 @@
 """Every shipped recipe, from the model to a checkpoint that loads; learning that resumes; what recipes refuse."""
 
 import json
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from rotquant import load
 from rotquant.calibrate import read_tokenizer, windows
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import model_losses
+from rotquant.journal import Slot
 from rotquant.learn import plan
 from rotquant.pipeline import quantize
 from rotquant.recipe import load_recipe, shipped
@@ -79,17 +82,49 @@ def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole = quantize(str(folder), tmp_path / "whole", recipe="quarot", settings=all_kinds, **QUICK)
     original, learned = plan.LayerLearner.__call__, []
 
-    def stopping(self, index, known=None):
+    def stopping(self, index, known, *loop):
         learned.append((index, known is None))
         if index == 1 and len(learned) == 2:
             raise KeyboardInterrupt
-        return original(self, index, known)
+        return original(self, index, known, *loop)
 
     monkeypatch.setattr(plan.LayerLearner, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
         quantize(str(folder), tmp_path / "cut", recipe="quarot", settings=all_kinds, **QUICK)
     cut = quantize(str(folder), tmp_path / "cut", recipe="quarot", settings=all_kinds, resume=True, **QUICK)
     assert learned == [(0, True), (1, True), (0, False), (1, True)]
+    first, second = (file_hashes(folder) for folder in (cut, whole))
+    assert first.pop("README.md") != second.pop("README.md")  # names its folder
+    assert first == second
+
+
+def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch):
+    """Stopped again and again inside its loops, a run does no pass twice and gives the same bytes."""
+    folder = sized("llama", tmp_path / "m", head_dim=32)
+    loops = [
+        *("learn.surrogate.optimiser=qr", "learn.surrogate.steps=5", "learn.surrogate.polish=3", "rotations.r2=random"),
+        *("learn.blockwise.epochs=2", "learn.blockwise.learns=[s_norms,act_clip,weight_clip,r2]"),
+        *("learn.end_to_end.steps=4", "learn.end_to_end.batch=1", "learn.end_to_end.learns=[r1,s_ud,kv_clip]"),
+    ]
+    run = partial(quantize, str(folder), recipe="quarot", settings=loops, **QUICK)
+    passes, stops, save = [], False, Slot.save
+
+    def counted(self, done, tensors):
+        save(self, done, tensors)
+        passes.append((self.step, done))
+        if stops and len(passes) % 3 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slot, "save", counted)
+    whole, expected = run(tmp_path / "whole"), list(passes)
+    assert len({step for step, _ in expected}) == 5  # R1 by gradients and by alternation, two layers, end to end
+    monkeypatch.setattr("rotquant.journal.SNAPSHOT_SECONDS", 0)
+    passes.clear()
+    stops, cut = True, tmp_path / "cut"
+    for _ in expected:
+        with suppress(KeyboardInterrupt):
+            run(cut, resume=True)
+    assert passes == expected
     first, second = (file_hashes(folder) for folder in (cut, whole))
     assert first.pop("README.md") != second.pop("README.md")  # names its folder
     assert first == second

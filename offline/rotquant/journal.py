@@ -2,8 +2,8 @@
 
 A run works in `OUT.partial`. Each step writes its shard and the calibration chain whole (temporary file,
 fsync, rename), then the journal the same way; only then does the step count as done. The chain is stored
-verbatim: recomputing it on resume would not give the same bits. At the end the folder is renamed to OUT,
-so OUT is complete or not there.
+verbatim: recomputing it on resume would not give the same bits. A loop of learning, which may take hours, leaves
+snapshots in a `Slot`. At the end the folder is renamed to OUT, so OUT is complete or not there.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import fcntl
 import hashlib
 import json
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rotquant.checkpoint import save_tensors, save_text
 from rotquant.errors import RotQuantError
+
+SNAPSHOT_SECONDS = 60  # what a killed loop loses at most
 
 
 class Journal:
@@ -90,16 +95,35 @@ class Journal:
         save_text(self.file, json.dumps(self.state, indent=1))
 
     def keep(self, step: str, tensors: dict[str, Tensor]) -> None:
-        """Counts a step as done whose tensors later steps need and the output does not hold."""
+        """Counts a step as done whose tensors later steps need and the output does not hold; may do so again."""
+        before = self._kept_files(step)
         name = f"kept-{step.replace(' ', '-')}.safetensors"
+        if name in before:  # the old file stays whole until the journal names the new one
+            name = f"again-{name}"
         save_tensors(self.folder / name, tensors)
         self.state["steps"][step] = {"files": {}, "kept": {name: file_digest(self.folder / name)}, "facts": {}}
-        save_text(self.file, json.dumps(self.state, indent=1))
+        self._write_without(before)
 
     def kept(self, step: str) -> dict[str, Tensor] | None:
         """The tensors of a step that `keep` finished, None where it is still to be done."""
-        names = self.state["steps"].get(step, {}).get("kept", {})
+        names = self._kept_files(step)
         return {k: t for name in names for k, t in load_file(self.folder / name).items()} if names else None
+
+    def forget(self, *steps: str) -> None:
+        """Removes what `keep` stored for these steps, where it did."""
+        files = [name for step in steps for name in self._kept_files(step)]
+        for step in steps:
+            self.state["steps"].pop(step, None)
+        self._write_without(files)
+
+    def _kept_files(self, step: str) -> list[str]:
+        return list(self.state["steps"].get(step, {}).get("kept", {}))
+
+    def _write_without(self, files: list[str]) -> None:
+        """Writes the journal, which names these files no more, and removes them."""
+        save_text(self.file, json.dumps(self.state, indent=1))
+        for name in files:
+            (self.folder / name).unlink(missing_ok=True)
 
     def save_chain(self, index: int, chain: Tensor) -> None:
         """Stores the chain that enters layer `index`. Call before `finish`; older chains go after it."""
@@ -120,7 +144,7 @@ class Journal:
 
     def publish(self) -> None:
         """Renames the finished work folder to the output."""
-        for leftover in (*self.folder.glob("chain-*"), *self.folder.glob("kept-*"), self.file, self.folder / "lock"):
+        for leftover in (*self.folder.glob("chain-*"), *self._all_kept(), self.file, self.folder / "lock"):
             leftover.unlink(missing_ok=True)
         self.folder.rename(self.output)
         self._lock.close()
@@ -128,8 +152,39 @@ class Journal:
     def abandon(self) -> None:
         """Removes the work folder if no step was finished, so that a refused run leaves nothing behind."""
         self._lock.close()
-        if self.folder.exists() and not self.files() and not any(self.folder.glob("kept-*")):
+        if self.folder.exists() and not self.files() and not any(self._all_kept()):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all_kept(self) -> Iterator[Path]:
+        return self.folder.glob("*kept-*")
+
+
+class Slot:
+    """Where the loop of a long step leaves snapshots, at most one every SNAPSHOT_SECONDS, and finds the last one.
+
+    Args:
+        step: of the journal; `forget` its snapshots, `Slot.name(step)`, when it is done.
+    """
+
+    def __init__(self, journal: Journal, step: str) -> None:
+        self.journal, self.step = journal, self.name(step)
+        self.found = journal.kept(self.step)
+        self.saved = time.monotonic()
+
+    @staticmethod
+    def name(step: str) -> str:
+        return f"{step} so far"
+
+    @property
+    def done(self) -> int:
+        """How many passes of the loop the snapshot holds."""
+        return int(self.found["done"]) if self.found else 0
+
+    def save(self, done: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        """Keeps what the loop's next pass needs, if it is time."""
+        if time.monotonic() - self.saved >= SNAPSHOT_SECONDS:
+            self.journal.keep(self.step, tensors() | {"done": torch.tensor(done)})
+            self.saved = time.monotonic()
 
 
 def file_digest(path: Path) -> str:

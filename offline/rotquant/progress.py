@@ -23,16 +23,20 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
+QUIET_SECONDS = 10  # between two lines of short steps, where there is no terminal
+
+
 class Progress:
     """Counts steps of one kind of work.
 
     Args:
         title: what is being done; total: how many steps; done: steps that an earlier run finished.
+        short: the steps are short: not every one is worth a line.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self.title, self.total, self.count, self.first = title, total, done, done
-        self.started = time.monotonic()
+    def __init__(self, title: str, total: int, done: int = 0, short: bool = False) -> None:
+        self.title, self.total, self.count, self.first, self.short = title, total, done, done, short
+        self.started = self.shown = time.monotonic()
         self.bar: RichProgress | None = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -53,12 +57,21 @@ class Progress:
     def step(self, note: str = "") -> None:
         """One more step is done."""
         self.count += 1
-        spent = time.monotonic() - self.started
-        eta = spent / (self.count - self.first) * (self.total - self.count)
+        self._show(self.count, note, self.short and self.count < self.total)
+
+    def within(self, share: float, note: str = "") -> None:
+        """A share, in (0, 1], of the step under way is done."""
+        self._show(self.count + share, note, quiet=True)
+
+    def _show(self, done: float, note: str, quiet: bool) -> None:
+        now = time.monotonic()
+        spent = now - self.started
+        eta = spent / (done - self.first) * (self.total - done)
         rest = f"eta {clock(eta)} · {peak_memory():.1f} GB{' · ' + note if note else ''}"
         if self.bar:
             self.bar.update(self.task, completed=self.count, rest=rest)
-        else:
+        elif not quiet or now - self.shown >= QUIET_SECONDS:
+            self.shown = now
             print(f"{self.title} {self.count}/{self.total} · {clock(spent)} · {rest}", file=sys.stderr, flush=True)
 
 

@@ -8,7 +8,7 @@ x is the exact input h, or what the quantized layers before make of it.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from rotquant import metrics
 from rotquant.decoder import Decoder
 from rotquant.fold import Tensors
 from rotquant.initial import generator
-from rotquant.learn.orthogonal import StiefelAdam, advance, half_cosine
+from rotquant.journal import Slot
+from rotquant.learn.orthogonal import StiefelAdam
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
+from rotquant.learn.steps import Loop, Steps
 from rotquant.learn.stream import Learner
 from rotquant.recipe import Blockwise
 from rotquant.space import LayerTransforms
@@ -36,26 +38,30 @@ def quantized_layer(
 
 
 def learn_blockwise(
-    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor, index: int
-) -> LayerTransforms:
+    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor,
+    index: int, slot: Slot | None, report: Callable[[float, str], object],
+) -> LayerTransforms:  # fmt: skip
     """Learns what `recipe.learn.blockwise.learns` names.
 
     Args:
         tensors: of the layer, R1 folded, float32; start: where learning begins.
         inputs, wanted: [samples, T, hidden] before the layer, and after the exact layer.
         index: of the layer, for the order of the batches.
+        slot: of the snapshots; report: called with the share that is done, and a note.
     """
     options = job.recipe.learn.blockwise
     assert options is not None
     layer = quantized_layer(job, decoder, tensors, start, list(options.learns), options.weight_bits)
     random = generator(job.seed, f"batches.{index}")
-    steps = options.epochs * math.ceil(len(inputs) / options.batch)
-    optimisers = make_optimisers(layer.parameters, options)
-    schedules = [half_cosine(optimiser, steps) for optimiser in optimisers]
-    for chosen in batches(len(inputs), options, random):
+    order = batches(len(inputs), options, random)
+    loop = Loop(slot, lambda done, note: report(done / len(order), f"step {done}/{len(order)}, {note}"))
+    steps = Steps(len(order), make_optimisers(layer.parameters, options), loop)
+    for step in steps:
+        chosen = order[step]
         output = layer(tensors, inputs[chosen].to(job.device))
-        metrics.relative_error(wanted[chosen].to(job.device), output).mean().backward()
-        advance(optimisers, schedules)
+        loss = metrics.relative_error(wanted[chosen].to(job.device), output).mean()
+        loss.backward()
+        steps.advance(f"loss {loss.item():.4f}")
     return layer.parameters.result()
 
 

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from rotquant.decoder import float_linear
 from rotquant.fold import fold_r1
 from rotquant.initial import generator
+from rotquant.journal import Slot
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
-from rotquant.learn.orthogonal import CayleySGD, StiefelAdam, advance, half_cosine
+from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
+from rotquant.learn.steps import Loop, Steps
 from rotquant.learn.stream import Learner
 from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD
 from rotquant.progress import Progress
@@ -67,25 +69,24 @@ class QuantizedModel:
         return self.decoder.norm(h, self.gain) @ self.head.T
 
 
-def learn_end_to_end(job: Learner) -> None:
-    """Learns what `recipe.learn.end_to_end.learns` names, and puts it into job.transforms."""
+def learn_end_to_end(job: Learner, slot: Slot | None = None) -> None:
+    """Learns what `recipe.learn.end_to_end.learns` names, and puts it into job.transforms; snapshots go to the slot."""
     options = job.recipe.learn.end_to_end
     assert options is not None
     model = QuantizedModel(job, options)
-    optimisers = make_optimisers(model, options)
-    schedules = [half_cosine(optimiser, options.steps) for optimiser in optimisers]
     random = generator(job.seed, "end_to_end")
-    with Progress("end to end: step", options.steps) as progress:
-        for _ in range(options.steps):
-            chosen = torch.randint(len(job.tokens), (options.batch,), generator=random)
+    chosen = [torch.randint(len(job.tokens), (options.batch,), generator=random) for _ in range(options.steps)]
+    first = slot.done if slot else 0
+    with Progress("end to end: step", options.steps, first, short=True) as progress:
+        steps = Steps(options.steps, make_optimisers(model, options), Loop(slot, lambda _, note: progress.step(note)))
+        for step in steps:
             total = 0.0
-            for window in chosen.tolist():  # gradients add up over the batch
+            for window in chosen[step].tolist():  # gradients add up over the batch
                 tokens = job.tokens[window : window + 1].to(job.device)
                 loss = loss_of(model, tokens, options) / options.batch
                 loss.backward()
                 total += loss.item()
-            advance(optimisers, schedules)
-            progress.step(f"loss {total:.4f}")
+            steps.advance(f"loss {total:.4f}")
     job.transforms.layers = [layer.parameters.result() for layer in model.layers]
     if model.r1 is not None:
         job.transforms.r1 = Dense(procrustes.nearest_rotation(model.r1.detach().double()).cpu())

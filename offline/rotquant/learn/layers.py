@@ -6,6 +6,7 @@ alpha is given, or searched: at the norms and at up_proj the one of least output
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rotquant.fold import Tensors, per_query_head
 from rotquant.initial import generator
+from rotquant.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise, quantized_layer
 from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.procrustes import massive_tokens
@@ -44,15 +46,20 @@ class LayerLearner:
         self.chain = job.embedded(samples)
         self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
-    def __call__(self, index: int, known: LayerTransforms | None = None) -> LayerTransforms:
-        """The transforms of layer `index`, in turn; `known` ones, of an interrupted run, are only passed through."""
+    def __call__(
+        self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
+    ) -> LayerTransforms:
+        """The transforms of layer `index`, in turn; `known` ones, of an interrupted run, are only passed through.
+
+        slot and report: as in `learn_blockwise`.
+        """
         job, tensors = self.job, self.job.layer(index)
         seen = Capture(ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
         after = forward(job, self.decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
             inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, self.decoder, tensors, layer, inputs, after, index)
+            layer = learn_blockwise(job, self.decoder, tensors, layer, inputs, after, index, slot, report)
         if self.block and self.quantized is not None:
             fixed = quantized_layer(job, self.decoder, tensors, layer, [], self.block.weight_bits)
             with torch.no_grad():

@@ -11,8 +11,8 @@ With G the gradient at X, the tangent part of a matrix M is P(M) = (M - X Mᵀ X
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.learn.procrustes import Batches, Weights
+from rotquant.learn.steps import ALONE, Loop, Steps
 
 Objective = Callable[..., Tensor]
 OPTIMISERS = ("cayley", "adam", "qr")
@@ -125,6 +126,7 @@ def learn_rotation(
     steps: int = 200,
     lr: float = 0.01,
     weights: Weights | None = None,
+    loop: Loop = ALONE,
 ) -> tuple[Tensor, list[float]]:
     """Learns R by gradients of an objective of the rows x R: no backpropagation through the model.
 
@@ -137,9 +139,9 @@ def learn_rotation(
             "adam" (`StiefelAdam`; lr: radians a step, near 0.05) or "qr" (Adam on Z of `QROrth`; lr: change of an
             entry a step, near 0.2 / sqrt(d)).
         lr: at the first step; falls to 0 as half a cosine.
-        weights: as in `procrustes.alternate`.
+        weights, loop: as in `procrustes.alternate`.
     Returns:
-        R float64 [d, d], and the loss of each step.
+        R float64 [d, d], and the loss of each step that was run.
     Raises:
         RotQuantError: an unknown optimiser, or batches without any rows.
     """
@@ -153,32 +155,16 @@ def learn_rotation(
         engine = StiefelAdam(model.parameters(), lr=lr)
     else:
         engine = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = half_cosine(engine, steps)
-    losses = []
-    for x, _ in zip(_forever(batches), range(steps), strict=False):
+    run, losses = Steps(steps, [engine], loop), []
+    for x, _ in zip(islice(_forever(batches), run.done, None), run, strict=False):
         x = x.to(rotation)
         r = model() if optimiser == "qr" else model.z
         loss = objective(x @ r, weights=weights(x) if weights is not None else None)
-        engine.zero_grad()
         loss.backward()
-        engine.step()
-        schedule.step()
         losses.append(loss.item())
+        run.advance(f"loss {losses[-1]:.4f}")
     with torch.no_grad():
         return qr_rotation(model.z.double()), losses
-
-
-def half_cosine(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that fall from their first value to 0 in `steps` steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def advance(optimisers: list[torch.optim.Optimizer], schedules: list[torch.optim.lr_scheduler.LambdaLR]) -> None:
-    """One step of all, from the gradients that are there; clears them."""
-    for optimiser, schedule in zip(optimisers, schedules, strict=True):
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
 
 
 def _forever(batches: Batches) -> Iterator[Tensor]:

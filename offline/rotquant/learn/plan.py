@@ -1,16 +1,17 @@
 """Learning in its order: R1, then the layers from the first to the last, then end to end.
 
-Every step's result is a file of the journal: an interrupted run reads it back, and goes on with the same numbers.
+Every step's result, and snapshots of its loop, are files of the journal: an interrupted run reads them back, and goes
+on with the same numbers.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rotquant.journal import Journal
+from rotquant.journal import Journal, Slot
 from rotquant.learn.end_to_end import learn_end_to_end
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.rotations import learn_r1
+from rotquant.learn.rotations import R1_STEPS, learn_r1
 from rotquant.learn.stream import Learner
 from rotquant.progress import Progress
 from rotquant.space import LayerTransforms
@@ -22,17 +23,19 @@ def learn(job: Learner, journal: Journal) -> None:
     if job.recipe.learns_r1:
         known = journal.kept("learn r1")
         if known is None:
-            known = learn_r1(job)
+            known = learn_r1(job, journal)
             journal.keep("learn r1", known)
+            journal.forget(*R1_STEPS, *map(Slot.name, R1_STEPS))
         job.transforms.r1 = Dense(known["r1"])
     if job.recipe.learns_layers:
         learn_layers(job, journal)
     if job.recipe.learn.end_to_end:
         known = journal.kept("learn end to end")
         if known is None:
-            learn_end_to_end(job)
+            learn_end_to_end(job, Slot(journal, "learn end to end"))
             known = all_tensors(job)
             journal.keep("learn end to end", known)
+            journal.forget(Slot.name("learn end to end"))
         restore(job, known)
 
 
@@ -40,10 +43,13 @@ def learn_layers(job: Learner, journal: Journal) -> None:
     learner = LayerLearner(job)
     with Progress("learning: layer", job.arch.layers) as progress:
         for index in range(job.arch.layers):
-            known = journal.kept(f"learn layer {index}")
-            layer = learner(index, LayerTransforms.from_tensors(known) if known else None)
+            step = f"learn layer {index}"
+            known = journal.kept(step)
+            start = LayerTransforms.from_tensors(known) if known else None
+            layer = learner(index, start, Slot(journal, step), progress.within)
             if known is None:
-                journal.keep(f"learn layer {index}", layer.tensors())
+                journal.keep(step, layer.tensors())
+                journal.forget(Slot.name(step))
             job.transforms.layers[index] = layer
             progress.step()
 

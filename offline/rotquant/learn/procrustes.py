@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.targets import clipped_target
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -29,6 +30,7 @@ def alternate(
     targets: Sequence[Target],
     weights: Weights | None = None,
     tolerance: float = 1e-5,
+    loop: Loop = ALONE,
 ) -> tuple[Tensor, list[float]]:
     """Learns a rotation.
 
@@ -39,11 +41,15 @@ def alternate(
         weights: row weights [n] of x [n, d], as `token_weights` gives; None for 1.
         tolerance: a target whose loss did not fall below its lowest by this share within the last PATIENCE iterations
             is done: its other iterations are skipped. (Quantized targets' losses go up and down.)
+        loop: for snapshots and reports; a resumed run gives the same rotation and losses.
     Returns:
         R float64 [d, d] on rotation's device, and of each iteration run Σ w_t |x_t R - T_t|² / Σ w_t |x_t|² before
         its update. Losses of different targets do not compare.
     """
     rotation = rotation.double()
+    known: list[float] = []
+    if loop.slot and loop.slot.found:
+        rotation, known = loop.slot.found["rotation"].to(rotation), loop.slot.found["losses"].tolist()
     losses: list[float] = []
     previous: Target | None = None
     lowest, stale = float("inf"), 0
@@ -52,12 +58,20 @@ def alternate(
             previous, lowest, stale = target, float("inf"), 0
         if stale >= PATIENCE:
             continue
-        moment, loss = _moment(batches, rotation, target, weights)
+        if len(losses) < len(known):
+            loss = known[len(losses)]
+        else:
+            moment, loss = _moment(batches, rotation, target, weights)
+            rotation = nearest_rotation(moment)
+            loop.passed(len(losses) + 1, partial(_snapshot, rotation, [*losses, loss]), f"loss {loss:.4f}")
         losses.append(loss)
         stale = 0 if loss < lowest * (1 - tolerance) else stale + 1
         lowest = min(lowest, loss)
-        rotation = nearest_rotation(moment)
     return rotation, losses
+
+
+def _snapshot(rotation: Tensor, losses: Sequence[float]) -> dict[str, Tensor]:
+    return {"rotation": rotation.cpu(), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _moment(batches: Batches, rotation: Tensor, target: Target, weights: Weights | None) -> tuple[Tensor, float]:

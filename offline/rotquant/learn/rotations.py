@@ -14,7 +14,9 @@ from torch import Tensor
 
 from rotquant.fold import NORMS, fold_gains
 from rotquant.initial import generator
+from rotquant.journal import Journal, Slot
 from rotquant.learn import objectives, orthogonal, procrustes, targets
+from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Architecture
 from rotquant.progress import Progress
@@ -25,10 +27,11 @@ from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant.transforms.klt import covariance, equal_variances
 
 BATCH = 2048
+R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
-def learn_r1(job: Learner) -> dict[str, Tensor]:
-    """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it."""
+def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
+    """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
     options, rotations = job.recipe.learn.surrogate, job.recipe.rotations
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
     assert job.transforms.r1 is not None
@@ -38,17 +41,23 @@ def learn_r1(job: Learner) -> dict[str, Tensor]:
         r1 = equal_variances(reading_covariance(job))
     learns = options is not None and "r1" in options.targets
     if learns or rotations.mean_to_ones:
-        rows = residual_rows(job, options.rows if options else Surrogate().rows)
+        rows = residual_rows(job, options.rows if options else Surrogate().rows, journal)
         if options and learns:
-            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations)
+            slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
+            done, total = sum(slot.done for slot in slots), options.steps + options.polish
+            with Progress("R1: step", total, done, short=True) as progress:
+                loops = [Loop(slot, lambda _, note: progress.step(note)) for slot in slots]
+                r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations, *loops)
         if rotations.mean_to_ones:
             r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))
     job.transforms.r1 = Dense(r1)
     return {"r1": r1}
 
 
-def residual_rows(job: Learner, budget: int) -> Tensor:
+def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
     """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
+    if kept := journal.kept(ROWS):
+        return kept["rows"]
     arch, found = job.arch, []
     random, decoder, chain = generator(job.seed, "rows"), job.decoder(), job.embedded(len(job.tokens))
     with Progress("R1: rows of layer", arch.layers) as progress:
@@ -57,7 +66,9 @@ def residual_rows(job: Learner, budget: int) -> Tensor:
             chain = forward(job, decoder, fold_gains(job.layer(index)), chain, seen)
             found += [seen.rows(site) for site in NORMS]
             progress.step()
-    return torch.cat(found)
+    rows = torch.cat(found)
+    journal.keep(ROWS, {"rows": rows})
+    return rows
 
 
 def reading_covariance(job: Learner) -> Tensor:
@@ -71,10 +82,17 @@ def reading_covariance(job: Learner) -> Tensor:
     return covariance(rows())
 
 
-def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: Activations | KVCache) -> Tensor:
+def surrogate(
+    rows: Tensor,
+    rotation: Tensor,
+    options: Surrogate,
+    quantizer: Activations | KVCache,
+    gradients: Loop = ALONE,
+    alternation: Loop = ALONE,
+) -> Tensor:
     """A rotation, float64 [d, d] on the CPU, that makes an objective of rows [n, d] small; see `recipe.Surrogate`.
 
-    Computed where the rows are.
+    Computed where the rows are, in one or both of two loops.
     """
     rotation = rotation.to(rows.device)
     weights = partial(procrustes.token_weights, gamma=options.massive_weight) if options.massive_weight != 1 else None
@@ -83,14 +101,15 @@ def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: Act
         return rows.split(BATCH)
 
     if options.optimiser == "procrustes":
-        return procrustes.alternate(batches, rotation, procrustes_targets(options, quantizer), weights)[0].cpu()
+        wanted = procrustes_targets(options, quantizer)
+        return procrustes.alternate(batches, rotation, wanted, weights, loop=alternation)[0].cpu()
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]  # a step sees rows of all sites
     objective = gradient_objective(options, quantizer)
     moved, _ = orthogonal.learn_rotation(
-        batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights
+        batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights, gradients
     )
     polish = [quantized_target(quantizer)] * options.polish
-    return (procrustes.alternate(batches, moved, polish, weights)[0] if polish else moved).cpu()
+    return (procrustes.alternate(batches, moved, polish, weights, loop=alternation)[0] if polish else moved).cpu()
 
 
 def clip_of(quantizer: Activations | KVCache) -> float:
