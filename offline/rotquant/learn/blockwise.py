@@ -39,7 +39,7 @@ def quantized_layer(
 
 def learn_blockwise(
     job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor,
-    index: int, slot: Slot | None, report: Callable[[float, str], object],
+    index: int, slot: Slot, report: Callable[[float, str], object],
 ) -> LayerTransforms:  # fmt: skip
     """Learns what `recipe.learn.blockwise.learns` names.
 
