@@ -18,7 +18,6 @@ class Demo(NamedTuple):
     hard: Path
     rtn: Path
     quarot: Path
-    best: Path
     portable: Path
 
 
@@ -27,12 +26,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Quantized once for all tests that need the trained model."""
     from rotquant.harden import harden_folder
     from rotquant.pipeline import quantize
-    from source_models import DATA
+    from source_models import DATA, SMALL
 
     folder = tmp_path_factory.mktemp("demo")
     harden_folder(DATA / "demo", folder / "hard")
-    small = {"samples": 16, "seq_len": 512}
-    recipes = ("rtn", "quarot", "best")
-    made = [quantize(str(folder / "hard"), folder / name, recipe=name, **small) for name in recipes]
-    portable = quantize(str(folder / "hard"), folder / "portable", recipe="quarot", profile="portable", **small)
-    return Demo(folder / "hard", *made, portable)
+    rtn, quarot = (quantize(str(folder / "hard"), folder / name, recipe=name, **SMALL) for name in ("rtn", "quarot"))
+    portable = quantize(str(folder / "hard"), folder / "portable", recipe="quarot", profile="portable", **SMALL)
+    return Demo(folder / "hard", rtn, quarot, portable)

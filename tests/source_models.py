@@ -13,6 +13,7 @@ from tiny_checkpoints import KINDS
 
 DATA = Path(__file__).parents[1] / "offline" / "rotquant" / "data"
 HELDOUT = DATA / "heldout.txt"
+SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
 VOCABULARY = 2048  # of the demo model's tokenizer
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from rotquant.compare_run import Distance, measure
 from rotquant.evaluate import load_any, safe_exp, text_windows
-from source_models import HELDOUT
+from rotquant.pipeline import quantize
+from source_models import HELDOUT, SMALL
 
 
-def test_rtn_collapses_and_rotations_recover(demo):
+def test_rtn_collapses_and_rotations_recover(demo, tmp_path):
     full, batch = load_any(demo.hard), text_windows(HELDOUT, demo.hard, 512, 6000)
-    rtn, quarot, best = (measure(full, load_any(folder), batch) for folder in (demo.rtn, demo.quarot, demo.best))
+    made = quantize(str(demo.hard), tmp_path / "best", recipe="best", **SMALL)
+    rtn, quarot, best = (measure(full, load_any(folder), batch) for folder in (demo.rtn, demo.quarot, made))
     for name, one in (("rtn", rtn), ("quarot", quarot), ("best", best)):
         print(f"{name}: perplexity {ratio(one):.3f} times the original's, KL {one.kl:.4f}")
     assert ratio(rtn) >= 5
