@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,36 +94,30 @@ class Journal:
         self.state["steps"][step] = {"files": files, "facts": facts}
         save_text(self.file, json.dumps(self.state, indent=1))
 
-    def keep(self, step: str, tensors: dict[str, Tensor]) -> None:
-        """Counts a step as done whose tensors later steps need and the output does not hold; may do so again."""
-        before = self._kept_files(step)
+    def keep(self, step: str, tensors: dict[str, Tensor], replaces: Sequence[str] = ()) -> None:
+        """Counts a step as done whose tensors later steps need and the output does not hold; may do so again.
+
+        replaces: kept steps that this one makes needless; their files go, as does its own older one.
+        """
+        before = [name for one in (step, *replaces) for name in self._kept_files(one)]
         name = f"kept-{step.replace(' ', '-')}.safetensors"
         if name in before:  # the old file stays whole until the journal names the new one
             name = f"again-{name}"
         save_tensors(self.folder / name, tensors)
+        for one in replaces:
+            self.state["steps"].pop(one, None)
         self.state["steps"][step] = {"files": {}, "kept": {name: file_digest(self.folder / name)}, "facts": {}}
-        self._write_without(before)
+        save_text(self.file, json.dumps(self.state, indent=1))
+        for old in before:
+            (self.folder / old).unlink(missing_ok=True)
 
     def kept(self, step: str) -> dict[str, Tensor] | None:
         """The tensors of a step that `keep` finished, None where it is still to be done."""
         names = self._kept_files(step)
         return {k: t for name in names for k, t in load_file(self.folder / name).items()} if names else None
 
-    def forget(self, *steps: str) -> None:
-        """Removes what `keep` stored for these steps, where it did."""
-        files = [name for step in steps for name in self._kept_files(step)]
-        for step in steps:
-            self.state["steps"].pop(step, None)
-        self._write_without(files)
-
     def _kept_files(self, step: str) -> list[str]:
         return list(self.state["steps"].get(step, {}).get("kept", {}))
-
-    def _write_without(self, files: list[str]) -> None:
-        """Writes the journal, which names these files no more, and removes them."""
-        save_text(self.file, json.dumps(self.state, indent=1))
-        for name in files:
-            (self.folder / name).unlink(missing_ok=True)
 
     def save_chain(self, index: int, chain: Tensor) -> None:
         """Stores the chain that enters layer `index`. Call before `finish`; older chains go after it."""
@@ -163,7 +157,7 @@ class Slot:
     """Where the loop of a long step leaves snapshots, at most one every SNAPSHOT_SECONDS, and finds the last one.
 
     Args:
-        step: of the journal; `forget` its snapshots, `Slot.name(step)`, when it is done.
+        step: of the journal; when it is kept it replaces its snapshots, `Slot.name(step)`.
     """
 
     def __init__(self, journal: Journal, step: str) -> None:

@@ -20,7 +20,7 @@ from rotquant.initial import generator
 from rotquant.journal import Slot
 from rotquant.learn.orthogonal import StiefelAdam
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
-from rotquant.learn.steps import Loop, Steps
+from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
 from rotquant.recipe import Blockwise
 from rotquant.space import LayerTransforms
@@ -54,14 +54,14 @@ def learn_blockwise(
     layer = quantized_layer(job, decoder, tensors, start, list(options.learns), options.weight_bits)
     random = generator(job.seed, f"batches.{index}")
     order = batches(len(inputs), options, random)
-    loop = Loop(slot, lambda done, note: report(done / len(order), f"step {done}/{len(order)}, {note}"))
-    steps = Steps(len(order), make_optimisers(layer.parameters, options), loop)
+    steps = Steps(len(order), make_optimisers(layer.parameters, options), slot)
     for step in steps:
         chosen = order[step]
         output = layer(tensors, inputs[chosen].to(job.device))
         loss = metrics.relative_error(wanted[chosen].to(job.device), output).mean()
         loss.backward()
-        steps.advance(f"loss {loss.item():.4f}")
+        steps.advance()
+        report(steps.done / steps.total, f"step {steps.done}/{steps.total}, loss {loss.item():.4f}")
     return layer.parameters.result()
 
 

@@ -20,7 +20,7 @@ from rotquant.journal import Slot
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
 from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
-from rotquant.learn.steps import Loop, Steps
+from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
 from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD
 from rotquant.progress import Progress
@@ -76,9 +76,8 @@ def learn_end_to_end(job: Learner, slot: Slot | None = None) -> None:
     model = QuantizedModel(job, options)
     random = generator(job.seed, "end_to_end")
     chosen = [torch.randint(len(job.tokens), (options.batch,), generator=random) for _ in range(options.steps)]
-    first = slot.done if slot else 0
-    with Progress("end to end: step", options.steps, first, short=True) as progress:
-        steps = Steps(options.steps, make_optimisers(model, options), Loop(slot, lambda _, note: progress.step(note)))
+    steps = Steps(options.steps, make_optimisers(model, options), slot)
+    with Progress("end to end: step", options.steps, steps.done, short=True) as progress:
         for step in steps:
             total = 0.0
             for window in chosen[step].tolist():  # gradients add up over the batch
@@ -86,7 +85,8 @@ def learn_end_to_end(job: Learner, slot: Slot | None = None) -> None:
                 loss = loss_of(model, tokens, options) / options.batch
                 loss.backward()
                 total += loss.item()
-            steps.advance(f"loss {total:.4f}")
+            steps.advance()
+            progress.step(f"loss {total:.4f}")
     job.transforms.layers = [layer.parameters.result() for layer in model.layers]
     if model.r1 is not None:
         job.transforms.r1 = Dense(procrustes.nearest_rotation(model.r1.detach().double()).cpu())

@@ -155,14 +155,15 @@ def learn_rotation(
         engine = StiefelAdam(model.parameters(), lr=lr)
     else:
         engine = torch.optim.Adam(model.parameters(), lr=lr)
-    run, losses = Steps(steps, [engine], loop), []
+    run, losses = Steps(steps, [engine], loop.slot), []
     for x, _ in zip(islice(_forever(batches), run.done, None), run, strict=False):
         x = x.to(rotation)
         r = model() if optimiser == "qr" else model.z
         loss = objective(x @ r, weights=weights(x) if weights is not None else None)
         loss.backward()
+        run.advance()
         losses.append(loss.item())
-        run.advance(f"loss {losses[-1]:.4f}")
+        loop.report(f"loss {losses[-1]:.4f}")
     with torch.no_grad():
         return qr_rotation(model.z.double()), losses
 

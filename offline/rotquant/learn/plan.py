@@ -24,8 +24,7 @@ def learn(job: Learner, journal: Journal) -> None:
         known = journal.kept("learn r1")
         if known is None:
             known = learn_r1(job, journal)
-            journal.keep("learn r1", known)
-            journal.forget(*R1_STEPS, *map(Slot.name, R1_STEPS))
+            journal.keep("learn r1", known, [*R1_STEPS, *map(Slot.name, R1_STEPS)])
         job.transforms.r1 = Dense(known["r1"])
     if job.recipe.learns_layers:
         learn_layers(job, journal)
@@ -34,8 +33,7 @@ def learn(job: Learner, journal: Journal) -> None:
         if known is None:
             learn_end_to_end(job, Slot(journal, "learn end to end"))
             known = all_tensors(job)
-            journal.keep("learn end to end", known)
-            journal.forget(Slot.name("learn end to end"))
+            journal.keep("learn end to end", known, [Slot.name("learn end to end")])
         restore(job, known)
 
 
@@ -48,8 +46,7 @@ def learn_layers(job: Learner, journal: Journal) -> None:
             start = LayerTransforms.from_tensors(known) if known else None
             layer = learner(index, start, Slot(journal, step), progress.within)
             if known is None:
-                journal.keep(step, layer.tensors())
-                journal.forget(Slot.name(step))
+                journal.keep(step, layer.tensors(), [Slot.name(step)])
             job.transforms.layers[index] = layer
             progress.step()
 

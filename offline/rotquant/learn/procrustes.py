@@ -63,7 +63,9 @@ def alternate(
         else:
             moment, loss = _moment(batches, rotation, target, weights)
             rotation = nearest_rotation(moment)
-            loop.passed(len(losses) + 1, partial(_snapshot, rotation, [*losses, loss]), f"loss {loss:.4f}")
+            if loop.slot:
+                loop.slot.save(len(losses) + 1, partial(_snapshot, rotation, [*losses, loss]))
+            loop.report(f"loss {loss:.4f}")
         losses.append(loss)
         stale = 0 if loss < lowest * (1 - tolerance) else stale + 1
         lowest = min(lowest, loss)

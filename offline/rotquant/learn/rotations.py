@@ -46,7 +46,7 @@ def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
             slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
             done, total = sum(slot.done for slot in slots), options.steps + options.polish
             with Progress("R1: step", total, done, short=True) as progress:
-                loops = [Loop(slot, lambda _, note: progress.step(note)) for slot in slots]
+                loops = [Loop(slot, progress.step) for slot in slots]
                 r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations, *loops)
         if rotations.mean_to_ones:
             r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))

@@ -1,9 +1,9 @@
 """The steps of a learning loop: rates that fall as half a cosine, and snapshots from which a killed run goes on.
 
-    steps = Steps(600, [optimiser], loop)
+    steps = Steps(600, [optimiser], slot)
     for _ in steps:
         loss().backward()
-        steps.advance("loss ...")
+        steps.advance()
 
 The same numbers come out, wherever the run was interrupted: a snapshot holds the parameters and all that the
 optimisers remember.
@@ -23,16 +23,10 @@ from rotquant.journal import Slot
 
 
 class Loop(NamedTuple):
-    """What surrounds a loop: where its snapshots go, and who hears of each step (how many are done, a note)."""
+    """What surrounds a loop: where its snapshots go, and who hears, with a note, of each step."""
 
     slot: Slot | None = None
-    report: Callable[[int, str], object] = lambda done, note: None
-
-    def passed(self, done: int, snapshot: Callable[[], dict[str, Tensor]], note: str) -> None:
-        """So many passes are done; `snapshot` gives what the next one needs."""
-        if self.slot:
-            self.slot.save(done, snapshot)
-        self.report(done, note)
+    report: Callable[[str], object] = lambda note: None
 
 
 ALONE = Loop()
@@ -42,23 +36,23 @@ class Steps:
     """Counts, and moves the parameters.
 
     Args:
-        total: of steps; optimisers: with the rates of the first step.
+        total: of steps; optimisers: with the rates of the first step; slot: of the snapshots, None for none.
     """
 
-    def __init__(self, total: int, optimisers: list[torch.optim.Optimizer], loop: Loop) -> None:
-        self.total, self.optimisers, self.loop, self.done = total, optimisers, loop, 0
+    def __init__(self, total: int, optimisers: list[torch.optim.Optimizer], slot: Slot | None) -> None:
+        self.total, self.optimisers, self.slot, self.done = total, optimisers, slot, 0
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["first_lr"] = group["lr"]
-        if loop.slot and loop.slot.found:
-            self.done = loop.slot.done
-            self._restore(loop.slot.found)
+        if slot and slot.found:
+            self.done = slot.done
+            self._restore(slot.found)
 
     def __iter__(self) -> Iterator[int]:
         """The steps that are left."""
         return iter(range(self.done, self.total))
 
-    def advance(self, note: str) -> None:
+    def advance(self) -> None:
         """One step of all optimisers, from the gradients that are there; clears them."""
         share = 0.5 + 0.5 * math.cos(math.pi * self.done / self.total)
         for optimiser in self.optimisers:
@@ -67,7 +61,8 @@ class Steps:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.done += 1
-        self.loop.passed(self.done, self._snapshot, note)
+        if self.slot:
+            self.slot.save(self.done, self._snapshot)
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Parameter p of optimiser o as "o.p", what o remembers of it as "o.p.name"."""
