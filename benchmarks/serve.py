@@ -41,10 +41,10 @@ import psutil
 import machine
 import rotquant
 import serve_report
-from rotquant.demo import terminated_like_interrupted
 from rotquant.errors import RotQuantError
 from rotquant.progress import clock, say
 from rotquant.server import HOST, Server
+from rotquant.signals import terminated_like_interrupted
 from serve_models import DEFAULT, FORMATS, SHAPES, prepare, size_on_disk
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -233,20 +231,6 @@ def test_server_that_dies_shows_its_log(tmp_path: Path) -> None:
 def die(server: Server) -> None:
     with server:
         server.wait()
-
-
-def test_a_terminated_demo_unwinds() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as left:
-        terminate_self()
-    assert left.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def terminate_self() -> None:
-    with rotquant.demo.terminated_like_interrupted():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
 
 
 def test_demo_work_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

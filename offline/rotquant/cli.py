@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rotquant.errors import RotQuantError
+from rotquant.signals import ctrl_c_remembered
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # machine quantizing becomes many times slower. Read by OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return int(args.run(args))
+        with ctrl_c_remembered():
+            return int(args.run(args))
     except KeyboardInterrupt:
         return _complain(_interrupted(args.verb, arguments), 130, args.debug, word="interrupted")
     except RotQuantError as error:

@@ -26,12 +26,13 @@ from typing import Any
 from rotquant.calibrate import read_text
 from rotquant.checkpoint import Source, fetch, save_text
 from rotquant.compare_table import Comparison
-from rotquant.demo import DATA, terminated_like_interrupted
+from rotquant.demo import DATA
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import SEQ_LEN, text_windows
 from rotquant.models import read_architecture
 from rotquant.progress import clock, say
 from rotquant.recipe import Recipe, load_recipe, shipped
+from rotquant.signals import terminated_like_interrupted
 
 STOP_SECONDS = 30  # an interrupted run notes what it has done
 COMMA = re.compile(r",(?![^\[{]*[\]}])")  # but not those of a YAML list or mapping

@@ -34,6 +34,7 @@ from rotquant.loading import load
 from rotquant.online_cost import online_cost
 from rotquant.pipeline import quantize
 from rotquant.progress import Progress, peak_memory
+from rotquant.signals import ctrl_c_remembered
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def own_peak() -> float:
 def main(job_file: str, result_file: str) -> int:
     """Runs the job and writes its numbers, or `{"error": line}`; 0 if all went well."""
     try:
-        result = run(json.loads(Path(job_file).read_text()))
+        with ctrl_c_remembered():
+            result = run(json.loads(Path(job_file).read_text()))
     except KeyboardInterrupt:
         return 130
     except Exception as error:

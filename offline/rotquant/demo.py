@@ -11,17 +11,13 @@ import fcntl
 import hashlib
 import json
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from rotquant.errors import RotQuantError
 from rotquant.progress import say
 from rotquant.server import Answer, Server
+from rotquant.signals import terminated_like_interrupted
 
 DATA = Path(__file__).parent / "data"
 SERVED = "best"
@@ -170,21 +166,3 @@ def how_to_ask(server: Server) -> str:
         f"OpenAI API at {server.url}/v1, model {server.model}; ask with\n"
         f"  curl {server.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     )
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP become exceptions too, so that the server is stopped whatever ends the demo."""
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
-        yield
-        return
-
-    def leave(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rotquant.checkpoint import save_tensors, save_text
 from rotquant.errors import RotQuantError
+from rotquant.signals import raise_dropped
 
 SNAPSHOT_SECONDS = 60  # what a killed loop loses at most
 
@@ -87,6 +88,7 @@ class Journal:
         self, step: str, shard: str | None = None, tensors: dict[str, Tensor] | None = None, **facts: Any
     ) -> None:
         """Writes the shard of a step, then counts the step as done."""
+        raise_dropped()  # nobody knows what a step lacks that swallowed a Ctrl-C
         files = {}
         if shard and tensors is not None:
             save_tensors(self.folder / shard, tensors)
@@ -99,6 +101,7 @@ class Journal:
 
         replaces: kept steps that this one makes needless; their files go, as does its own older one.
         """
+        raise_dropped()
         before = [name for one in (step, *replaces) for name in self._kept_files(one)]
         name = f"kept-{step.replace(' ', '-')}.safetensors"
         if name in before:  # the old file stays whole until the journal names the new one

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from rotquant.signals import raise_dropped
+
 
 def peak_memory() -> float:
     """Peak resident memory of this process in GB."""
@@ -64,6 +66,7 @@ class Progress:
         self._show(self.count + share, note, quiet=True)
 
     def _show(self, done: float, note: str, quiet: bool) -> None:
+        raise_dropped()
         now = time.monotonic()
         spent = now - self.started
         eta = spent / (done - self.first) * (self.total - done)
