@@ -103,7 +103,7 @@ def steps_done(out: Path) -> int:
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, kill):
-    steps = random.randint(2, 8)  # the gate, the embedding, then layers
+    steps = random.randint(2, 6)  # the gate, the embedding, then layers; enough are left to be killed in
     print(f"killed after {steps} steps")
     folder = source_model(tmp_path / "m", "llama", layers=10)
     whole = quantize(str(folder), tmp_path / "whole" / "out", **QUICK)
