@@ -29,13 +29,16 @@ def _heeded() -> Iterator[None]:
 
 
 class Interrupting:
-    """A Ctrl-C in code that C++ calls, where torch makes a ValueError of it."""
+    """A signal in code that C++ calls, where torch makes a ValueError of it."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        self.number = number
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(self.number)
 
 
 def converted(*arguments: Any, **settings: Any) -> Any:
@@ -106,3 +109,22 @@ def terminate_self() -> None:
     with terminated_like_interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+
+
+def test_a_lost_sigterm_ends_a_run_too() -> None:
+    for lost in (convert_sigterm, swallow_sigterm):
+        with pytest.raises(SystemExit) as left:
+            lost()
+        assert left.value.code == 143
+
+
+def convert_sigterm() -> None:
+    with terminated_like_interrupted():
+        torch.tensor(Interrupting(signal.SIGTERM))
+
+
+def swallow_sigterm() -> None:
+    with terminated_like_interrupted():
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        Progress("layer", 2).step()
