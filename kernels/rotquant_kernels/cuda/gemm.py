@@ -63,17 +63,23 @@ def step(acc, words, codes, first, n, m, tokens, columns, line,
     byte = tl.arange(0, BYTES)
     words += first * BITS // 128 * line
     w = tl.load(words + (byte // 16 * line.to(tl.int32) + byte % 16)[None, :] + (n * 16)[:, None])
-    k = first + (byte // 16 * 32 + byte % 16 if BITS == 4 else byte)
     inside = (m < tokens)[None, :]
-    at = codes + (m * columns)[None, :] + k[:, None]
-    if BITS == 4:
+    if BITS == 4 and BYTES >= 32:
+        k = first + byte // 16 * 32 + byte % 16
+        at = codes + (m * columns)[None, :] + k[:, None]
         low, high = nibbles(w, ASM)
         mask = inside if EVEN else inside & (k < columns)[:, None]
         acc = tl.dot(low, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
         mask = inside if EVEN else inside & (k + 16 < columns)[:, None]
         return tl.dot(high, tl.load(at + 16, mask, 0), acc, out_dtype=tl.int32)
+    column = tl.arange(0, TK)
+    if BITS == 4:  # a chunk alone: both halves of its bytes are one product, of the least columns that int8 takes
+        low, high = nibbles(w, ASM)
+        w = tl.reshape(tl.join(low, high), [w.shape[0], TK])
+        column = column % 2 * 16 + column // 2
+    k = first + column
     mask = inside if EVEN else inside & (k < columns)[:, None]
-    return tl.dot(w, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
+    return tl.dot(w, tl.load(codes + (m * columns)[None, :] + k[:, None], mask, 0), acc, out_dtype=tl.int32)
 
 
 @triton.jit

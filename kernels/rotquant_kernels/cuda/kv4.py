@@ -11,7 +11,6 @@ be captured in CUDA graphs.
 
 from __future__ import annotations
 
-from functools import cache as once
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton
 from torch import Tensor
 
 from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
+from rotquant_kernels.cuda.device import Device, device_of
 from rotquant_kernels.reference import kv_token_bytes
 
 LOG2_E = 1.4426950408889634
@@ -90,22 +90,6 @@ def write(
         key, value, pages, slots, *strides(key), *strides(value), *strides(pages), slots.shape[0], k_clip, v_clip,
         **common(dim, cache.shape[2], rotate, symmetric), TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-class Device(NamedTuple):
-    """What matters of a device: processors, and the fewest rows that its matrix unit takes."""
-
-    processors: int
-    least_rows: int
-
-
-@once
-def device_of(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(1, 8)  # Triton's interpreter
-    found = torch.cuda.get_device_properties(device)
-    # tcgen05 has no layout for a second operand of 8 columns that lies by rows, as softmax weights do.
-    return Device(found.multi_processor_count, 16 if found.major == 10 else 8)
 
 
 class Plan(NamedTuple):

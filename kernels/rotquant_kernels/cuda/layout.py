@@ -3,8 +3,8 @@
     words [chunk][channel][4]    a chunk is 32 columns at 4 bits, 16 at 8 bits; then int32 [group][channel], row sums
 
 Codes are signed. At 4 bits byte b of a chunk holds column b in its low and column 16 + b in its high nibble, so that
-both halves of a byte meet activations that lie 16 bytes apart and in order. Channels are filled up to a multiple
-of 64 and columns to one of 128 with codes 0. The row sums take asymmetric activations' zero points off.
+both halves of a byte meet activations that lie 16 bytes apart and in order. Channels and columns are filled up to a
+multiple of 128 with codes 0, so that no tile reads past the end. The row sums take asymmetric activations' zero points off.
 Humming reads the same words: `humming`.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK = 16  # bytes
-CHANNELS, COLUMNS = 64, 128  # a layout's multiples
+CHANNELS, COLUMNS = 128, 128  # a layout's multiples: those of the largest tile
 
 
 def multiple(size: int, of: int) -> int:
