@@ -47,8 +47,26 @@ def test_kernels_register_for_cuda_alone_and_are_named(library):
     assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
 
 
+def test_an_import_leaves_cuda_alone():
+    """In a torch built for CUDA: the Triton kernels are there, but nothing asked the driver, so a fork may use it."""
+    show = """
+import torch
+torch.version.cuda = "13.0"
+def started(*arguments):
+    raise SystemExit("CUDA was started")
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    setattr(torch._C, name, started)
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = started
+import rotquant, rotquant_kernels as k
+print(k.kernel_of("int_linear", "cuda"), torch.cuda.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=False)
+    assert done.stdout == "triton (int8 tensor cores) False\n", done.stderr
+
+
 def test_a_gpu_without_triton_is_loud(monkeypatch, library):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "PYTORCH_NVML_BASED_CUDA_CHECK" in os.environ)
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match="Install triton"):
         cuda.load(library)
