@@ -143,7 +143,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
         "gate_up": (model.hidden, 2 * inner, False), "down": (inner, model.hidden, False),
         "lm_head": (model.hidden, -(-model.vocabulary // ranks), False),
     }  # fmt: skip
-    for m in BATCHES + (65, 256):
+    for m in (*BATCHES, 65, 256):
         for layer, (k, n, bias) in layers.items():
             bits = 8 if layer == "lm_head" else 4
             yield f"{where} {layer}, {m} tokens", lambda m=m, k=k, n=n, b=bias, w=bits: linear(m, k, n, w, bias=b)

@@ -10,10 +10,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -55,7 +56,7 @@ def stand_in(arch: int) -> Iterator[list[Compiled]]:
     one."""
     found: list[Compiled] = []
     seen: set[int] = set()
-    run, before = JITFunction.run, driver._active if hasattr(driver, "_active") else driver.active
+    run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
@@ -72,16 +73,10 @@ def stand_in(arch: int) -> Iterator[list[Compiled]]:
         utils=SimpleNamespace(),
     )
     stood = device.Device(GPUS[arch][1], 16 if arch // 10 == 10 else 8)
-    patched = [(kv4, "device_of", lambda _: stood), (rows_long, "device_of", lambda _: stood), (kv4, "INTERPRETED", False)]
-    kept = [(module, name, getattr(module, name)) for module, name, _ in patched]
-    for module, name, value in patched:
-        setattr(module, name, value)
-    driver.set_active(gpu)
-    JITFunction.run = compile_only
-    try:
+    with ExitStack() as patched:
+        for module in (kv4, rows_long):
+            patched.enter_context(mock.patch.object(module, "device_of", lambda _: stood))
+        patched.enter_context(mock.patch.object(kv4, "INTERPRETED", False))
+        patched.enter_context(mock.patch.object(driver, "_active", gpu))
+        patched.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         yield found
-    finally:
-        JITFunction.run = run
-        driver.set_active(before)
-        for module, name, value in kept:
-            setattr(module, name, value)

@@ -114,12 +114,17 @@ def test_fused_ops_hold_their_schemas_and_fakes():
         ops.quantized_linear(*quantized, packed.flatten(), scale, None, 4, True, torch.bfloat16)
 
 
-def test_who_reads_quantized_rows(library, monkeypatch):
-    assert ops.reads_quantized("cpu") is ("native" not in ops.kernel_of("int_linear"))
-    cuda.register(library)
-    assert ops.reads_quantized("cuda")
-    monkeypatch.setattr(humming, "chosen", lambda: True)
-    assert not ops.reads_quantized("cuda")
+def test_who_reads_quantized_rows():
+    """`humming_checks.py` has what a GPU decides."""
+    packed = convention.pack_int32(torch.zeros(64, 64, dtype=torch.int8), 4)
+    prepared = ops.prepare_linear(packed, torch.ones(64, 1), 4, 64, 4, True, False, False, torch.bfloat16)
+    assert torch.equal(prepared.weight, ops.prepare_weight(packed, 4, 64))
+    assert prepared.kernel == ops.kernel_of("int_linear")
+    assert prepared.reads_quantized is ("native" not in prepared.kernel)
+    weight = torch.zeros(3, dtype=torch.int32)  # without Humming the weight stays as it is
+    same, kernel = cuda.offer_to_humming(weight, torch.ones(64, 1), (64, 64, 4, 4, True, False), False, torch.bfloat16)
+    assert same is weight
+    assert kernel == cuda.kernel_of("quantized_linear")
 
 
 def test_norm_is_that_of_a_model():

@@ -65,6 +65,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "attention_refusals",
+    "built_layers",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
@@ -143,6 +144,11 @@ def tell_compiled_graphs_apart(key: str, value: Any) -> None:
     extra = get_current_vllm_config().additional_config
     if isinstance(extra, dict):
         extra[key] = value
+
+
+def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
+    """The attention layers of these names in the model that this process has built."""
+    return [vllm_config.compilation_config.static_forward_context[name] for name in names]
 
 
 def lora_is_on() -> bool:

@@ -110,10 +110,22 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_buffer("shift_correction", correction if self.adds_correction else None, persistent=False)
         self.proof.keep(layer, packed)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
-        prepared = ops.prepare_weight(packed, self.format.weight_bits, self.inputs, layer.weight_scale.shape[1])
-        layer.weight_packed = Parameter(prepared, requires_grad=False)
+        layer.weight_packed = Parameter(self._prepare(layer, packed), requires_grad=False)
         del layer.weight_shape
         self.proof.loaded(layer)
+
+    def _prepare(self, layer: Any, packed: Tensor) -> Tensor:
+        """The weight in the layout of the layer's kernel, which is chosen here."""
+        linear = self.format
+        bias = layer.shift_correction is not None or getattr(layer, "bias", None) is not None
+        before, _ = online.split(rotation.stages(layer, linear.transforms))
+        settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
+        dtype = torch.float32 if before else self.dtype
+        try:
+            weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
+        except ValueError as error:  # what the kernels of this device do not read
+            raise RotQuantError(f"{self.prefix}: {error}") from None
+        return weight
 
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""

@@ -22,6 +22,7 @@ from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.kv_cache import KV4Metadata
+from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
     float_attention,
@@ -75,6 +76,7 @@ class Proof:
                 if self.holders is not None:
                     fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
                 run_checks(self)
+                warm_linears(layer for layer, _ in self.packed.values())
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
 
@@ -188,7 +190,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
     used += ["online_stage"] if split(stages)[0] else []
-    kernels = {ops.kernel_of(op, packed.device.type) for op in used}
+    kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
     group = f" g{linear.group_size}" if linear.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(

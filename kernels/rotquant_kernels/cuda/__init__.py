@@ -16,6 +16,8 @@ from unittest import mock
 
 import torch
 
+HUMMING = "humming"
+
 
 def load(library: torch.library.Library) -> None:
     """Registers the kernels; warns where Triton is missing, since the plain-torch reference is far slower."""
@@ -45,6 +47,28 @@ def register(library: torch.library.Library) -> None:
         module = importlib.import_module(f"{__name__}.{info.name}")
         for op, function in getattr(module, "IMPLEMENTATIONS", {}).items():
             library.impl(op, function, "CUDA")
+
+
+def offer_to_humming(
+    weight: torch.Tensor, weight_scale: torch.Tensor, layer: tuple[int, int, int, int, bool, bool], low_rank: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, str]:  # fmt: skip
+    """The prepared weight, with what Humming wants besides where it was asked for and runs the layer.
+
+    Args:
+        layer: the fields of `humming.Layer`.
+    Returns:
+        the weight; name of the kernel.
+    """
+    from rotquant_kernels.cuda import humming
+
+    if not humming.chosen():
+        return weight, kernel_of("quantized_linear")
+    shape = humming.Layer(*layer)
+    reason = humming.misfit(shape, weight_scale.shape[1], low_rank, dtype, humming.sm_of(weight.device))
+    if reason:
+        return weight, f"{kernel_of('quantized_linear')}, not humming: {reason}"
+    return humming.with_scales(weight, weight_scale), HUMMING
 
 
 def kernel_of(op: str) -> str:

@@ -31,6 +31,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
+DISTINCT = (1, 17, 33, 65)  # numbers of tokens that between them get all tiles
+
+
 def tiles(tokens: int, columns: int, groups: int) -> Tiles:
     """A choice by the number of tokens. Few tokens: small tiles, so that every multiprocessor reads weights."""
     size = columns if groups == 1 else columns // groups
@@ -146,7 +149,7 @@ def product(
     """
     codes, scale, zero = quantized
     (tokens, columns), (channels, groups) = codes.shape, weight_scale.shape
-    words, sums = layout.unpack(weight, bits, columns, channels, groups)
+    words, sums, _ = layout.unpack(weight, bits, columns, channels, groups)
     if weight_scale.dtype != torch.float32:
         raise ValueError(f"weight_scale must be float32, not {weight_scale.dtype}")
     if bias is not None and bias.shape != (channels,):
@@ -176,15 +179,12 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
-    if humming.chosen():
-        columns = flat.shape[1] // 2 if silu_mul else flat.shape[1]
-        layer = humming.Layer(weight_scale.shape[0], columns, weight_bits, act_bits, bias is not None)
-        major, minor = torch.cuda.get_device_capability(x.device)
-        sm, low_rank = 10 * major + minor, low_rank_down is not None
-        if flat.shape[0] and not humming.misfit(x, weight_scale, layer, act_symmetric, low_rank, sm):
-            settings = (transform, block, matrix)
-            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, settings, act_clip, silu_mul)
-            return y.view(*x.shape[:-1], y.shape[1])
+    (channels, groups), columns = weight_scale.shape, flat.shape[1] // 2 if silu_mul else flat.shape[1]
+    parts = layout.unpack(weight, weight_bits, columns, channels, groups)
+    if parts.scales is not None and flat.shape[0]:
+        layer = humming.Layer(channels, columns, weight_bits, act_bits, act_symmetric, bias is not None)
+        y = humming.int_linear(flat, parts, bias, layer, (transform, block, matrix), act_clip, silu_mul)
+        return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
         flat, transform, silu_mul = rows.transform_rows(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:

@@ -113,6 +113,15 @@ def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, d
     return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
 
 
+def distinct_batches(group: int, page: int) -> list[tuple[int, int]]:
+    """Batches of one sequence, (new tokens, pages), that between them launch every kernel which any batch launches.
+
+    A batch decides the rows of a program, and whether contexts are cut; nothing else of it is known to a compiler.
+    """
+    counts = sorted({1, 8 // group + 1, 16 // group + 1})
+    return [(tokens, -(-longest // page)) for tokens in counts for longest in (1, 2 * LEAST_SPLIT)]
+
+
 def attention(
     query: Tensor,
     cache: Tensor,
@@ -154,12 +163,12 @@ def attention(
         query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
         block_table.stride(0), *strides(out), tokens, sequences, splits, scale * LOG2_E,
         **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, ASSEMBLER=not INTERPRETED,
-        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3,
+        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
             partial, state, out, *strides(out), tokens, splits, HEADS=heads, DIM=dim, PADDED=padded,
-            MOST=MOST_SPLITS, TOGETHER=MERGED_TOGETHER, num_warps=4,
+            MOST=MOST_SPLITS, TOGETHER=MERGED_TOGETHER, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
 Rows that are too long for a program's registers and shared memory go through it in parts: `rows_long`.
 """
 
-# ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
+# ruff: noqa: N803 (Triton's compile-time constants are upper case)
 from __future__ import annotations
 
 from typing import Any

@@ -5,7 +5,7 @@
     3. each part again: codes
 
 A program takes row after row, so that scratch is a row for each program and stays in the L2 cache, and each thread
-reads the numbers that it wrote. What bounds a row of `rows` is shared memory: the butterflies exchange a part at a time.
+reads the numbers that it wrote. What bounds a row in `rows` is shared memory, through which butterflies exchange it.
 """
 
 # ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
