@@ -75,7 +75,7 @@ def stand_in(arch: int) -> Iterator[list[Compiled]]:
     stood = device.Device(GPUS[arch][1], 16 if arch // 10 == 10 else 8)
     with ExitStack() as patched:
         for module in (kv4, rows_long):
-            patched.enter_context(mock.patch.object(module, "device_of", lambda _: stood))
+            patched.enter_context(mock.patch.object(module, "device_of", return_value=stood))
         patched.enter_context(mock.patch.object(kv4, "INTERPRETED", False))
         patched.enter_context(mock.patch.object(driver, "_active", gpu))
         patched.enter_context(mock.patch.object(JITFunction, "run", compile_only))
