@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def edit_adapter(
+    folder: Path, config: dict[str, Any] | None = None, tensors: Callable[[dict[str, Tensor]], object] | None = None
+) -> None:
+    """Changes an adapter's config, and its tensors by a function that does so in place."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    if tensors:
+        stored = load_file(folder / "adapter_model.safetensors")
+        tensors(stored)
+        save_file({k: t.contiguous() for k, t in stored.items()}, folder / "adapter_model.safetensors")
 
 
 def scaling(config: dict[str, Any], name: str) -> float:

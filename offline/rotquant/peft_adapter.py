@@ -228,7 +228,7 @@ def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict
     except (SafetensorError, OSError) as error:
         raise RotQuantError(f"{file}: truncated or not a safetensors file ({error})") from error
     shapes, factors = dict(linear_shapes(arch)), {}
-    for name, tensor in stored.items():
+    for name, tensor in sorted(stored.items()):
         linear, factor = split_name(name)
         if linear not in shapes:
             raise RotQuantError(f"{file}: {name} {reason(name)}")
