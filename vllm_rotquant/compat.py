@@ -5,8 +5,10 @@ When a new vLLM moves something, this is the file to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,9 +68,11 @@ __all__ = [
     "VocabParallelEmbedding",
     "attention_refusals",
     "built_layers",
+    "checkpoint_file",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
+    "load_adapters_with",
     "logger",
     "lora_is_on",
     "norm_before",
@@ -154,6 +158,72 @@ def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
+
+
+def load_adapters_with(reader: Callable[[Any], Callable[[Path, int], dict[str, torch.Tensor]] | None]) -> None:
+    """Lets rotquant read the LoRA adapters of its models, at start and at run time; call it while a model is built.
+
+    vLLM makes a manager of adapters for each model after that has been built, and asks it to load each adapter.
+
+    Args:
+        reader: asked once for each model. `reader(vllm_config)` is None where vLLM shall read the adapters itself, else
+            `read(folder, max_rank)`, which gives an adapter's tensors under PEFT's names, their scaling in `lora_B`.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    manager_class: Any = WorkerLoRAManager
+    if hasattr(manager_class, "rotquant_read"):
+        return
+    make, load = manager_class.__init__, manager_class._load_adapter
+
+    @functools.wraps(make)
+    def made(manager: Any, vllm_config: Any, *arguments: Any, **options: Any) -> None:
+        make(manager, vllm_config, *arguments, **options)
+        manager.rotquant_read = reader(vllm_config)
+
+    @functools.wraps(load)
+    def loaded(manager: Any, request: Any) -> Any:
+        folder, read = Path(get_adapter_absolute_path(request.lora_path)), manager.rotquant_read
+        if read is None or not folder.is_dir():  # vLLM has its own words for an adapter that is not there
+            return load(manager, request)
+        tensors, kind = read(folder, manager.lora_config.max_lora_rank), manager._lora_model_cls
+        manager._lora_model_cls = _holding(kind, tensors)
+        try:
+            return load(manager, request)
+        finally:
+            manager._lora_model_cls = kind
+
+    manager_class.rotquant_read, manager_class.__init__, manager_class._load_adapter = None, made, loaded
+
+
+def _holding(kind: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """vLLM's class of a loaded adapter, holding these tensors whatever the file has; `lora_B` scaled already."""
+    taken = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
+
+    class Held(kind):  # type: ignore[misc]
+        @classmethod
+        def from_local_checkpoint(
+            cls, folder: str, expected: set[str], peft_helper: Any, *, lora_model_id: int, **options: Any
+        ) -> Any:
+            given = {name: options[name] for name in taken}
+            adapter = kind.from_lora_tensors(lora_model_id, tensors, peft_helper, **given)
+            for weights in adapter.loras.values():
+                weights.scaling = 1.0
+            return adapter
+
+    return Held
+
+
+def checkpoint_file(config: Any, name: str) -> Path:
+    """Local path of a file of the checkpoint that a `VllmConfig` serves; from the hub where the model is."""
+    model = config.model_config.model
+    if Path(model).is_dir():
+        return Path(model) / name
+    from huggingface_hub import hf_hub_download
+
+    where = {"revision": config.model_config.revision, "cache_dir": config.load_config.download_dir}
+    return Path(hf_hub_download(model, name, **where))
 
 
 def weights_are_dummy() -> bool:
