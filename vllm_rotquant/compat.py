@@ -5,8 +5,10 @@ When a new vLLM moves something, this is the file to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,9 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from vllm_rotquant.features import Asked
 
 __all__ = [
     "Attention",
@@ -64,17 +69,23 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "asked",
     "attention_refusals",
+    "checkpoint_folder",
+    "final_norm_holder",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
     "logger",
     "lora_is_on",
+    "holds_some_layers",
+    "model_config",
     "norm_before",
     "opaque_pages",
     "register_weight_loader_v2_supported_method",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
+    "turn_prompt_embeds",
     "weights_are_dummy",
 ]
 
@@ -90,6 +101,8 @@ DECODERS = (
     "qwen2.Qwen2DecoderLayer",
     "qwen3.Qwen3DecoderLayer",
 )
+# Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
+STACKS = ("llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
 # vLLM shows only the loggers below its own name.
 logger: Any = init_logger("vllm.rotquant")
@@ -148,6 +161,76 @@ def tell_compiled_graphs_apart(key: str, value: Any) -> None:
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
+
+
+def model_config() -> Any:
+    """vLLM's configuration of the model that is being built or loaded."""
+    return get_current_vllm_config().model_config
+
+
+def asked() -> Asked:
+    """What the configuration asks of the model that is being built."""
+    config = get_current_vllm_config()
+    model, speculative, transfer = config.model_config, config.speculative_config, config.kv_transfer_config
+    draft = speculative and speculative.draft_model_config
+    weights = getattr(config, "weight_transfer_config", None)
+    return Asked(
+        speculative=speculative and speculative.method,
+        draft=draft.hf_config.to_dict() if draft else {},
+        pools=model.runner_type == "pooling",
+        prompt_embeds=bool(model.enable_prompt_embeds),
+        classifies=model.runner_type == "pooling" and model.convert_type == "classify",
+        classifier_tokens=getattr(model.hf_config, "classifier_from_token", None) is not None,
+        load_format=str(config.load_config.load_format),
+        weight_transfer=weights and weights.backend,
+        kv_connector=transfer and transfer.kv_connector,
+        is_draft=model.runner_type == "draft",
+    )
+
+
+def holds_some_layers() -> bool:
+    """Whether the model that is being loaded is one stage of a pipeline."""
+    return get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
+
+
+def checkpoint_folder(model: Any, file: str) -> Path:
+    """The local folder of a model that vLLM serves; `file` is in it, where the model has it.
+
+    Args:
+        model: vLLM's configuration of the model, whose name is a folder or a hub id.
+    """
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from huggingface_hub import hf_hub_download
+
+    folder = get_current_vllm_config().load_config.download_dir
+    return Path(hf_hub_download(model.model, file, revision=model.revision, cache_dir=folder)).parent
+
+
+def final_norm_holder(model: Any) -> Any:
+    """The module of a causal language model whose `norm` is the final RMSNorm, None where that is not known."""
+    return model.model if known(getattr(model, "model", None), STACKS) else None
+
+
+def turn_prompt_embeds(model: Any, turn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From now on, prompt embeddings [T, hidden] of requests for this loaded model pass through `turn`.
+
+    They come to every kind of worker in `scheduler_output`, before a model runner, V1 or V2, mixes rows.
+    """
+    model.turn_prompt_embeds = turn
+    execute: Any = WorkerWrapperBase.execute_model
+    if hasattr(execute, "__wrapped__"):
+        return
+
+    @functools.wraps(execute)
+    def execute_model(wrapper: Any, scheduler_output: Any) -> Any:
+        requests = [r for r in scheduler_output.scheduled_new_reqs if r.prompt_embeds is not None]
+        turn = getattr(wrapper.worker.get_model(), "turn_prompt_embeds", None) if requests else None
+        for request in requests if turn else []:
+            request.prompt_embeds = turn(request.prompt_embeds)
+        return execute(wrapper, scheduler_output)
+
+    WorkerWrapperBase.execute_model = execute_model
 
 
 def weights_are_dummy() -> bool:
