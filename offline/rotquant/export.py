@@ -12,6 +12,7 @@ import torch
 
 from rotquant.calibrate import Calibrated
 from rotquant.checkpoint import COPIED, INDEX, save_text
+from rotquant.extension import BasisFile
 from rotquant.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.journal import Journal
 from rotquant.layerwise import stored_stage
@@ -128,7 +129,9 @@ def marker(block: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {f"mlp.down_proj.{R4_NAME}_input.weight": matrix.to(dtype)}
 
 
-def extension(recipe: Recipe, transforms: Transforms, profile: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def extension(
+    recipe: Recipe, transforms: Transforms, profile: str, basis: BasisFile | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
     """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
     clip = {"default": recipe.activations.clip}
     if recipe.lm_head.bits == 8:
@@ -145,7 +148,7 @@ def extension(recipe: Recipe, transforms: Transforms, profile: str, provenance: 
     if recipe.weights.rank:
         targets = [f"re:.*{linear}$" for linear in SITE_OF]
         out["low_rank"] = [{"rank": recipe.weights.rank, "targets": targets}]
-    return out | {"provenance": provenance}
+    return out | ({"basis": basis.model_dump()} if basis else {}) | {"provenance": provenance}
 
 
 def kv_clip(recipe: Recipe, transforms: Transforms) -> dict[str, Any]:

@@ -9,11 +9,14 @@ input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": [
                   as in `rotquant_kernels.online`, tensors as in `stored`
 low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
                   a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
+basis             {"file": "rotquant_basis.safetensors", "sha256": "..."}: what turns between the original's bases and
+                  the checkpoint's, see `basis`; not needed to run
 provenance        recipe, seed, calibration, versions; not needed to run
 """
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -88,6 +91,20 @@ class LowRank(Part):
     targets: Targets
 
 
+class BasisFile(Part):
+    """The basis sidecar: a file beside config.json, and the sha256 of its bytes."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    @field_validator("file")
+    @classmethod
+    def _lies_beside(cls, file: str) -> str:
+        if PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ValueError("the name of a .safetensors file in the folder of config.json")
+        return file
+
+
 class Extension(Part):
     """See the module's table."""
 
@@ -97,6 +114,7 @@ class Extension(Part):
     kv_clip: KVClip = KVClip()
     input_transforms: list[InputTransform] = []
     low_rank: list[LowRank] = []
+    basis: BasisFile | None = None
     provenance: dict[str, Any] = {}
 
 

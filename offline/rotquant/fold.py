@@ -18,9 +18,16 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
 
 In float64. Nothing is changed in place, so that learning can differentiate through it. A layer is a dict of tensors
 named as in the checkpoint, less `model.layers.N.`; `<linear>.shift` is b Wᵀ, where there is one.
+
+Every line above is W' = L W R: one factor on the outputs, one on the inputs. A low-rank change of a weight, W + B A,
+therefore folds as its two factors do, L (W + B A) R = W' + (L B) (A R). A layer may hold them as `<linear>.lora_A`
+[r, inputs] and `<linear>.lora_B` [outputs, r], with its weights or without them. They stand beside the online stages,
+not behind: A reads the x that the stages read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +40,7 @@ from rotquant_kernels import Stage, reference
 WRITES = ("self_attn.o_proj", "mlp.down_proj")
 NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 Tensors = dict[str, Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 class Fold:
@@ -61,13 +69,27 @@ class Fold:
         return fold_layer(out, self.transforms.layers[index], self.arch)
 
 
+def on_inputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the inputs of a linear in its last dimension."""
+    for name in (f"{linear}.weight", f"{linear}.lora_A"):
+        if name in out:
+            out[name] = change(out[name])
+
+
+def on_outputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the outputs of a linear in its first dimension; a bias has no other."""
+    for name in (f"{linear}.weight", f"{linear}.lora_B", f"{linear}.bias"):
+        if name in out:
+            out[name] = change(out[name])
+
+
 def fold_gains(tensors: Tensors) -> Tensors:
     """The norms' gains into the weights that they feed, in the dtype of the tensors."""
     out = dict(tensors)
     for site, norm in NORMS.items():
         gain = out[f"{norm}.weight"]
         for linear in SITES[site]:
-            out[f"{linear}.weight"] = out[f"{linear}.weight"] * gain
+            multiply_inputs(out, linear, gain)
         out[f"{norm}.weight"] = torch.ones_like(gain)
     return out
 
@@ -77,11 +99,9 @@ def fold_r1(tensors: Tensors, r1: Rotation) -> Tensors:
     out = fold_gains(tensors)
     for site in NORMS:
         for linear in SITES[site]:
-            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"])
+            on_inputs(out, linear, r1.rows)
     for linear in WRITES:
-        out[f"{linear}.weight"] = r1.columns(out[f"{linear}.weight"])
-        if f"{linear}.bias" in out:
-            out[f"{linear}.bias"] = r1.rows(out[f"{linear}.bias"])
+        on_outputs(out, linear, r1.columns)
     return out
 
 
@@ -98,44 +118,46 @@ def fold_layer(tensors: Tensors, t: LayerTransforms, arch: Architecture) -> Tens
     if t.r2 is not None:
         fold_r2(out, t.r2, arch)
     if t.s_ud is not None:
-        multiply_rows(out, "mlp.up_proj", t.s_ud)
-        out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"] / like(t.s_ud, out)
+        multiply_outputs(out, "mlp.up_proj", t.s_ud)
+        divide_inputs(out, "mlp.down_proj", t.s_ud)
     if t.order is not None:
         fold_order(out, t.order)
     for site, stages in t.inputs.items():
         for linear in SITES[site]:
-            fold_stages(out, linear, stages)
+            if f"{linear}.weight" in out:
+                fold_stages(out, linear, stages)
     return out
 
 
-def like(factors: Tensor, out: Tensors) -> Tensor:
-    return factors.to(out["mlp.down_proj.weight"])
+def multiply_outputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_outputs(out, linear, lambda w: w * factors.to(w).view(-1, *(1,) * (w.dim() - 1)))
 
 
-def multiply_rows(out: Tensors, linear: str, factors: Tensor) -> None:
-    """Scales the outputs of a linear, its bias among them."""
-    factors = like(factors, out)
-    out[f"{linear}.weight"] = out[f"{linear}.weight"] * factors[:, None]
-    if f"{linear}.bias" in out:
-        out[f"{linear}.bias"] = out[f"{linear}.bias"] * factors
+def multiply_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_inputs(out, linear, lambda w: w * factors.to(w))
+
+
+def divide_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_inputs(out, linear, lambda w: w / factors.to(w))
 
 
 def fold_norm_scale(out: Tensors, site: str, scale: Tensor) -> None:
-    scale = like(scale, out)
-    out[f"{NORMS[site]}.weight"] = out[f"{NORMS[site]}.weight"] * scale
+    gain = out[f"{NORMS[site]}.weight"]
+    out[f"{NORMS[site]}.weight"] = gain * scale.to(gain)
     for linear in SITES[site]:
-        out[f"{linear}.weight"] = out[f"{linear}.weight"] / scale
+        divide_inputs(out, linear, scale)
 
 
 def fold_qk(out: Tensors, s_qk: Tensor, arch: Architecture) -> None:
     """S_qk goes to q_norm and k_norm where the model has them: they come after the projections and hold no mixing."""
     pairs = torch.cat((s_qk, s_qk), dim=-1)  # RoPE turns channel i into i + d / 2
     if "self_attn.k_norm.weight" in out:
-        out["self_attn.k_norm.weight"] = out["self_attn.k_norm.weight"] * like(pairs[0], out)
-        out["self_attn.q_norm.weight"] = out["self_attn.q_norm.weight"] / like(pairs[0], out)
+        key, query = out["self_attn.k_norm.weight"], out["self_attn.q_norm.weight"]
+        out["self_attn.k_norm.weight"] = key * pairs[0].to(key)
+        out["self_attn.q_norm.weight"] = query / pairs[0].to(query)
         return
-    multiply_rows(out, "self_attn.k_proj", pairs.flatten())
-    multiply_rows(out, "self_attn.q_proj", per_query_head(1 / pairs, arch).flatten())
+    multiply_outputs(out, "self_attn.k_proj", pairs.flatten())
+    multiply_outputs(out, "self_attn.q_proj", per_query_head(1 / pairs, arch).flatten())
 
 
 def per_query_head(per_kv_head: Tensor, arch: Architecture) -> Tensor:
@@ -144,29 +166,30 @@ def per_query_head(per_kv_head: Tensor, arch: Architecture) -> Tensor:
 
 
 def fold_values_scale(out: Tensors, s_ov: Tensor, arch: Architecture) -> None:
-    multiply_rows(out, "self_attn.v_proj", s_ov)
+    multiply_outputs(out, "self_attn.v_proj", s_ov)
     per_head = per_query_head(s_ov.view(arch.kv_heads, arch.head_dim), arch).flatten()
-    out["self_attn.o_proj.weight"] = out["self_attn.o_proj.weight"] / like(per_head, out)
+    divide_inputs(out, "self_attn.o_proj", per_head)
 
 
 def fold_r2(out: Tensors, r2: Tensor, arch: Architecture) -> None:
-    r2, size = like(r2, out), arch.head_dim
-    value = out["self_attn.v_proj.weight"].unflatten(0, (-1, size))  # [kv_heads, d, hidden]
-    out["self_attn.v_proj.weight"] = (r2.mT @ value).flatten(0, 1)
-    if "self_attn.v_proj.bias" in out:
-        bias = out["self_attn.v_proj.bias"].view(-1, 1, size)
-        out["self_attn.v_proj.bias"] = (bias @ r2).flatten()
-    output = out["self_attn.o_proj.weight"].unflatten(1, (-1, size)).transpose(0, 1)  # [heads, hidden, d]
-    rotated = output @ per_query_head(r2, arch)
-    out["self_attn.o_proj.weight"] = rotated.transpose(0, 1).flatten(1)
+    size = arch.head_dim
+
+    def values(w: Tensor) -> Tensor:
+        by_head = w.reshape(arch.kv_heads, size, -1)  # [kv_heads, d, hidden]; [kv_heads, d, 1] for a bias
+        return (r2.to(w).mT @ by_head).reshape(w.shape)
+
+    def mixed(w: Tensor) -> Tensor:
+        by_head = w.unflatten(1, (-1, size)).transpose(0, 1)  # [heads, hidden, d]
+        return (by_head @ per_query_head(r2.to(w), arch)).transpose(0, 1).flatten(1)
+
+    on_outputs(out, "self_attn.v_proj", values)
+    on_inputs(out, "self_attn.o_proj", mixed)
 
 
 def fold_order(out: Tensors, order: Tensor) -> None:
     for linear in ("mlp.gate_proj", "mlp.up_proj"):
-        for name in (f"{linear}.weight", f"{linear}.bias"):
-            if name in out:
-                out[name] = out[name][order]
-    out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"][:, order]
+        on_outputs(out, linear, lambda w: w[order])
+    on_inputs(out, "mlp.down_proj", lambda w: w[:, order])
 
 
 def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:

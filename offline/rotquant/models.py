@@ -81,6 +81,11 @@ def read_architecture(folder: Path) -> Architecture:
             f"{where}: sliding_window is {config.sliding_window}, which the 4-bit KV cache does not support; set it"
             " to null if you serve contexts no longer than that"
         )
+    return architecture(config)
+
+
+def architecture(config: PreTrainedConfig) -> Architecture:
+    """The sizes that a config names; checks nothing."""
     heads = config.num_attention_heads
     return Architecture(
         config=config,
