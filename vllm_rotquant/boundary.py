@@ -26,13 +26,15 @@ class RestoringNorm(torch.nn.Module):
     def __init__(self, norm: Any, basis: Basis) -> None:
         super().__init__()
         assert basis.matrix is not None
+        self.inverse: Tensor
+        self.gain: Tensor
         self.norm = norm
         device = norm.weight.device
         self.register_buffer("inverse", basis.matrix.t().contiguous().to(device), persistent=False)
         self.register_buffer("gain", basis.gain.to(device), persistent=False)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         return self.norm.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:

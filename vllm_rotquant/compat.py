@@ -34,6 +34,7 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -76,9 +77,10 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
+    "holds_some_layers",
+    "let_attention_use_amx",
     "logger",
     "lora_is_on",
-    "holds_some_layers",
     "model_config",
     "norm_before",
     "opaque_pages",
@@ -172,18 +174,18 @@ def asked() -> Asked:
     """What the configuration asks of the model that is being built."""
     config = get_current_vllm_config()
     model, speculative, transfer = config.model_config, config.speculative_config, config.kv_transfer_config
-    draft = speculative and speculative.draft_model_config
+    draft = speculative.draft_model_config if speculative else None
     weights = getattr(config, "weight_transfer_config", None)
     return Asked(
-        speculative=speculative and speculative.method,
+        speculative=speculative.method if speculative else None,
         draft=draft.hf_config.to_dict() if draft else {},
         pools=model.runner_type == "pooling",
         prompt_embeds=bool(model.enable_prompt_embeds),
         classifies=model.runner_type == "pooling" and model.convert_type == "classify",
         classifier_tokens=getattr(model.hf_config, "classifier_from_token", None) is not None,
         load_format=str(config.load_config.load_format),
-        weight_transfer=weights and weights.backend,
-        kv_connector=transfer and transfer.kv_connector,
+        weight_transfer=weights.backend if weights else None,
+        kv_connector=transfer.kv_connector if transfer else None,
         is_draft=model.runner_type == "draft",
     )
 
@@ -218,7 +220,8 @@ def turn_prompt_embeds(model: Any, turn: Callable[[torch.Tensor], torch.Tensor])
     They come to every kind of worker in `scheduler_output`, before a model runner, V1 or V2, mixes rows.
     """
     model.turn_prompt_embeds = turn
-    execute: Any = WorkerWrapperBase.execute_model
+    worker: Any = WorkerWrapperBase
+    execute = worker.execute_model
     if hasattr(execute, "__wrapped__"):
         return
 
@@ -226,11 +229,21 @@ def turn_prompt_embeds(model: Any, turn: Callable[[torch.Tensor], torch.Tensor])
     def execute_model(wrapper: Any, scheduler_output: Any) -> Any:
         requests = [r for r in scheduler_output.scheduled_new_reqs if r.prompt_embeds is not None]
         turn = getattr(wrapper.worker.get_model(), "turn_prompt_embeds", None) if requests else None
-        for request in requests if turn else []:
-            request.prompt_embeds = turn(request.prompt_embeds)
+        if turn is not None:
+            for request in requests:
+                request.prompt_embeds = turn(request.prompt_embeds)
         return execute(wrapper, scheduler_output)
 
-    WorkerWrapperBase.execute_model = execute_model
+    worker.execute_model = execute_model
+
+
+def let_attention_use_amx() -> None:
+    """Asks Linux for the tile registers, which vLLM's attention in bfloat16 uses on CPUs with AMX.
+
+    vLLM leaves that to the first matrix product of oneDNN, and a quantized model has none.
+    """
+    if current_platform.is_cpu():
+        getattr(torch.cpu, "_init_amx", bool)()
 
 
 def weights_are_dummy() -> bool:

@@ -122,6 +122,8 @@ class RotQuantConfig(QuantizationConfig):
             name = self.names.own(prefix.removesuffix(".attn"))
             self.names.built.add(name)
             kv = self.format.attention(name)
+            if kv is None:
+                compat.let_attention_use_amx()
             return KVCacheMethod(self, kv, prefix) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
@@ -147,7 +149,7 @@ class RotQuantConfig(QuantizationConfig):
         asked = compat.asked()
         checkpoint = Checkpoint(
             rotated=lambda: self.basis() is not None,
-            basis_sha256=stated and stated.sha256,
+            basis_sha256=stated.sha256 if stated else None,
             kv4=self.format.kv is not None,
             packed_head=head is not None,
         )

@@ -95,7 +95,9 @@ def read_draft(draft: Path, basis: Basis) -> tuple[dict[str, Any], Source]:
         )
     hidden, width = basis.arch.hidden_size, source.shapes[FC][1]
     if source.dtypes[FC] not in DTYPES:
-        raise RotQuantError(f"{source.files[FC]}: {FC} has dtype {source.dtypes[FC]}, supported are {', '.join(DTYPES)}")
+        raise RotQuantError(
+            f"{source.files[FC]}: {FC} has dtype {source.dtypes[FC]}, supported are {', '.join(DTYPES)}"
+        )
     if width % hidden:
         raise RotQuantError(
             f"{source.files[FC]}: {FC} reads {width} numbers, which are not rows of the checkpoint's hidden size"
