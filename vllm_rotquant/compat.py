@@ -72,22 +72,23 @@ __all__ = [
     "VocabParallelEmbedding",
     "asked",
     "attention_refusals",
-    "checkpoint_folder",
+    "checkpoint_file",
     "final_norm_holder",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
     "holds_some_layers",
     "let_attention_use_amx",
+    "load_adapters_with",
     "logger",
     "lora_is_on",
-    "model_config",
     "norm_before",
     "opaque_pages",
     "register_weight_loader_v2_supported_method",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
     "turn_prompt_embeds",
+    "vllm_config",
     "weights_are_dummy",
 ]
 
@@ -165,9 +166,9 @@ def lora_is_on() -> bool:
     return get_current_vllm_config().lora_config is not None
 
 
-def model_config() -> Any:
-    """vLLM's configuration of the model that is being built or loaded."""
-    return get_current_vllm_config().model_config
+def vllm_config() -> Any:
+    """vLLM's configuration of the model that is being built or loaded, and of its server."""
+    return get_current_vllm_config()
 
 
 def asked() -> Asked:
@@ -193,20 +194,6 @@ def asked() -> Asked:
 def holds_some_layers() -> bool:
     """Whether the model that is being loaded is one stage of a pipeline."""
     return get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
-
-
-def checkpoint_folder(model: Any, file: str) -> Path:
-    """The local folder of a model that vLLM serves; `file` is in it, where the model has it.
-
-    Args:
-        model: vLLM's configuration of the model, whose name is a folder or a hub id.
-    """
-    if Path(model.model).is_dir():
-        return Path(model.model)
-    from huggingface_hub import hf_hub_download
-
-    folder = get_current_vllm_config().load_config.download_dir
-    return Path(hf_hub_download(model.model, file, revision=model.revision, cache_dir=folder)).parent
 
 
 def final_norm_holder(model: Any) -> Any:
@@ -244,6 +231,72 @@ def let_attention_use_amx() -> None:
     """
     if current_platform.is_cpu():
         getattr(torch.cpu, "_init_amx", bool)()
+
+
+def load_adapters_with(reader: Callable[[Any], Callable[[Path, int], dict[str, torch.Tensor]] | None]) -> None:
+    """Lets rotquant read the LoRA adapters of its models, at start and at run time; call it while a model is built.
+
+    vLLM makes a manager of adapters for each model after that has been built, and asks it to load each adapter.
+
+    Args:
+        reader: asked once for each model. `reader(vllm_config)` is None where vLLM shall read the adapters itself, else
+            `read(folder, max_rank)`, which gives an adapter's tensors under PEFT's names, their scaling in `lora_B`.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    manager_class: Any = WorkerLoRAManager
+    if hasattr(manager_class, "rotquant_read"):
+        return
+    make, load = manager_class.__init__, manager_class._load_adapter
+
+    @functools.wraps(make)
+    def made(manager: Any, vllm_config: Any, *arguments: Any, **options: Any) -> None:
+        make(manager, vllm_config, *arguments, **options)
+        manager.rotquant_read = reader(vllm_config)
+
+    @functools.wraps(load)
+    def loaded(manager: Any, request: Any) -> Any:
+        folder, read = Path(get_adapter_absolute_path(request.lora_path)), manager.rotquant_read
+        if read is None or not folder.is_dir():  # vLLM has its own words for an adapter that is not there
+            return load(manager, request)
+        tensors, kind = read(folder, manager.lora_config.max_lora_rank), manager._lora_model_cls
+        manager._lora_model_cls = _holding(kind, tensors)
+        try:
+            return load(manager, request)
+        finally:
+            manager._lora_model_cls = kind
+
+    manager_class.rotquant_read, manager_class.__init__, manager_class._load_adapter = None, made, loaded
+
+
+def _holding(kind: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """vLLM's class of a loaded adapter, holding these tensors whatever the file has; `lora_B` scaled already."""
+    taken = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
+
+    class Held(kind):  # type: ignore[misc]
+        @classmethod
+        def from_local_checkpoint(
+            cls, folder: str, expected: set[str], peft_helper: Any, *, lora_model_id: int, **options: Any
+        ) -> Any:
+            given = {name: options[name] for name in taken}
+            adapter = kind.from_lora_tensors(lora_model_id, tensors, peft_helper, **given)
+            for weights in adapter.loras.values():
+                weights.scaling = 1.0
+            return adapter
+
+    return Held
+
+
+def checkpoint_file(config: Any, name: str) -> Path:
+    """Local path of a file of the checkpoint that a `VllmConfig` serves; from the hub where the model is."""
+    model = config.model_config.model
+    if Path(model).is_dir():
+        return Path(model) / name
+    from huggingface_hub import hf_hub_download
+
+    where = {"revision": config.model_config.revision, "cache_dir": config.load_config.download_dir}
+    return Path(hf_hub_download(model, name, **where))
 
 
 def weights_are_dummy() -> bool:

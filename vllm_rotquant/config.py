@@ -12,6 +12,7 @@ from rotquant.basis import Basis
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
 from vllm_rotquant import boundary, compat
+from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.proof import Proof
@@ -160,8 +161,8 @@ class RotQuantConfig(QuantizationConfig):
     def _loaded(self, model: Any) -> None:
         """Holds what config.json says against what was built, and puts the boundary's turns in."""
         assert self.names is not None
-        config = compat.model_config()
-        self.names.check_all_built(compat.holds_some_layers(), config.hf_text_config.num_hidden_layers)
+        layers = compat.vllm_config().model_config.hf_text_config.num_hidden_layers
+        self.names.check_all_built(compat.holds_some_layers(), layers)
         asked = compat.asked()
         basis = self.basis() if asked.pools or asked.prompt_embeds else None
         if basis is None:
@@ -178,12 +179,11 @@ class RotQuantConfig(QuantizationConfig):
             RotQuantError: it is, and the checkpoint does not say how.
         """
         assert self.format is not None
-        extension, config = self.format.extension, compat.model_config()
+        extension = self.format.extension
         rotations = (extension.provenance.get("recipe") or {}).get("rotations") or {}
         if extension.basis is None and rotations.get("r1", "none") == "none":
             return None
-        file = extension.basis.file if extension.basis else "config.json"
-        found = Basis.read(compat.checkpoint_folder(config, file), config.hf_config)
+        found = basis_of(compat.vllm_config())
         return None if found.matrix is None else found
 
     def linear_format(self, prefix: str) -> LinearFormat | None:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
 from rotquant_kernels import convention, online, ops
-from vllm_rotquant import compat, low_rank, rotation
+from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.proof import Proof
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
@@ -49,11 +49,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
         self.adds_correction = first == 0
         self._check_shard(inputs, input_size)
-        if isinstance(layer, compat.ParallelLMHead) and compat.lora_is_on():
-            raise RotQuantError(
-                f"{self.prefix} is quantized, and vLLM's LoRA wants it in full precision: leave --enable-lora out, or "
-                "quantize again without lm_head"
-            )
+        if compat.lora_is_on():
+            compat.load_adapters_with(adapters.reader)
+            if isinstance(layer, compat.ParallelLMHead):  # vLLM's LoRA takes the device and dtype of the head from it
+                layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         loader, bits, group = attributes["weight_loader"], self.format.weight_bits, self.format.group_size
         per_word = 32 // bits
         packed = compat.PackedvLLMParameter(

@@ -66,7 +66,9 @@ class Basis:
 
     @property
     def fold(self) -> Fold:
-        return Fold(self.arch, self.transforms)
+        """Folds what belongs to the original as its weights were folded, in float64."""
+        r1 = None if self.matrix is None else Dense(self.matrix.double())
+        return Fold(self.arch, replace(self.transforms, r1=r1))
 
     def to_rotated(self, hidden: Tensor) -> Tensor:
         """Embeddings or rows of the residual stream [..., hidden] as the checkpoint has them, in their dtype."""
