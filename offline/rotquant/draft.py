@@ -25,26 +25,30 @@ import torch
 from torch import Tensor
 
 from rotquant.basis import Basis
-from rotquant.checkpoint import DTYPES, Source, save_tensors, save_text
+from rotquant.checkpoint import DTYPES, Source, fetch, save_tensors, save_text
 from rotquant.errors import RotQuantError
 from rotquant.models import EMBEDDING, LM_HEAD, read_config
 from rotquant_kernels import convention
 
-KEY = "rotquant_base"  # in a turned draft's config.json: sha256 of the basis that it was turned to
+KEY = "rotquant_basis"  # in the config.json of a draft that was turned: sha256 of the basis it was turned for
 FC, FC_NORMS, INPUT_NORM, MASK = "fc.weight", "fc_norm.", "input_norm.weight", "mask_hidden"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
-def turn_draft(draft: Path, base: Path, output: Path) -> Path:
-    """Writes the EAGLE3 draft in `draft`, made for an original model, turned for its checkpoint in `base`.
+def turn_draft(draft_model: str, base_model: str, output: Path) -> Path:
+    """Writes an EAGLE3 draft, made for an original model, turned for its checkpoint.
 
+    Args:
+        draft_model, base_model: local folders or hub ids of the draft and of the checkpoint.
+        output: folder to write, for vLLM as `model` in --speculative-config.
     Returns:
-        `output`, a folder that vLLM takes as `model` in --speculative-config.
+        `output`.
     Raises:
         RotQuantError: the folders are not what they should be, or the draft is one that does not turn.
     """
     if output.exists():
         raise RotQuantError(f"{output} exists; choose another -o, or remove it")
+    draft, base = fetch(draft_model), fetch(base_model)
     basis = Basis.read(base, read_config(base))
     if basis.matrix is None:
         raise RotQuantError(f"{base}: its residual stream is not rotated: serve {draft} as it is")
@@ -88,6 +92,8 @@ def read_draft(draft: Path, basis: Basis) -> tuple[dict[str, Any], Source]:
             " drafts that read hidden states do not turn exactly. Use an EAGLE3 draft, a draft model, or ngram"
         )
     eagle = config.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise RotQuantError(f"{file}: eagle_config is no JSON object; DRAFT must be the folder of a draft")
     if eagle.get("use_aux_hidden_state", True) is not True:
         raise RotQuantError(
             f"{file}: eagle_config.use_aux_hidden_state is false: such a draft reads rows behind the final norm, which"
@@ -103,7 +109,8 @@ def read_draft(draft: Path, basis: Basis) -> tuple[dict[str, Any], Source]:
             f"{source.files[FC]}: {FC} reads {width} numbers, which are not rows of the checkpoint's hidden size"
             f" {hidden}: this draft is of another model"
         )
-    vocabulary = config.get("vocab_size", (config.get("transformer_layer_config") or {}).get("vocab_size"))
+    sizes = config.get("transformer_layer_config")  # of drafts made by `speculators`
+    vocabulary = (sizes if isinstance(sizes, dict) else config).get("vocab_size")
     if vocabulary != basis.arch.vocab_size:
         raise RotQuantError(
             f"{file}: vocab_size is {vocabulary}, the checkpoint's is {basis.arch.vocab_size}: this draft is of another"
