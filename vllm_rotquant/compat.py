@@ -34,6 +34,7 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -44,6 +45,9 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from vllm_rotquant.features import Asked
 
 __all__ = [
     "Attention",
@@ -66,12 +70,16 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "asked",
     "attention_refusals",
     "built_layers",
     "checkpoint_file",
+    "final_norm_holder",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
+    "holds_some_layers",
+    "let_attention_use_amx",
     "load_adapters_with",
     "logger",
     "lora_is_on",
@@ -80,6 +88,8 @@ __all__ = [
     "register_weight_loader_v2_supported_method",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
+    "turn_prompt_embeds",
+    "vllm_config",
     "weights_are_dummy",
 ]
 
@@ -95,6 +105,8 @@ DECODERS = (
     "qwen2.Qwen2DecoderLayer",
     "qwen3.Qwen3DecoderLayer",
 )
+# Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
+STACKS = ("llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
 # vLLM shows only the loggers below its own name.
 logger: Any = init_logger("vllm.rotquant")
@@ -158,6 +170,73 @@ def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
+
+
+def vllm_config() -> Any:
+    """vLLM's configuration of the model that is being built or loaded, and of its server."""
+    return get_current_vllm_config()
+
+
+def asked() -> Asked:
+    """What the configuration asks of the model that is being built."""
+    config = get_current_vllm_config()
+    model, speculative, transfer = config.model_config, config.speculative_config, config.kv_transfer_config
+    draft = speculative.draft_model_config if speculative else None
+    weights = getattr(config, "weight_transfer_config", None)
+    return Asked(
+        speculative=speculative.method if speculative else None,
+        draft=draft.hf_config.to_dict() if draft else {},
+        pools=model.runner_type == "pooling",
+        prompt_embeds=bool(model.enable_prompt_embeds),
+        classifies=model.runner_type == "pooling" and model.convert_type == "classify",
+        classifier_tokens=getattr(model.hf_config, "classifier_from_token", None) is not None,
+        load_format=str(config.load_config.load_format),
+        weight_transfer=weights.backend if weights else None,
+        kv_connector=transfer.kv_connector if transfer else None,
+        is_draft=model.runner_type == "draft",
+    )
+
+
+def holds_some_layers() -> bool:
+    """Whether the model that is being loaded is one stage of a pipeline."""
+    return get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
+
+
+def final_norm_holder(model: Any) -> Any:
+    """The module of a causal language model whose `norm` is the final RMSNorm, None where that is not known."""
+    return model.model if known(getattr(model, "model", None), STACKS) else None
+
+
+def turn_prompt_embeds(model: Any, turn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From now on, prompt embeddings [T, hidden] of requests for this loaded model pass through `turn`.
+
+    They come to every kind of worker in `scheduler_output`, before a model runner, V1 or V2, mixes rows.
+    """
+    model.turn_prompt_embeds = turn
+    worker: Any = WorkerWrapperBase
+    execute = worker.execute_model
+    if hasattr(execute, "__wrapped__"):
+        return
+
+    @functools.wraps(execute)
+    def execute_model(wrapper: Any, scheduler_output: Any) -> Any:
+        requests = [r for r in scheduler_output.scheduled_new_reqs if r.prompt_embeds is not None]
+        turn = getattr(wrapper.worker.get_model(), "turn_prompt_embeds", None) if requests else None
+        if turn is not None:
+            for request in requests:
+                request.prompt_embeds = turn(request.prompt_embeds)
+        return execute(wrapper, scheduler_output)
+
+    worker.execute_model = execute_model
+
+
+def let_attention_use_amx() -> None:
+    """Asks Linux for the tile registers, which vLLM's attention in bfloat16 uses on CPUs with AMX.
+
+    vLLM leaves that to the first matrix product of oneDNN, and a quantized model has none.
+    """
+    if current_platform.is_cpu():
+        getattr(torch.cpu, "_init_amx", bool)()
 
 
 def load_adapters_with(reader: Callable[[Any], Callable[[Path, int], dict[str, torch.Tensor]] | None]) -> None:

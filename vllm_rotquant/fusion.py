@@ -48,6 +48,12 @@ class Holders:
         holder = None if module is None else self._holders.get(module)
         return holder and holder()
 
+    def outermost(self, module: torch.nn.Module) -> Any:
+        """The whole model that `module` is in."""
+        while (holder := self.of(module)) is not None:
+            module = holder
+        return module
+
 
 class QuantizingNorm(torch.nn.Module):
     """An RMSNorm that quantizes for the linear layer behind it; keeps the name of the norm's weight."""

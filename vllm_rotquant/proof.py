@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,11 +54,13 @@ class Proof:
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
         self.done = False
+        self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
+        self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
 
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
-        if self.holders is None and not compat.lora_is_on():
-            self.holders = Holders()
+        if self.holders is None:
+            self.holders, self.lora = Holders(), compat.lora_is_on()
         self.layers.append(layer)
         self.pending.add(id(layer))
 
@@ -73,7 +76,10 @@ class Proof:
         if not self.pending and not self.done:
             self.done = True
             try:
-                if self.holders is not None:
+                assert self.holders is not None
+                if self.when_loaded is not None:
+                    self.when_loaded(self.holders.outermost(layer))
+                if not self.lora:
                     fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
                 run_checks(self)
                 warm_linears(layer for layer, _ in self.packed.values())
@@ -116,7 +122,7 @@ def run_checks(proof: Proof) -> None:
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(rows, attention, proof.unquantized, dummy)
+    log_report(f" of {proof.model}" if proof.model else "", rows, attention, proof.unquantized, dummy)
     for row in rows:
         if not row.passed:
             message = (
@@ -129,12 +135,12 @@ def run_checks(proof: Proof) -> None:
             compat.logger.error(message)
 
 
-def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
+def log_report(title: str, rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    lines = [f"rotquant start-up check{title}, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric

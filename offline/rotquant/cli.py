@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _add_inspect(verbs)
     _add_compare(verbs)
     _add_adapter(verbs)
+    _add_draft(verbs)
     _verb(verbs, "recipes", _recipes, "list the quantization recipes that come with rotquant", "rotquant recipes")
     doctor = _verb(
         verbs,
@@ -236,6 +237,23 @@ def _add_compare(verbs: Verbs) -> None:
     add("--markdown", action="store_true", help="print the table in Markdown")
 
 
+def _add_draft(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "draft",
+        _draft,
+        "turn an EAGLE3 draft of the original model into the basis of a checkpoint",
+        "rotquant draft ./llama-eagle3 --base llama-w4 -o llama-w4-eagle3\n"
+        "  vllm serve llama-w4 --speculative-config \\\n"
+        '    \'{"method": "eagle3", "model": "llama-w4-eagle3", "num_speculative_tokens": 3}\'',
+        more="A draft reads the target's hidden states, which a rotated checkpoint has in another basis. Draft models\n"
+        "(with all their layers) and ngram read tokens only: serve them as they are.",
+    ).add_argument
+    add("draft", metavar="DRAFT", help="EAGLE3 draft of the original model, in safetensors: local folder or hub id")
+    add("--base", metavar="OUT", required=True, help="checkpoint that `rotquant quantize` made from that model")
+    add("-o", "--output", type=Path, required=True, metavar="TURNED", help="folder to write; must not exist")
+
+
 def _add_adapter(verbs: Verbs) -> None:
     add = _verb(
         verbs,
@@ -354,6 +372,17 @@ def _compare(args: argparse.Namespace) -> int:
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(comparison.table())
     return 1 if comparison.failed else 0
+
+
+def _draft(args: argparse.Namespace) -> int:
+    from rotquant.draft import turn_draft
+
+    output = turn_draft(args.draft, args.base, args.output)
+    settings = json.dumps({"method": "eagle3", "model": str(output), "num_speculative_tokens": 3})
+    print(
+        f"{output} is ready. Next:\n  vllm serve {shlex.quote(args.base)} --speculative-config {shlex.quote(settings)}"
+    )
+    return 0
 
 
 def _adapter(args: argparse.Namespace) -> int:
