@@ -61,9 +61,13 @@ class Intake:
             return
         self._around.add(holder)
         if callable(getattr(type(holder), "load_weights", None)):
-            reference: Any = weakref.ref(holder)
-            watched: Any = lambda *args, **more: self._watched(reference(), *args, **more)
-            holder.load_weights = watched
+            holder.load_weights = self._watching(weakref.ref(holder))
+
+    def _watching(self, holder: weakref.ref[Any]) -> Any:
+        def load_weights(*args: Any, **more: Any) -> Any:
+            return self._watched(holder(), *args, **more)
+
+        return load_weights
 
     def _watched(self, model: Any, weights: Weights, *args: Any, **more: Any) -> Any:
         """The model's `load_weights`; only the outermost one is watched, which gets the checkpoint's own names."""
@@ -149,13 +153,12 @@ class Watch(TorchDispatchMode):
                 del self.untouched[name]
 
     def finish(self) -> None:
-        """Refuses what was handed on and never read, and packed weights of another shape than is written beside them."""
+        """Refuses what was handed on and never read, and packed weights whose `weight_shape` is another."""
         for layer, shape in self.declared.items():
             rows, words = self.shapes.get(f"{layer}.weight_packed", [0, 0])
             if len(shape) != 2 or shape[0] != rows or words not in (-(-shape[1] * bits // 32) for bits in (4, 8)):
-                raise RotQuantError(
-                    f"tensor {layer}.weight_shape is {shape}, weight_packed is {rows} rows of {words} words"
-                )
+                packed = f"{rows} rows of {words} words"
+                raise RotQuantError(f"tensor {layer}.weight_shape is {shape}, but weight_packed has {packed}")
         dropped = sorted(self.untouched)
         self.untouched = {}
         if dropped:

@@ -1,16 +1,17 @@
 """Whether vLLM's model code makes of config.json what transformers makes of it.
 
-Two programs read one file, and a field that only one of them knows changes the computation without a word: transformers'
-Llama has no `partial_rotary_factor`, vLLM's has; vLLM multiplies queries by `llama_4_scaling`, transformers does not. So
-the decoder layers that vLLM built are run beside transformers' own from the checkpoint's config.json, before anything is
-fused. Both get the loaded norms and biases, and the same stand-ins for what the rest of the start-up check is about, so
-that it costs next to nothing whatever the model's size and needs no other rank:
+Two programs read one file, and a field that only one of them knows changes the computation without a word: vLLM's
+Llama turns the part of a head that `partial_rotary_factor` says, transformers' always the whole; vLLM's Mistral
+multiplies queries by `llama_4_scaling`. So the decoder layers that vLLM built are run beside transformers' own from the
+checkpoint's config.json, before anything is fused. Both get the loaded norms and biases, and the same stand-ins for
+what the rest of the start-up check is about, so that it costs next to nothing whatever the model's size and needs no
+other rank:
 
     a linear layer   out[j] = x[perm(j)] * f(row) + bias[j]: a gather by a fixed permutation
     attention        softmax in float32 over a few tokens, with the scale that the engine passes
 
-Rows are of common and of tiny size, where a norm's epsilon decides. Positions lie near 0 and near the served limit: once
-in a short sequence and once in one of full length, since transformers' scalings of long contexts look at the length.
+Rows are of common and of tiny size, where a norm's epsilon decides. Positions lie near 0 and near the served limit:
+once in a short sequence and once in one of full length, since transformers' scalings of long contexts look at it.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def compare_readings(decoders: list[Any], config: Any, length: int, dtype: torch
         name = str(layers[0].self_attn.attn.layer_name).removesuffix(".self_attn.attn")
         rope = getattr(config, "rope_parameters", None)
         meaning = (
-            f"because vLLM and transformers read config.json differently (rope_parameters {rope}, for sequences of up to "
-            f"{length} tokens): mend config.json, or serve shorter ones with --max-model-len"
+            f"because vLLM and transformers read config.json differently (rope_parameters {rope}, for sequences of up "
+            f"to {length} tokens): mend config.json, or serve shorter ones with --max-model-len"
         )
         found.append(Reading("rotary", len(layers), max(rotary), rounding, f"{name}.self_attn.rotary_emb", meaning))
         meaning = "because vLLM and transformers read some field of config.json differently: take out what one ignores"
@@ -164,29 +165,30 @@ class Own:
         if (rows := compat.rotary_rows(self.decoder.self_attn.rotary_emb)) is not None and rows <= int(positions[-1]):
             return float("inf"), float("inf")
         cos_sin = self.rotary(torch.zeros(1), positions[None])
-        attention = self.decoder.self_attn
-        q, k = (
-            trial(length, n * self.head_dim, dtype=dtype, device=device, seed=seed)
-            for seed, n in ((1, attention.num_heads), (2, attention.num_kv_heads))
-        )
-        own = self.apply_rotary(
-            *(x.float().cpu().unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (q, k)), *cos_sin
-        )
-        served = attention.rotary_emb(positions.to(device), q.clone(), k.clone())
-        rotary = max(row_distance(a, b[0].transpose(0, 1).flatten(1)) for a, b in zip(served, own, strict=True))
         hidden = trial(length, self.hidden, dtype=dtype, device=device, seed=3)
         hidden[1::2] *= TINY
-        return rotary, row_distance(
-            self._served(positions.to(device), hidden), self._own(hidden.float().cpu(), cos_sin)
+        served = self._served(positions.to(device), hidden)
+        own = self._own(hidden.float().cpu(), cos_sin)
+        return self._rotary_distance(positions, cos_sin, dtype), row_distance(served, own)
+
+    def _rotary_distance(self, positions: Tensor, cos_sin: tuple[Tensor, Tensor], dtype: torch.dtype) -> float:
+        attention, device = self.decoder.self_attn, next(self.decoder.parameters()).device
+        q, k = (
+            trial(len(positions), heads * self.head_dim, dtype=dtype, device=device, seed=seed)
+            for seed, heads in ((1, attention.num_heads), (2, attention.num_kv_heads))
         )
+        heads = (x.float().cpu().unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (q, k))
+        own = (x[0].transpose(0, 1).flatten(1) for x in self.apply_rotary(*heads, *cos_sin))
+        served = attention.rotary_emb(positions.to(device), q.clone(), k.clone())
+        return max(row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True))
 
     def _served(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """vLLM's layer on hidden [T, hidden]."""
         attention = self.decoder.self_attn
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **others: Any) -> Tensor:
-            heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).float() for x in (query, key, value))
-            out = causal_attention(*heads, float(attention.attn.impl.scale))
+            q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).float() for x in (query, key, value))
+            out = causal_attention(q, k, v, float(attention.attn.impl.scale))
             return out.transpose(0, 1).flatten(1).to(query.dtype)
 
         with ExitStack() as stack:

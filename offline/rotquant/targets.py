@@ -1,7 +1,7 @@
 """Whether every name in a checkpoint's config.json means a module of the model: nothing else would notice a typo.
 
-An engine asks the format for the modules that it has (`CheckpointFormat.linear`, `.attention`). A target that names none
-of them, or an entry for a layer that is not quantized, would be passed over without a word.
+An engine asks the format for the modules that it has (`CheckpointFormat.linear`, `.attention`). A target that names
+none of them, or an entry for a layer that is not quantized, would be passed over without a word.
 """
 
 from __future__ import annotations
