@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -28,6 +29,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -50,6 +52,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from vllm_rotquant.features import Asked
 
 __all__ = [
+    "MISSING_LAYERS",
     "Attention",
     "AttentionBackend",
     "AttentionCGSupport",
@@ -79,13 +82,18 @@ __all__ = [
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
     "holds_some_layers",
+    "is_decoder",
     "let_attention_use_amx",
     "load_adapters_with",
     "logger",
+    "logits_changed",
     "lora_is_on",
+    "model_settings",
     "norm_before",
     "opaque_pages",
+    "own_config",
     "register_weight_loader_v2_supported_method",
+    "rotary_rows",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
     "turn_prompt_embeds",
@@ -107,6 +115,9 @@ DECODERS = (
 )
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
+
+# What stands in a pipeline stage for modules of the others.
+MISSING_LAYERS = (PPMissingLayer, StageMissingLayer)
 
 # vLLM shows only the loggers below its own name.
 logger: Any = init_logger("vllm.rotquant")
@@ -308,6 +319,50 @@ def checkpoint_file(config: Any, name: str) -> Path:
 def weights_are_dummy() -> bool:
     """True under --load-format dummy, which reads no file; to be asked while a model is built."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def model_settings() -> Any:
+    """vLLM's settings of the model that is being built: `max_model_len`, `dtype` and what `own_config` reads."""
+    return get_current_vllm_config().model_config
+
+
+def own_config(settings: Any) -> PreTrainedConfig:
+    """transformers' own reading of the model's config.json, with the user's --hf-overrides; vLLM edits its copy.
+
+    Args:
+        settings: from `model_settings`.
+    """
+    if callable(settings.hf_overrides):
+        return settings.hf_config
+    folder = getattr(settings, "hf_config_path", None) or settings.model
+    data, _ = PreTrainedConfig.get_config_dict(folder, revision=settings.revision)
+    for key, value in settings.hf_overrides.items():
+        both = isinstance(value, dict) and isinstance(data.get(key), dict)
+        data[key] = data[key] | value if both else value
+    return CONFIG_MAPPING[data["model_type"]].from_dict(data)
+
+
+def rotary_rows(rotary: Any) -> int | None:
+    """How many positions a rotary embedding has a table for; None where it computes them."""
+    if (table := getattr(rotary, "long_short_cos_sin_cache", None)) is not None:
+        short = rotary.original_max_position_embeddings
+        return len(table) - short if rotary.use_long_rope else short
+    table = getattr(rotary, "cos_sin_cache", None)
+    return None if table is None else len(table)
+
+
+def is_decoder(module: Any) -> bool:
+    """Whether a module is a decoder layer whose forward is known: (positions, hidden, residual), with what it calls."""
+    if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
+        return False
+    return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def logits_changed(model: Any) -> str:
+    """What a causal language model does to its logits beyond the product with lm_head; "" for nothing."""
+    logits = getattr(model, "logits_processor", None)
+    scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
+    return f"multiplies logits by {scale} (logit_scale)" if scale != 1 else f"caps logits at {cap}" if cap else ""
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

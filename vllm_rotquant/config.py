@@ -11,6 +11,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from rotquant.basis import Basis
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
+from rotquant.models import ARCHITECTURES
+from rotquant.targets import check_targets
 from vllm_rotquant import boundary, compat
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.features import Checkpoint, check
@@ -52,7 +54,7 @@ class RotQuantConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> Any:
         """ "rotquant" for a compressed-tensors W4A4 checkpoint, with or without `--quantization rotquant`."""
-        if claims(hf_quant_cfg):
+        if claims(hf_quant_cfg, getattr(hf_config, "rotquant", None)):
             if user_quant == "compressed-tensors":
                 compat.logger.warning(
                     "--quantization compressed-tensors: vLLM's own path runs this W4A4 checkpoint with 16-bit "
@@ -83,12 +85,15 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.extension = copy.deepcopy(getattr(hf_config, "rotquant", None) or {})
-        self._parse()
+        self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
+        checkpoint = self._parse()
+        if set(hf_config.architectures or ()) & set(ARCHITECTURES):  # their module names are known
+            check_targets(checkpoint, text.num_hidden_layers)
 
-    def _parse(self) -> None:
+    def _parse(self) -> CheckpointFormat:
         self.format = CheckpointFormat(self.quantization_config, self.extension, self.head_dim)
         self.names = Names(self.format)
+        return self.format
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames the modules that the format names, for models that vLLM builds under other names."""

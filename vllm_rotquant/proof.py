@@ -22,7 +22,9 @@ from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.fusion import Holders, fuse
+from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
+from vllm_rotquant.reading import compare_readings
 from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
@@ -53,6 +55,8 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
+        self.intake = Intake()
+        self.settings: Any = None  # vLLM's, of this model
         self.done = False
         self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
         self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
@@ -61,6 +65,8 @@ class Proof:
         """`layer` is being built and will be loaded."""
         if self.holders is None:
             self.holders, self.lora = Holders(), compat.lora_is_on()
+        self.settings = self.settings or compat.model_settings()
+        self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
 
@@ -75,13 +81,16 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
+            self.intake.built()
             try:
                 assert self.holders is not None
+                linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
+                readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
                 if self.when_loaded is not None:
                     self.when_loaded(self.holders.outermost(layer))
                 if not self.lora:
-                    fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
-                run_checks(self)
+                    fuse(linears, self.holders)
+                run_checks(self, readings)
                 warm_linears(layer for layer, _ in self.packed.values())
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
@@ -100,6 +109,7 @@ class Row:
     error: float
     limit: float
     where: str
+    meaning: str = "so the model would write wrong text. Please report it with the table above"
 
     @property
     def passed(self) -> bool:
@@ -111,9 +121,11 @@ class Row:
 
 
 @torch.inference_mode()
-def run_checks(proof: Proof) -> None:
+def run_checks(proof: Proof, readings: list[Row]) -> None:
     """Checks one layer of each kind and logs the report.
 
+    Args:
+        readings: from `reading_rows`, of the model before it was fused.
     Raises:
         RotQuantError: on a mismatch, unless ROTQUANT_STRICT=0.
     """
@@ -121,18 +133,42 @@ def run_checks(proof: Proof) -> None:
     counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
+    rows += readings
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
     log_report(f" of {proof.model}" if proof.model else "", rows, attention, proof.unquantized, dummy)
     for row in rows:
         if not row.passed:
             message = (
                 f"rotquant's start-up check failed: {row.where} on kernel {row.kernel} is {row.error:.1%} away from "
-                f"the reference (limit {row.limit:.1%}), so the model would write wrong text. Please report it with "
-                "the table above; ROTQUANT_STRICT=0 serves all the same"
+                f"the reference (limit {row.limit:.1%}), {row.meaning}; ROTQUANT_STRICT=0 serves all the same"
             )
             if os.environ.get("ROTQUANT_STRICT", "1") != "0":
                 raise RotQuantError(message)
             compat.logger.error(message)
+
+
+@torch.inference_mode()
+def reading_rows(proof: Proof) -> list[Row]:
+    """Compares vLLM's model code with transformers' on the checkpoint's config.json (`reading`).
+
+    Raises:
+        RotQuantError: they build different layers.
+    """
+    modules, settings = proof.intake.around(), proof.settings
+    decoders = [module for module in modules if compat.is_decoder(module)]
+    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
+    for change in filter(None, map(compat.logits_changed, modules)):
+        raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
+    config = compat.own_config(settings)
+    rows = []
+    for reading in compare_readings(decoders, config, settings.max_model_len, settings.dtype):
+        rows.append(
+            Row(
+                reading.what, reading.layers, "vLLM", str(settings.dtype).removeprefix("torch."), "-",
+                f"positions to {settings.max_model_len}", reading.error, reading.limit, reading.where, reading.meaning,
+            )
+        )  # fmt: skip
+    return rows
 
 
 def log_report(title: str, rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:

@@ -31,6 +31,7 @@ from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
 from rotquant.models import read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
+from rotquant.targets import check_targets
 from rotquant_kernels import kv4_attention as run_kv4_attention
 from rotquant_kernels import kv4_write, reference
 
@@ -52,7 +53,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     """
     folder = fetch(str(path))
     config = read_config(folder)
-    if not claims(getattr(config, "quantization_config", None)):
+    if not claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None)):
         raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
     model, checkpoint = _build(config, dtype)
     _fill(model, Source(folder), torch.device(device))
@@ -156,6 +157,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrai
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
+    check_targets(checkpoint, config.num_hidden_layers)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
     with _parameters_on_meta():
@@ -166,17 +168,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrai
         layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
         if layer_format is not None:
             model.set_submodule(name, QuantLinear(name, layer, layer_format))
-    _check_clips(model, checkpoint)
     return model, checkpoint
-
-
-def _check_clips(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
-    """Refuses a clip ratio of a module that is not there: nothing else would notice."""
-    extension, modules = checkpoint.extension, dict(model.named_modules())
-    for field, names in (("activation_clip", extension.activation_clip), ("kv_clip.layers", extension.kv_clip.layers)):
-        for name in names:
-            if name != "default" and name not in modules:
-                raise RotQuantError(f"config.json: rotquant.{field}.{name}: this model has no module of that name")
 
 
 @contextmanager
