@@ -144,7 +144,7 @@ def test_lora_keeps_separate_ops(child: Child, base: Path, served: serving.Serve
 
 def test_lora_of_the_original(child: Child, tmp_path: Path) -> None:
     """Turned as it is loaded, or before: what the merged original computes. Others are refused, the engine lives on."""
-    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=64)
+    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=32)
     fine = ["weights.bits=8", "activations.bits=8", "activations.clip=1", "kv.bits=16", "lm_head.bits=8"]
     scales = ["scales.norms=smooth", "scales.values=smooth", "scales.up=smooth", "scales.order=true"]
     out = quantize(str(folder), tmp_path / "out", recipe="quarot", settings=fine + scales, samples=4, seq_len=64)
