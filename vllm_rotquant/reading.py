@@ -16,7 +16,7 @@ once in a short sequence and once in one of full length, since transformers' sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -84,9 +84,9 @@ def compare_readings(
             f"because vLLM and transformers read config.json differently (rope_parameters {rope}, for sequences of up "
             f"to {length} tokens): mend config.json, or serve shorter ones with --max-model-len"
         )
-        found.append(Reading("rotary", len(layers), max(rotary), rounding, f"{name}.self_attn.rotary_emb", meaning))
+        found.append(Reading("rotary", len(layers), worst(rotary), rounding, f"{name}.self_attn.rotary_emb", meaning))
         meaning = "because vLLM and transformers read some field of config.json differently: take out what one ignores"
-        found.append(Reading("decoder layer", len(layers), max(whole), rounding, name, meaning))
+        found.append(Reading("decoder layer", len(layers), worst(whole), rounding, name, meaning))
     return found
 
 
@@ -189,7 +189,7 @@ class Own:
         heads = (x.float().cpu().unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (q, k))
         own = (x[0].transpose(0, 1).flatten(1) for x in self.apply_rotary(*heads, *cos_sin))
         served = attention.rotary_emb(positions.to(device), q.clone(), k.clone())
-        return max(row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True))
+        return worst([row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True)])
 
     @torch.no_grad()
     def norm_distance(self, norm: Any, dtype: torch.dtype) -> float:
@@ -282,6 +282,11 @@ def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         yield
     finally:
         del module.__dict__["forward"]
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest, NaN where there is one."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def row_distance(got: Tensor, expected: Tensor) -> float:

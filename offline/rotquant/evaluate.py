@@ -69,7 +69,7 @@ class Score:
 
 def evaluate(
     model: str, text: Path, *, tokens: int | None = None, seq_len: int | None = None, engine: str = "torch",
-    max_model_len: int | None = None,
+    max_model_len: int | None = None, enforce_eager: bool = False,
 ) -> Score:  # fmt: skip
     """Perplexity of a checkpoint, or of any Hugging Face causal language model.
 
@@ -79,8 +79,8 @@ def evaluate(
         tokens: use about this many tokens of the text, None for all.
         seq_len: tokens in a window; None: 2048, or one less than the model's longest context.
         engine: "torch" (the reference ops; a GPU is used if there is one) or "vllm" (the served kernels).
-        max_model_len: as for `vllm serve`, which may build another rotary embedding for longer contexts; None for its
-            default. With the engine "vllm" only.
+        max_model_len, enforce_eager: the flags of `vllm serve` by these names, for the engine "vllm". For longer
+            contexts it may build another rotary embedding; compiled code rounds less often between ops than eager.
     Raises:
         RotQuantError: no such model or text, text too short, window too long, vLLM missing or failing.
     """
@@ -94,7 +94,7 @@ def evaluate(
     started = time.monotonic()
     with Progress(f"{engine}: window", len(batch)) as progress:
         if engine == "vllm":
-            losses = vllm_losses(folder, batch, progress.step, max_model_len)
+            losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:
             losses = model_losses(load_any(folder), batch, progress.step)
     nll = losses.double().mean().item()
@@ -161,14 +161,16 @@ def model_losses(model: PreTrainedModel, batch: Tensor, step: Step | None = None
     return torch.cat(losses)
 
 
-def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None, max_model_len: int | None = None) -> Tensor:
+def vllm_losses(
+    folder: Path, batch: Tensor, step: Step | None = None, max_model_len: int | None = None, enforce_eager: bool = False
+) -> Tensor:
     """As `model_losses`, with the model served by an offline vLLM engine.
 
     Raises:
         RotQuantError: vLLM is not installed, or could not start with this model.
     """
     with _stdout_to_stderr(), _environment(VLLM_SETTINGS):
-        engine = _vllm_engine(folder, batch.shape[1], max_model_len)
+        engine = _vllm_engine(folder, batch.shape[1], max_model_len, enforce_eager)
         from vllm import SamplingParams
 
         ask = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -183,11 +185,11 @@ def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None, max_model
     return torch.stack(losses)
 
 
-def _vllm_engine(folder: Path, seq_len: int, max_model_len: int | None = None) -> Any:
+def _vllm_engine(folder: Path, seq_len: int, max_model_len: int | None, enforce_eager: bool) -> Any:
     """An offline engine in this process with the model that `vllm serve` would build.
 
     -1 is vLLM's "auto": the model is built for its whole context, as by default, and only then is the length that
-    requests may have cut to what a small KV cache holds. The settings below change no number.
+    requests may have cut to what a small KV cache holds. The other settings change no number.
     """
     try:
         from vllm import LLM
@@ -197,7 +199,7 @@ def _vllm_engine(folder: Path, seq_len: int, max_model_len: int | None = None) -
         "max_model_len": max_model_len or -1,
         "max_num_seqs": VLLM_BATCH,
         "enable_prefix_caching": False,  # a cached prefix has no log-probabilities
-        "enforce_eager": True,  # compiling takes longer than the evaluation
+        "enforce_eager": enforce_eager,
     }
     if is_ours(folder):
         settings["quantization"] = "rotquant"

@@ -175,7 +175,9 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 # ---- building ---------------------------------------------------------------------------------------
 
 
-def _build(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
+def _build(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)

@@ -48,9 +48,20 @@ def check_sizes(config: Any, source: Source) -> None:
             raise RotQuantError(f"{where}: {field} is {stated}, the tensors are made for {stored}")
     if config.hidden_act != "silu":
         raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
+    if config.return_dict is not True:
+        raise RotQuantError(f"{where}: return_dict is {config.return_dict!r}, expected true")
+    check_rope(where, config.rope_parameters)
     eps = config.rms_norm_eps
     if not isinstance(eps, float) or not 0 < eps < 1 or not math.isfinite(eps):
         raise RotQuantError(f"{where}: rms_norm_eps is {eps!r}, expected a small positive number")
+
+
+def check_rope(where: str, rope: dict[str, Any]) -> None:
+    """Refuses numbers that no rotary embedding can have."""
+    for key, value in rope.items():
+        number = isinstance(value, int | float)
+        if (number and not (value > 0 and math.isfinite(value))) or (key == "rope_theta" and type(value) is bool):
+            raise RotQuantError(f"{where}: rope_parameters.{key} is {value!r}, expected a positive number")
 
 
 def rows(source: Source, name: str) -> int:
