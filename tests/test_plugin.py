@@ -211,14 +211,15 @@ def test_cache_holds_more_tokens(child: Child, tmp_path: Path, head_dim: int, ra
 
 def test_proof_names_what_runs(served: serving.Served) -> None:
     block = served.log[served.log.index("rotquant start-up check") :].splitlines()
-    rows = {line.split()[0]: line for line in block[2:7]}
-    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention"]
+    rows = {line.split()[0]: line for line in block[2:9]}
+    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention", "rotary", "decoder"]
     assert "W4 A4" in rows["qkv_proj"]
     assert re.search(r"W4 A4 +silu_mul +R4 hadamard 128", rows["down_proj"])
     assert "rms_norm" not in rows["qkv_proj"]  # the native GEMM does not read quantized rows
     assert "R3 hadamard 64" in rows["attention"]
-    assert block[7] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
-    assert block[8] == "  not quantized: lm_head (1)"
+    assert re.search(r"rotary +2 +vLLM +float32 +- +positions to 256 +0\.00%", block[7])
+    assert block[9] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
+    assert block[10] == "  not quantized: lm_head (1)"
 
 
 @pytest.mark.parametrize(

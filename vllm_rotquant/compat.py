@@ -80,6 +80,7 @@ __all__ = [
     "final_norm_holder",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
+    "has_final_norm",
     "head_major_layouts",
     "holds_some_layers",
     "is_decoder",
@@ -356,6 +357,11 @@ def is_decoder(module: Any) -> bool:
     if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
         return False
     return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def has_final_norm(module: Any) -> bool:
+    """Whether a module is a model up to lm_head that ends with an RMSNorm on this rank."""
+    return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) is RMSNorm
 
 
 def logits_changed(model: Any) -> str:

@@ -85,6 +85,8 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if getattr(text, "dual_chunk_attention_config", None):
+            raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
         checkpoint = self._parse()
         if set(hf_config.architectures or ()) & set(ARCHITECTURES):  # their module names are known

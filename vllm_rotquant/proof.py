@@ -161,7 +161,8 @@ def reading_rows(proof: Proof) -> list[Row]:
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     config = compat.own_config(settings)
     rows = []
-    for reading in compare_readings(decoders, config, settings.max_model_len, settings.dtype):
+    norms = [module.norm for module in modules if compat.has_final_norm(module)]
+    for reading in compare_readings(decoders, norms, config, settings.max_model_len, settings.dtype):
         rows.append(
             Row(
                 reading.what, reading.layers, "vLLM", str(settings.dtype).removeprefix("torch."), "-",

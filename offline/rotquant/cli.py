@@ -174,6 +174,8 @@ def _add_eval(verbs: Verbs) -> None:
     add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
     add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
     add("--engine", default="torch", choices=["torch", "vllm"], help="torch: the reference; vllm: what is served")
+    add("--max-model-len", type=_positive, metavar="N", help="vllm: the server's flag (default: as without it)")
+    add("--enforce-eager", action="store_true", help="vllm: the server's flag; starts faster and rounds otherwise")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -329,7 +331,15 @@ def _quantize(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from rotquant.evaluate import evaluate
 
-    score = evaluate(args.model, args.text, tokens=args.tokens, seq_len=args.seq_len, engine=args.engine)
+    score = evaluate(
+        args.model,
+        args.text,
+        tokens=args.tokens,
+        seq_len=args.seq_len,
+        engine=args.engine,
+        max_model_len=args.max_model_len,
+        enforce_eager=args.enforce_eager,
+    )
     print(json.dumps(score.as_dict()) if args.json else score)
     return 0
 

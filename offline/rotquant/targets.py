@@ -14,6 +14,8 @@ from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, covers, matches
 from rotquant.models import LINEARS
 
+MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
+
 
 def check_targets(checkpoint: CheckpointFormat, layers: int) -> None:
     """Compares the names in config.json with the modules of a model of the known shape (`rotquant.models`).
@@ -23,6 +25,8 @@ def check_targets(checkpoint: CheckpointFormat, layers: int) -> None:
     Raises:
         RotQuantError: a name or pattern that matches no module, or says two things of one.
     """
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise RotQuantError(f"config.json: num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
     linears = [f"model.layers.{i}.{name}" for i in range(layers) for name in LINEARS] + ["lm_head"]
     attentions = [f"model.layers.{i}.self_attn" for i in range(layers)]
     _check_schemes(checkpoint, linears)
