@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
-from vllm_rotquant import compat
+from vllm_rotquant import compat, restored, settings, version
 from vllm_rotquant.proof import Proof
 
 # vLLM writes these two into the dict of a compressed-tensors checkpoint.
@@ -37,10 +37,19 @@ class RotQuantConfig(QuantizationConfig):
         self.head_dim = 0
         self.format: CheckpointFormat | None = None
         self.proof = Proof()
+        self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # The proof holds layers of this process.
-        return self.__dict__ | {"proof": Proof()}
+        return restored, (version(), {name: value for name, value in self.__dict__.items() if name != "proof"})
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RotQuantConfig:
+        """The config of a pickle; see `vllm_rotquant.restored`."""
+        config = cls.__new__(cls)
+        config.__dict__ |= state
+        config.proof = Proof()
+        return config
 
     @classmethod
     def override_quantization_method(
@@ -107,6 +116,7 @@ class RotQuantConfig(QuantizationConfig):
         from vllm_rotquant.linear import RotQuantLinearMethod
 
         assert self.format is not None
+        self.proof.begin(self.defaults)
         if isinstance(layer, compat.RoutedExperts):
             raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
         if isinstance(layer, compat.AttentionLayerBase):
@@ -119,11 +129,12 @@ class RotQuantConfig(QuantizationConfig):
             if linear is not None:
                 return RotQuantLinearMethod(linear, prefix, self.proof)
             self.proof.unquantized.add(prefix)
-            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
+            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(self.proof)
         if isinstance(layer, compat.VocabParallelEmbedding):
             targets = [t for scheme in self.format.schemes for t in scheme.targets]
             if any(matches(prefix, target, "Embedding") for target in targets):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
+            return Embedding(self.proof)
         return None
 
     def linear_format(self, prefix: str) -> LinearFormat | None:
@@ -158,3 +169,16 @@ class RotQuantConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+class Embedding(compat.UnquantizedEmbeddingMethod):
+    """vLLM's own method. A pipeline stage may hold an embedding or lm_head and no layer of rotquant; the proof must
+    come to its end there as well, since the other ranks wait for its word."""
+
+    def __init__(self, proof: Proof) -> None:
+        super().__init__()
+        self.proof = proof
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.proof.loaded(layer)

@@ -7,8 +7,8 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 
 from __future__ import annotations
 
-import os
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
-from vllm_rotquant import compat, rotation
+from vllm_rotquant import agreement, compat, rotation
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.witness import (
@@ -51,7 +51,21 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
+        self.ranks: agreement.Ranks | None = None
+        self.identity: Callable[[], dict[str, str]] = dict
+        self.strict = True
         self.done = False
+
+    def begin(self, defaults: Mapping[str, Any]) -> None:
+        """A model is being built. All its ranks come here: before their first layer they agree on what they run.
+
+        Args:
+            defaults: `settings.from_environment` of the server's first process.
+        """
+        if self.ranks is None:
+            self.ranks, settings = agreement.begin(defaults)
+            self.strict = settings.strict
+            self.identity = agreement.checkpoint_facts(compat.checkpoint_folder())
 
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
@@ -71,10 +85,12 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
+            assert self.ranks is not None
             try:
-                if self.holders is not None:
-                    fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
-                run_checks(self)
+                with self.ranks.verdict(self.identity):
+                    if self.holders is not None:
+                        fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
+                    run_checks(self)
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
 
@@ -122,7 +138,7 @@ def run_checks(proof: Proof) -> None:
                 f"the reference (limit {row.limit:.1%}), so the model would write wrong text. Please report it with "
                 "the table above; ROTQUANT_STRICT=0 serves all the same"
             )
-            if os.environ.get("ROTQUANT_STRICT", "1") != "0":
+            if proof.strict:
                 raise RotQuantError(message)
             compat.logger.error(message)
 
@@ -132,7 +148,9 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dum
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    stage, stages = compat.pipeline_stage()
     lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    lines[0] += f", pipeline stage {stage} of 0 to {stages - 1}" if stages > 1 else ""
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
