@@ -40,15 +40,17 @@ class RotQuantConfig(QuantizationConfig):
         self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The proof holds layers of this process.
-        return restored, (version(), {name: value for name, value in self.__dict__.items() if name != "proof"})
+        # Plain data: nothing of rotquant is imported before `restored` has looked at it. The proof is of one process.
+        return restored, (version(), {k: v for k, v in self.__dict__.items() if k not in ("proof", "format")})
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RotQuantConfig:
         """The config of a pickle; see `vllm_rotquant.restored`."""
         config = cls.__new__(cls)
         config.__dict__ |= state
-        config.proof = Proof()
+        config.proof, config.format = Proof(), None
+        if config.head_dim:  # vLLM has called `maybe_update_config`
+            config._parse()
         return config
 
     @classmethod

@@ -130,7 +130,7 @@ def run_checks(proof: Proof) -> None:
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(rows, attention, proof.unquantized, dummy)
+    log_report(rows, proof, dummy)
     for row in rows:
         if not row.passed:
             message = (
@@ -143,23 +143,22 @@ def run_checks(proof: Proof) -> None:
             compat.logger.error(message)
 
 
-def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
+def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
+    attention: list[Any] = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    stage, stages = compat.pipeline_stage()
-    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
-    lines[0] += f", pipeline stage {stage} of 0 to {stages - 1}" if stages > 1 else ""
+    lines = [f"rotquant start-up check, {rank_and_stage(proof.layers)}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
-    else:
+    elif proof.layers:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
-    kinds = Counter(name.rpartition(".")[2] for name in unquantized)
+    kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))
     if dummy:
@@ -167,6 +166,14 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dum
             "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS, no file was read. Speed and memory are "
             "those of the real model, what it writes is noise"
         )
+
+
+def rank_and_stage(layers: list[Any]) -> str:
+    """Which part of the model this rank runs."""
+    rank, (stage, stages) = compat.get_tensor_model_parallel_rank(), compat.pipeline_stage()
+    names = [str(layer.quant_method.prefix) for layer in layers]
+    held = f"{names[0]} to {names[-1]}" if names else "no layer of rotquant"
+    return f"tensor-parallel rank {rank}" + (f", pipeline stage {stage} (of {stages}): {held}" if stages > 1 else "")
 
 
 def sort_of(layer: Any) -> tuple[str, LinearFormat]:
