@@ -71,7 +71,9 @@ def loaded(folder: Path, **options: Any) -> tuple[Any, Any, str]:
 
     config = serving.engine_config(folder, **options)
     config.compilation_config.mode = 0
-    with set_current_vllm_config(config), serving.captured_log() as log:
+    # What vLLM's CPU worker does away with.
+    quiet = mock.patch.object(torch.accelerator, "empty_cache")
+    with set_current_vllm_config(config), serving.captured_log() as log, quiet:
         model = get_model(vllm_config=config)
     return model, config, "\n".join(log)
 

@@ -3,6 +3,7 @@ whole model computes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -169,4 +170,4 @@ def test_a_stage_without_layers(child: Any, base: Path, partition: str, empty: i
     """It holds the embedding, or the last norm and lm_head; the others wait for its word all the same."""
     logs = child(ranks.run, ranks.load_stage, base, partition, pipeline=True)
     assert f"pipeline stage {empty} (of 2): no layer of rotquant" in logs[empty]
-    assert "down_proj        2" in logs[1 - empty]
+    assert re.search(r"down_proj +2 ", logs[1 - empty])
