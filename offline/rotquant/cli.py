@@ -105,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
         more="Exit code 1 if something is wrong; each problem is listed with how to mend it.",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _verb(
+        verbs,
+        "build",
+        _build,
+        "compile the native CPU kernels now, for an image or for nodes without a compiler",
+        "rotquant build\n  XDG_CACHE_HOME=/opt/cache rotquant build      serve with the same XDG_CACHE_HOME",
+        more="Otherwise it happens on first use, into the same folder, which may be read-only from then on.",
+    )
     _add_demo(verbs)
     return top
 
@@ -423,6 +431,16 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine()
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 1 if report.problems else 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from rotquant_kernels import build, native
+
+    try:
+        print(native.library())
+    except build.BuildError as error:
+        raise RotQuantError(str(error)) from error
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
