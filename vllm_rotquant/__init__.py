@@ -7,7 +7,10 @@ checkpoint with 16-bit activations and without its rotations.
 
 from __future__ import annotations
 
-SUPPORTED_VLLM = ((0, 28), (0, 34))  # from, up to and not including
+# From, up to and not including; `run.py` and `rotquant doctor` read it here. A version belongs in it when
+# tests/test_vllm_api.py holds the plugin against its record, and, where there is a build for CPUs, the plugin's tests
+# pass in it. A patch release is taken to be like its release.
+SUPPORTED_VLLM = ((0, 28), (0, 34))
 
 
 def register() -> None:
@@ -49,6 +52,12 @@ def unsupported_vllm() -> str | None:
         f"rotquant {version()} runs in vLLM {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is vLLM "
         f"{vllm.__version__}: install a vLLM of that range, or another rotquant"
     )
+
+
+def vllm_requirement() -> str:
+    """The supported versions as pip wants them."""
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED_VLLM)
+    return f"vllm>={low},<{high}"
 
 
 def version() -> str:
