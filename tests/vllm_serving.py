@@ -20,6 +20,16 @@ from torch import Tensor
 
 from rotquant_kernels import convention, fused, online, ops, reference
 
+DEFAULTS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 1 << 23,
+    "max_model_len": 256,
+    "block_size": 32,
+    "disable_log_stats": False,
+}
+
 
 @dataclass
 class Served:
@@ -59,16 +69,7 @@ def serve(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
-    defaults = {
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 1 << 23,
-        "max_model_len": 256,
-        "block_size": 32,
-        "disable_log_stats": False,
-    }
-    arguments: Any = defaults | options
+    arguments: Any = DEFAULTS | options
     parameters = SamplingParams(
         max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0 if logprobs else None
     )

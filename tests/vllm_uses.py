@@ -19,7 +19,8 @@ LAYERS, ATTENTION = "vllm.model_executor.layers.", "vllm.v1.attention."
 
 # Attributes that the plugin reads, sets or replaces.
 ATTRIBUTES = {
-    Name("vllm.config", "VllmConfig"): "additional_config load_config lora_config",
+    Name("vllm.config", "ModelConfig"): "model",
+    Name("vllm.config", "VllmConfig"): "additional_config load_config lora_config model_config",
     Name("vllm.config", "LoadConfig"): "load_format",
     Name(f"{LAYERS}attention", "Attention"): (
         "attn_backend attn_type dtype has_sink head_size head_size_v impl kv_cache_dtype kv_sharing_target_layer_name "
@@ -30,6 +31,10 @@ ATTRIBUTES = {
     Name(f"{LAYERS}quantization.base_config", "QuantizationConfig"): "packed_modules_mapping",
     Name(f"{LAYERS}vocab_parallel_embedding", "ParallelLMHead"): "quant_method",
     Name("vllm.model_executor.models.utils", "WeightsMapper"): "apply_dict apply_list",
+    Name("vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo"): (
+        "can_load load_numel load_numel_total reset restore_device restore_metadata"
+    ),
+    Name("vllm.platforms.interface", "Platform"): "is_cpu",
     Name(f"{ATTENTION}backend", "AttentionCGSupport"): "UNIFORM_BATCH",
     Name(f"{ATTENTION}backend", "AttentionType"): "DECODER",
     Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): "block_table_tensor causal query_start_loc seq_lens",
@@ -76,6 +81,9 @@ OWN = {
     "RotQuantConfig.__getstate__",
     "RotQuantConfig.linear_format",
     "RotQuantLinearMethod.__init__",
+    "RotQuantLinearMethod.check_loaded",
+    "RotQuantLinearMethod.declare",
+    "RotQuantLinearMethod.prepare",
 }
 
 
@@ -209,7 +217,7 @@ def wrong_overrides(facts: Facts) -> Iterator[str]:
         if theirs is None:
             private = name.startswith("_") and not name.startswith("__")
             if not (private or own in OWN or name in EITHER):
-                yield f"{own}: {place} has no such method, so vLLM may not call it any more"
+                yield f"{own}: {place} has no such method, so vLLM does not call it; if it is ours alone, say so in OWN"
         elif own not in OWN and not takes_over(signature(node), theirs):
             yield f"{own} takes {signature(node)}, vLLM's is {theirs}"
     backend = facts.places[f"{ATTENTION}backend:AttentionBackend"]

@@ -5,7 +5,7 @@ When a new vLLM moves something, this is the file to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +26,15 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -65,16 +68,21 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "attention_refusals",
+    "checkpoint",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
     "logger",
     "lora_is_on",
     "norm_before",
+    "on_cpu",
     "opaque_pages",
+    "outermost",
     "register_weight_loader_v2_supported_method",
     "silu_mul_before",
+    "stays_out_of_reloads",
     "tell_compiled_graphs_apart",
+    "watch_reloads",
     "weights_are_dummy",
 ]
 
@@ -145,14 +153,72 @@ def tell_compiled_graphs_apart(key: str, value: Any) -> None:
         extra[key] = value
 
 
+def checkpoint() -> Callable[[], str]:
+    """Where the weights of the model being built come from; a reload from elsewhere changes the answer.
+
+    To be called while a model is loaded.
+    """
+    config = get_current_vllm_config().model_config
+    return lambda: str(config.model)
+
+
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
 
 
+def on_cpu() -> bool:
+    """True where models run on the CPU."""
+    return bool(current_platform.is_cpu())
+
+
 def weights_are_dummy() -> bool:
     """True under --load-format dummy, which reads no file; to be asked while a model is built."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+class _StaysOut(LayerReloadingInfo):
+    """What vLLM knows about a module in a reload: taken apart already, nothing to process."""
+
+    def can_load(self) -> bool:
+        return True
+
+    def reset(self) -> None:
+        pass
+
+
+def stays_out_of_reloads(module: torch.nn.Module) -> None:
+    """Has vLLM's reload of weights pass over the module: its tensors stay and are loaded by their own loaders."""
+    LAYERWISE_INFO[module] = _StaysOut(({}, {}), torch.device("cpu"), load_numel=1, load_numel_total=1)
+
+
+def outermost(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model that a module is part of; vLLM notes all modules of a model, it first, before it loads them."""
+    return next((model for model in LAYERWISE_INFO if any(part is module for part in model.modules())), None)
+
+
+def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Has vLLM call `begin` before it takes a model apart to reload its weights, and `end` when it is done.
+
+    vLLM goes through all modules twice, the model itself first: to ask whether they are taken apart already, and to
+    put them together, attention last.
+    """
+
+    class First(LayerReloadingInfo):
+        def can_load(self) -> bool:
+            if not super().can_load():
+                begin()
+            return super().can_load()
+
+    class Last(LayerReloadingInfo):
+        def reset(self) -> None:
+            super().reset()
+            end()
+
+    attention = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    for module, kind in ((model, First), (attention[-1], Last)) if attention else ():
+        known = LAYERWISE_INFO[module]
+        LAYERWISE_INFO[module] = kind(known.restore_metadata, known.restore_device)
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
 from vllm_rotquant import compat
+from vllm_rotquant.environment import refuse_batch_invariance
 from vllm_rotquant.proof import Proof
 
 # vLLM writes these two into the dict of a compressed-tensors checkpoint.
@@ -76,6 +77,7 @@ class RotQuantConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
+        refuse_batch_invariance()
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", None) or {})
