@@ -238,6 +238,25 @@ def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None, 
     return config.format.attention(prefix) if attention else config.linear_format(prefix)
 
 
+def quantization_with(environment: dict[str, str], folder: Path, on_cpu: bool = True) -> str | None:
+    """`quantization_of` with environment variables, as a GPU would see it or not."""
+    from vllm_rotquant import compat
+
+    with mock.patch.dict(os.environ, environment), mock.patch.object(compat, "on_cpu", return_value=on_cpu):
+        return quantization_of(folder, None)
+
+
+def serve_with_rounded_products(*arguments: Any, **options: Any) -> Served:
+    """`serve` where float32 products of matrices keep 8 bits, as under VLLM_FLOAT32_MATMUL_PRECISION=medium."""
+    honest = torch.Tensor.__matmul__
+
+    def rounding(a: Tensor, b: Tensor) -> Tensor:
+        return honest(*(x.bfloat16().float() if x.dtype == torch.float32 else x for x in (a, b)))
+
+    with mock.patch.object(torch.Tensor, "__matmul__", rounding):
+        return serve(*arguments, **options)
+
+
 def quantization_under(version: str, folder: Path, flag: str | None) -> str | None:
     """`quantization_of` where vLLM has another version."""
     import vllm

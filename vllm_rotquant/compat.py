@@ -35,6 +35,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -47,6 +48,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 __all__ = [
+    "HAS_TRITON",
     "Attention",
     "AttentionBackend",
     "AttentionCGSupport",

@@ -13,7 +13,7 @@ def refuse_batch_invariance() -> None:
     """To be asked before anything is loaded.
 
     Raises:
-        RotQuantError: under VLLM_BATCH_INVARIANT=1 where rotquant's kernels do not keep that promise.
+        RotQuantError: under VLLM_BATCH_INVARIANT=1 where vLLM or rotquant's kernels do not keep that promise.
     """
     from vllm_rotquant import compat  # imports vLLM, which the rest of this module does not need
 
@@ -22,12 +22,14 @@ def refuse_batch_invariance() -> None:
     if not compat.on_cpu():
         raise RotQuantError(
             "VLLM_BATCH_INVARIANT=1: on GPUs rotquant's attention cuts its work up by the size of the batch, so that "
-            "the last bits of a token depend on it; unset VLLM_BATCH_INVARIANT"
+            "the last bits of a token depend on it: unset VLLM_BATCH_INVARIANT"
         )
-    compat.logger.warning(
-        "VLLM_BATCH_INVARIANT=1: rotquant's CPU kernels give a token the same bits in every batch with or without it, "
-        "and vLLM's own part of it is made for GPUs: if the start fails, unset VLLM_BATCH_INVARIANT"
-    )
+    if not compat.HAS_TRITON:
+        raise RotQuantError(
+            "VLLM_BATCH_INVARIANT=1: vLLM's kernels for it are written in Triton, which does not run on this CPU, so "
+            "that no model starts: unset VLLM_BATCH_INVARIANT (rotquant's CPU kernels give a token the same bits in "
+            "every batch without it)"
+        )
 
 
 def refuse_rounded_products(where: str, device: torch.device) -> None:
