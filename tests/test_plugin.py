@@ -245,6 +245,30 @@ def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str,
         child(serving.serve, extended, PROMPTS, swap=swap)
 
 
+def test_rounded_float32_products_are_refused(child: Child, base: Path, extended: Path, served: serving.Served) -> None:
+    """Where they serve: chains of transforms are plain torch; the base checkpoint has none of them."""
+    with pytest.raises(RotQuantError, match=r"online transforms are float32 products.*FLOAT32_MATMUL_PRECISION"):
+        child(serving.serve_with_rounded_products, extended, PROMPTS)
+    got = child(serving.serve_with_rounded_products, base, PROMPTS, logprobs=False)
+    assert len(got.tokens) == len(served.tokens)
+
+
+def test_a_batch_changes_no_bit(child: Child, tmp_path: Path) -> None:
+    """Logits of a prompt alone and among others, prefilled whole and beside sequences that decode."""
+    folder = write_checkpoint(tmp_path / "model", replace(BASE, int8_head=True, extras=everything()))
+    options = {"enable_prefix_caching": False, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 256}
+    together, alone = (child(serving.serve, folder, PROMPTS, max_num_seqs=n, **options) for n in (len(PROMPTS), 1))
+    assert together.tokens == alone.tokens
+    assert all(torch.equal(*pair) for pair in zip(together.prompt_logprobs, alone.prompt_logprobs, strict=True))
+
+
+@pytest.mark.parametrize(("on_cpu", "why"), [(True, "written in Triton.*same bits in every batch"), (False, "on GPUs")])
+def test_batch_invariant_mode_is_refused(child: Child, base: Path, on_cpu: bool, why: str) -> None:
+    with pytest.raises(RotQuantError, match=f"^VLLM_BATCH_INVARIANT=1: .*{why}"):
+        child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "1"}, base, on_cpu=on_cpu)
+    assert child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "0"}, base, on_cpu=on_cpu) == "rotquant"
+
+
 def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
     """--load-format dummy, as benchmarks use it: no tensor in the folder, random valid layers, a loud warning."""
     (tmp_path / "config.json").write_bytes((extended / "config.json").read_bytes())

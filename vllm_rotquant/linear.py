@@ -30,6 +30,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
         self.format, self.prefix, self.proof = linear, prefix, proof
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
+        self.ready = False  # loaded, and in the form that serves
 
     def create_weights(
         self,
@@ -41,8 +42,8 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Declares the tensors of the checkpoint (compressed-tensors' `pack-quantized`) on the layer."""
-        inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
+        """Declares the tensors of the checkpoint on the layer."""
+        inputs = input_size_per_partition
         self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
         self.dummy = compat.weights_are_dummy()
         # Only a row-parallel layer splits its inputs; its ranks' outputs are summed.
@@ -53,8 +54,20 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             compat.load_adapters_with(adapters.reader)
             if isinstance(layer, compat.ParallelLMHead):  # vLLM's LoRA takes the device and dtype of the head from it
                 layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
-        loader, bits, group = attributes["weight_loader"], self.format.weight_bits, self.format.group_size
-        per_word = 32 // bits
+        self.all_inputs, self.parts, self.loader = input_size, output_partition_sizes, attributes["weight_loader"]
+        self.span = slice(first, first + inputs)
+        self.declare(layer)
+        self.names = tuple(name for name, _ in layer.named_parameters())
+        self.proof.expect(layer)
+
+    def declare(self, layer: torch.nn.Module) -> None:
+        """Gives a module the parameters of the checkpoint's tensors (compressed-tensors' `pack-quantized`).
+
+        Args:
+            layer: the layer while a model is built, a bare module when its weights are loaded anew (`reload`).
+        """
+        inputs, outputs, loader = self.inputs, sum(self.parts), self.loader
+        group, per_word = self.format.group_size, 32 // self.format.weight_bits
         packed = compat.PackedvLLMParameter(
             data=torch.full((outputs, -(-inputs // per_word)), UNLOADED, dtype=torch.int32),
             input_dim=1,
@@ -74,11 +87,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_packed", packed)
         layer.register_parameter("weight_scale", scale)
         layer.register_parameter("weight_shape", shape)
-        span, parts = slice(first, first + inputs), output_partition_sizes
-        transforms, rank = self.format.transforms, self.format.rank
-        rotation.expect_tensors(layer, self.prefix, transforms, input_size, span, parts, loader)
-        low_rank.expect_factors(layer, self.prefix, rank, input_size, span, parts, params_dtype)
-        self.proof.expect(layer)
+        transforms, rank, dtype = self.format.transforms, self.format.rank, self.dtype
+        rotation.expect_tensors(layer, self.prefix, transforms, self.all_inputs, self.span, self.parts, loader)
+        low_rank.expect_factors(layer, self.prefix, rank, self.all_inputs, self.span, self.parts, dtype)
 
     def _check_shard(self, inputs: int, all_inputs: int) -> None:
         """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""
@@ -94,9 +105,27 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                 )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Checks that everything was loaded and brings the weights into the kernel's layout."""
+        """Checks that everything was loaded and brings the weights into the kernel's layout.
+
+        vLLM may call it again for weights that it has not touched, as under sleep mode: nothing is left to do then.
+        """
+        if self.ready:
+            return
         if self.dummy:
             self._fill_at_random(layer)
+        self.check_loaded(layer)
+        self.proof.keep(layer, layer.weight_packed.data)
+        self.biased = getattr(layer, "bias", None) is not None
+        self.prepare(layer)
+        self.ready = True
+        self.proof.loaded(layer)
+
+    def check_loaded(self, layer: Any) -> None:
+        """Refuses weights that the checkpoint left out, in part or as a whole.
+
+        Args:
+            layer: what was declared, with what was loaded into it.
+        """
         unloaded = (layer.weight_packed == UNLOADED).all(dim=1)
         for name, missing in (("weight_packed", unloaded), ("weight_scale", layer.weight_scale.isnan().any(dim=1))):
             if missing.any():
@@ -104,19 +133,21 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                     f"{self.prefix}.{name} is missing from the checkpoint ({int(missing.sum())} of {len(missing)} rows)"
                 )
         low_rank.check_loaded(layer, self.prefix)
+        rotation.check_loaded(layer, self.prefix, self.format.transforms, self.dummy)
+
+    def prepare(self, layer: Any) -> None:
+        """Brings what was loaded into the form that serves."""
         packed, device = layer.weight_packed.data, layer.weight_packed.device
-        correction = rotation.take_tensors(layer, self.prefix, self.format.transforms, device, self.dummy)
+        correction = rotation.take_tensors(layer, self.format.transforms, device, self.dummy)
         layer.register_buffer("shift_correction", correction if self.adds_correction else None, persistent=False)
-        self.proof.keep(layer, packed)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         layer.weight_packed = Parameter(self._prepare(layer, packed), requires_grad=False)
         del layer.weight_shape
-        self.proof.loaded(layer)
 
     def _prepare(self, layer: Any, packed: Tensor) -> Tensor:
         """The weight in the layout of the layer's kernel, which is chosen here."""
         linear = self.format
-        bias = layer.shift_correction is not None or getattr(layer, "bias", None) is not None
+        bias = layer.shift_correction is not None or self.biased
         before, _ = online.split(rotation.stages(layer, linear.transforms))
         settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
         dtype = torch.float32 if before else self.dtype

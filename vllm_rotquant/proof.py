@@ -8,7 +8,8 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,12 @@ from rotquant.format import LinearFormat
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
 from vllm_rotquant import agreement, compat, rotation
+from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.reload import Reload
 from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
@@ -113,6 +116,17 @@ class Proof:
             fuse(linears, self.holders)
         run_checks(self, readings)
         warm_linears(layer for layer, _ in self.packed.values())
+        Reload(self).install(self.layers)
+
+    @contextmanager
+    def again(self, layers: list[Any]) -> Iterator[None]:
+        """Runs the check at the end of a block in which the weights of `layers` are loaded anew, and kept by `keep`."""
+        self.layers, self.done = layers, False
+        try:
+            yield
+            run_checks(self, [])
+        finally:
+            self.layers, self.packed, self.done = [], {}, True
 
 
 @dataclass
@@ -245,6 +259,8 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     linear, inputs = method.format, method.inputs
     stages = rotation.stages(layer, linear.transforms)
     bias, correction = getattr(layer, "bias", None), layer.shift_correction
+    if linear.rank or split(stages)[0]:
+        refuse_rounded_products(method.prefix, packed.device)
     if method.norm is not None:
         given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps)
     elif method.silu_mul:
@@ -287,7 +303,7 @@ def attention_row(layer: Any, count: int) -> Row:
         [trial(n, h, dim, dtype=layer.dtype, device=device, seed=seed + i) for i, n in enumerate(lengths)]
         for seed, h in ((1, layer.num_heads), (3, heads), (5, heads))
     )
-    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k.dtype) for k in key]
+    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     got = torch.cat(served_attention(layer, query, key, value))
     expected = torch.cat(
