@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rotquant.errors import RotQuantError
+from rotquant.json_files import read_object, short
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,39 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
-        reason = " ".join(str(error).split())[:200]
+        reason = short(f"{type(error).__name__}: {error}", 200)
         raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
+
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json")
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Refuses a tokenizer that cannot be read, or has ids that the model has no embedding for; none is fine.
+
+    Raises:
+        RotQuantError: naming the token and its file.
+    """
+    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        return
+    for file in files:
+        if file.suffix == ".json":
+            read_object(file)
+    tokenizer: Any = read_tokenizer(folder)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if largest >= vocab_size:
+        raise RotQuantError(
+            f"{_file_of(token, files)}: token {token!r} has id {largest}, but the model has {vocab_size} embeddings"
+            " (config.json: vocab_size); remove the token, or give the model more embeddings"
+        )
+
+
+def _file_of(token: str, files: list[Path]) -> Path:
+    """The file that a token stands in."""
+    spelled = json.dumps(token), json.dumps(token, ensure_ascii=False)
+    texts = ((file, file.read_text(encoding="utf-8", errors="ignore")) for file in files if file.suffix == ".json")
+    return next((file for file, text in texts if any(one in text for one in spelled)), files[0])
 
 
 def default_text() -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rotquant import export
 from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
+from rotquant.companions import copy_companions
 from rotquant.decoder import Decoder
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
@@ -34,7 +35,8 @@ from rotquant.journal import Journal
 from rotquant.layerwise import LayerQuantizer, pack
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
+from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, rotary
+from rotquant.original import read_original
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
@@ -143,11 +145,8 @@ def prepare(
         raise RotQuantError(f"--profile {profile}: take full or portable")
     chosen = export.for_profile(load_recipe(recipe, settings), profile)
     folder = fetch(model)
-    arch = read_architecture(folder)
-    source = Source(folder)
-    expected = expected_shapes(arch.config)
-    source.check(expected, optional=[LM_HEAD] if arch.tied else [])
-    check_groups(chosen, expected)
+    arch, source = read_original(folder)
+    check_groups(chosen, source.shapes)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -162,9 +161,9 @@ def prepare(
     return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
-def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
+def check_groups(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> None:
     size = recipe.weights.group_size
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
             raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
@@ -294,7 +293,7 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
     """config.json, index, tokenizer and model card; read back before they count."""
     quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
-    export.copy_companions(run.model, journal.folder)
+    copy_companions(run.model, journal.folder)
     extension = export.extension(run.recipe, run.transforms, run.profile, provenance(run, digest))
     export.write_config(run.model, journal.folder, run.arch, quantization, extension)
     written: dict[str, str] = {}
