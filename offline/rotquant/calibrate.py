@@ -41,32 +41,46 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json")
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Refuses a tokenizer that cannot be read, or has ids that the model has no embedding for; none is fine.
 
     Raises:
         RotQuantError: naming the token and its file.
     """
-    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    if not files:
-        return
+    files = tokenizer_files(folder)
     for file in files:
         if file.suffix == ".json":
             read_object(file)
-    tokenizer: Any = read_tokenizer(folder)
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if files:
+        tokenizer: Any = read_tokenizer(folder)
+        check_tokens(torch.tensor(list(tokenizer.get_vocab().values()) or [0]), tokenizer, folder, vocab_size)
+
+
+def check_tokens(ids: Tensor, tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    """Refuses token ids int64 that the model has no embedding for.
+
+    Raises:
+        RotQuantError: naming the token and its file.
+    """
+    largest = int(ids.max())
     if largest >= vocab_size:
+        token = str(tokenizer.convert_ids_to_tokens(largest))
         raise RotQuantError(
-            f"{_file_of(token, files)}: token {token!r} has id {largest}, but the model has {vocab_size} embeddings"
-            " (config.json: vocab_size); remove the token, or give the model more embeddings"
+            f"{_file_of(token, folder)}: token {short(repr(token), 60)} has id {largest}, but vocab_size of config.json"
+            f" is {vocab_size}; remove the token, or give the model more embeddings"
         )
 
 
-def _file_of(token: str, files: list[Path]) -> Path:
-    """The file that a token stands in."""
+def _file_of(token: str, folder: Path) -> Path:
+    """The file that a token stands in, the folder where it is in none."""
     spelled = json.dumps(token), json.dumps(token, ensure_ascii=False)
-    texts = ((file, file.read_text(encoding="utf-8", errors="ignore")) for file in files if file.suffix == ".json")
-    return next((file for file, text in texts if any(one in text for one in spelled)), files[0])
+    files = [file for file in tokenizer_files(folder) if file.suffix == ".json"]
+    texts = ((file, file.read_text(encoding="utf-8", errors="ignore")) for file in files)
+    return next((file for file, text in texts if any(one in text for one in spelled)), folder)
 
 
 def default_text() -> str:

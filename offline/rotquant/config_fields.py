@@ -12,6 +12,7 @@ Any other field is refused. What vLLM's classes of an architecture have is state
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ def _refuse_off(where: str, name: str, raw: Fields) -> None:
     accepted, otherwise = OFF[name]
     value = raw[name]
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
-        raise RotQuantError(f"{where}: {name}: {otherwise} (it is {short(repr(value), 60)})")
+        fine = " or ".join(json.dumps(one) for one in accepted)
+        raise RotQuantError(f"{where}: {name} is {short(repr(value), 60)}: {otherwise}; it must be {fine}, or absent")
 
 
 def check_relations(where: str, raw: Fields, known: Known) -> None:
@@ -266,15 +268,17 @@ def check_relations(where: str, raw: Fields, known: Known) -> None:
     if raw.get("attention_bias") and "qkv_bias" in raw:
         raise RotQuantError(f"{where}: qkv_bias: vLLM would take it in place of attention_bias; remove it")
     hidden, heads, size = (raw.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
-    if hidden and heads and hidden % heads:
-        raise RotQuantError(f"{where}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
-    if (size and size % 2) or (not size and hidden and heads and hidden // heads % 2):
-        raise RotQuantError(f"{where}: head_dim {size or hidden // heads} is odd; rotary embedding turns pairs")
-    if size and hidden and heads and not known.own_head_dim and size * heads != hidden:
-        raise RotQuantError(
-            f"{where}: head_dim is {size}, but vLLM's {raw['architectures'][0]} takes hidden_size /"
-            f" num_attention_heads, {hidden // heads}"
-        )
+    if hidden and heads:
+        if hidden % heads:
+            raise RotQuantError(f"{where}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+        if size and not known.own_head_dim and size * heads != hidden:
+            raise RotQuantError(
+                f"{where}: head_dim is {size}, but vLLM's {raw['architectures'][0]} takes hidden_size /"
+                f" num_attention_heads, {hidden // heads}"
+            )
+        size = size or hidden // heads
+    if size and size % 2:
+        raise RotQuantError(f"{where}: head_dim is {size}; rotary embedding turns pairs of channels")
     if heads and (groups := raw.get("num_key_value_heads")) and heads % groups:
         raise RotQuantError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
     _check_tokens(where, raw)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
 from rotquant.checkpoint import Source
 from rotquant.decoder import Decoder, float_linear
@@ -39,14 +39,15 @@ def check_equivalence(
     """
     folded = Folded(source, arch, fold, tokens)
 
-    def follow(index: int, output: Any) -> None:
+    def follow(index: int, layer: nn.Module, output: Any) -> None:
         original = (output[0] if isinstance(output, tuple) else output)[0]
         compare(f"layer {index}", fold.r1.rows(original.double()).float() if fold.r1 else original, folded.step(index))
+        layer.to("meta")  # lets the mapped files go
         layer_done(index)
 
     with original_model(source) as model:
         for index, layer in enumerate(model.model.layers):
-            layer.register_forward_hook(lambda _, __, output, index=index: follow(index, output))
+            layer.register_forward_hook(lambda layer, _, output, index=index: follow(index, layer, output))
         logits = model(tokens[None], use_cache=False).logits[0]
     return compare("logits", logits, folded.logits())
 

@@ -64,41 +64,48 @@ def check_generation(folder: Path) -> None:
             raise RotQuantError(f"{file}: {short(error)}") from error
 
 
+def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, set[str]]:
+    """A model as transformers loads it from a folder's safetensors, and the names of tensors that it does not use.
+
+    Raises:
+        RotQuantError: it cannot, or lacks tensors and would draw them at random.
+    """
+    Source(folder)  # names the file that is damaged, which transformers does not
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
+            trust_remote_code=False, local_files_only=True,
+        )  # fmt: skip
+    except Exception as error:  # of many kinds
+        raise RotQuantError(f"{folder}: transformers cannot load this model: {short(error)}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise RotQuantError(f"{folder}: transformers finds no tensor {missing[0]}, and would draw it at random")
+    return model.eval(), set(map(str, info["unexpected_keys"]))
+
+
 @contextmanager
 def original_model(source: Source) -> Iterator[PreTrainedModel]:
     """transformers' own model from the files, computing in float32.
 
     Raises:
-        RotQuantError: transformers cannot load it, or does not take the tensors that the files hold.
+        RotQuantError: transformers cannot load it, or does not take every tensor that the files hold.
     """
     dtype = DTYPES[source.dtypes[EMBEDDING]]  # the files' own: then nothing is copied
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, local_files_only=True,
-        )  # fmt: skip
-    except Exception as error:  # of many kinds
-        raise RotQuantError(f"{source.folder}: transformers cannot load this model: {short(error)}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    _check_loaded(source, info)
+    model, unused = load_transformers(source.folder, dtype)
+    if unused:
+        raise RotQuantError(f"{source.folder}: transformers does not use the tensor {min(unused)}; it would be lost")
     _unround(model, source)
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
             _Widened(module)
     with torch.no_grad():
-        yield model.eval()
-
-
-def _check_loaded(source: Source, info: dict[str, Any]) -> None:
-    for kind, what in (("missing_keys", "finds no tensor for"), ("unexpected_keys", "does not use")):
-        if names := sorted(map(str, info.get(kind) or ())):
-            raise RotQuantError(
-                f"{source.folder}: transformers {what} {names[0]}; it would not be the model it computes"
-            )
+        yield model
 
 
 def _unround(model: PreTrainedModel, source: Source) -> None:

@@ -143,10 +143,10 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = export.for_profile(load_recipe(recipe, settings), profile)
+    chosen = export.for_profile(load_recipe(recipe, settings), profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
-    check_groups(chosen, source.shapes)
+    check_shapes(chosen, source.shapes)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -161,12 +161,17 @@ def prepare(
     return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
-def check_groups(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> None:
-    size = recipe.weights.group_size
+def check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses groups and ranks that a weight of the model cannot have."""
+    size, rank = recipe.weights.group_size, recipe.weights.rank
     for name, shape in shapes.items():
-        if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
+        if not name.endswith("_proj.weight"):
+            continue
+        if shape[1] % 8 or (size and shape[1] % size):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
             raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
+        if rank > min(shape):
+            raise RotQuantError(f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}")
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
