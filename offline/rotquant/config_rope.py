@@ -17,8 +17,8 @@ from typing import Any
 from rotquant.errors import RotQuantError
 from rotquant.json_files import short
 
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-# Keys beside rope_type, type and rope_theta, and which of them are needed; `?` where they are not.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+# Keys beside rope_type, type and rope_theta; `?` where a key may be left out.
 TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -86,6 +86,9 @@ def _check_settings(where: str, name: str, settings: dict[str, Any], raw: dict[s
 
 
 def _check_lengths(where: str, name: str, kind: str, settings: dict[str, Any], raw: dict[str, Any]) -> None:
+    outer, inner = (some.get("original_max_position_embeddings") for some in (raw, settings))
+    if kind in ("llama3", "yarn") and outer not in (None, inner):
+        raise RotQuantError(f"{where}: original_max_position_embeddings is {short(outer, 60)}, but {inner} in {name}")
     if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise RotQuantError(f"{where}: {name}.low_freq_factor must be below high_freq_factor")
     longest = raw.get("max_position_embeddings")
