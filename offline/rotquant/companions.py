@@ -22,7 +22,7 @@ WEIGHTS = (
     "*.engine", "*.tar", "*.tar.gz", "*.zip",
 )  # fmt: skip
 LEFT_OUT = (
-    "config.json", "README*", "*.index.json", "params.json", "adapter_*", "quant*_config.json", "hf_quant_config.json",
+    "README*", "*.index.json", "params.json", "adapter_*", "quant*_config.json", "hf_quant_config.json",
     "recipe.yaml", "*.py", "*.pyc", "*.sh", "*.ipynb", "*.c", "*.cpp", "*.cu", "*.so", "*.log", "*.tmp", "*.lock",
     "*tfevents*", "trainer_*", "training_*", "all_results.json", "train_results.json", "eval_results.json",
     "model_index.json", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "journal.json",
@@ -40,6 +40,8 @@ def travelling(names: Iterable[str]) -> Iterator[str]:
     weights = {path.parent for path in paths if _is(path.name, WEIGHTS)}
     others = {folder for path in weights for folder in (path, *path.parents)} - {PurePosixPath(".")}
     for path in paths:
+        if str(path) == "config.json":
+            continue
         hidden = any(part.startswith(".") for part in path.parts)
         useless = _is(path.name, (*WEIGHTS, *LEFT_OUT)) or any(_is(folder, FOLDERS) for folder in path.parts[:-1])
         if not hidden and not useless and not others & {path.parent, *path.parents}:

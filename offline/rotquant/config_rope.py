@@ -87,7 +87,7 @@ def _check_settings(where: str, name: str, settings: dict[str, Any], raw: dict[s
 
 def _check_lengths(where: str, name: str, kind: str, settings: dict[str, Any], raw: dict[str, Any]) -> None:
     outer, inner = (some.get("original_max_position_embeddings") for some in (raw, settings))
-    if kind in ("llama3", "yarn") and outer not in (None, inner):
+    if kind in ("llama3", "yarn") and "original_max_position_embeddings" in raw and outer != inner:
         raise RotQuantError(f"{where}: original_max_position_embeddings is {short(outer, 60)}, but {inner} in {name}")
     if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise RotQuantError(f"{where}: {name}.low_freq_factor must be below high_freq_factor")
