@@ -6,6 +6,7 @@ attention, SiLU-gated MLP; they differ in biases and in Qwen3's norms on queries
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from rotquant.config_fields import ARCHITECTURES as ARCHITECTURES
+from rotquant.config_fields import NO_WINDOW, check_fields, check_values
 from rotquant.errors import RotQuantError
+from rotquant.json_files import read_object, short
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -30,7 +33,10 @@ EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a model, and the config they come from."""
+    """Sizes of a model, and the config they come from.
+
+    tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
+    """
 
     config: PreTrainedConfig
     layers: int
@@ -48,17 +54,29 @@ class Architecture:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """config.json of a local folder.
+    """config.json of a local folder, as transformers reads it.
 
     Raises:
         RotQuantError: no config.json, or one that transformers cannot read.
     """
     if not (folder / "config.json").is_file():
         raise RotQuantError(f"{folder}/config.json: no such file; MODEL must be a Hugging Face model folder or hub id")
+    _check_values(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise RotQuantError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # whatever a config class makes of a wrong value
+        raise RotQuantError(f"{folder}/config.json: {short(error)}") from error
+
+
+def _check_values(file: Path) -> None:
+    """Before transformers sees them: it may take long or much memory to fail, or name no field."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RotQuantError(f"{file}: no valid JSON: {short(error)}") from error
+    names = raw.get("architectures") if isinstance(raw, dict) else None
+    if isinstance(names, list) and names[:1] and names[0] in list(ARCHITECTURES):
+        check_values(str(file), raw)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -67,20 +85,12 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         RotQuantError: naming the field of config.json that stands in the way.
     """
-    config = read_config(folder)
     where = f"{folder}/config.json"
-    names = config.architectures or []
-    if not names or names[0] not in ARCHITECTURES:
-        raise RotQuantError(f"{where}: architectures is {names}, supported are {', '.join(ARCHITECTURES)}")
-    if getattr(config, "quantization_config", None):
-        raise RotQuantError(f"{where}: quantization_config: the model is already quantized; start from the original")
-    if config.hidden_act != "silu":
-        raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
+    if (folder / "config.json").is_file():
+        check_fields(where, read_object(folder / "config.json"))
+    config = read_config(folder)
     if uses_sliding_window(config):
-        raise RotQuantError(
-            f"{where}: sliding_window is {config.sliding_window}, which the 4-bit KV cache does not support; set it"
-            " to null if you serve contexts no longer than that"
-        )
+        raise RotQuantError(f"{where}: sliding_window is {config.sliding_window}, {NO_WINDOW}")
     return architecture(config)
 
 
@@ -102,17 +112,18 @@ def architecture(config: PreTrainedConfig) -> Architecture:
 
 
 def uses_sliding_window(config: PreTrainedConfig) -> bool:
-    """True where some layer attends to a window only. Qwen configs carry the field with the feature off."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    """True where some layer attends to a window only: also by a default that config.json does not show."""
+    kinds = getattr(config, "layer_types", None) or []
+    return bool(getattr(config, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' own model without weights: parameters on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:  # of many kinds
+        raise RotQuantError(f"config.json: transformers cannot build this model: {short(error)}") from error
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ from rotquant import export
 from rotquant.basis import Basis
 from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
+from rotquant.companions import copy_companions
 from rotquant.decoder import Decoder
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
@@ -35,7 +36,8 @@ from rotquant.journal import Journal
 from rotquant.layerwise import LayerQuantizer, pack
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
+from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, rotary
+from rotquant.original import read_original
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
@@ -142,13 +144,10 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = export.for_profile(load_recipe(recipe, settings), profile)
+    chosen = export.for_profile(load_recipe(recipe, settings), profile).check_learning()
     folder = fetch(model)
-    arch = read_architecture(folder)
-    source = Source(folder)
-    expected = expected_shapes(arch.config)
-    source.check(expected, optional=[LM_HEAD] if arch.tied else [])
-    check_groups(chosen, expected)
+    arch, source = read_original(folder)
+    check_shapes(chosen, source.shapes)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -163,12 +162,17 @@ def prepare(
     return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
-def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
-    size = recipe.weights.group_size
-    for name, shape in expected.items():
-        if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
+def check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses groups and ranks that a weight of the model cannot have."""
+    size, rank = recipe.weights.group_size, recipe.weights.rank
+    for name, shape in shapes.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        if shape[1] % 8 or (size and shape[1] % size):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
             raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
+        if rank > min(shape):
+            raise RotQuantError(f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}")
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
@@ -295,7 +299,7 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
     """Basis sidecar, config.json, index, tokenizer and model card; read back before they count."""
     quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
-    export.copy_companions(run.model, journal.folder)
+    copy_companions(run.model, journal.folder)
     basis = Basis.of(run.source, run.arch, run.transforms).write(journal.folder)
     extension = export.extension(run.recipe, run.transforms, run.profile, basis, provenance(run, digest))
     export.write_config(run.model, journal.folder, run.arch, quantization, extension)
