@@ -88,11 +88,18 @@ class Proof:
             assert self.ranks is not None
             try:
                 with self.ranks.verdict(self.identity):
-                    if self.holders is not None:
-                        fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
-                    run_checks(self)
+                    self.finish()
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
+
+    def finish(self) -> None:
+        """What is left to do once this rank's layers are loaded."""
+        if not self.layers:
+            compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
+            return
+        if self.holders is not None:
+            fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
+        run_checks(self)
 
 
 @dataclass
@@ -156,7 +163,7 @@ def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
-    elif proof.layers:
+    else:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
     kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
