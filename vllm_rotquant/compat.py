@@ -251,14 +251,19 @@ def ranks_of_model() -> Any:
 
 
 def wait_for_all(group: Any, seconds: float) -> None:
-    """Returns when all ranks have called it; raises RuntimeError, naming a missing one where it is known, if not."""
-    torch.distributed.monitored_barrier(group.cpu_group, timedelta(seconds=seconds), wait_all_ranks=True)
+    """Returns when all ranks have called it; raises RuntimeError, naming a missing one where it is known, if not.
+
+    Under VLLM_DISTRIBUTED_USE_SPLIT_GROUP, whose groups have no such barrier, `from_all` is the first to wait.
+    """
+    if torch.distributed.get_backend(group.cpu_group) == "gloo":
+        torch.distributed.monitored_barrier(group.cpu_group, timedelta(seconds=seconds), wait_all_ranks=True)
 
 
 def from_all(group: Any, mine: Any) -> list[Any]:
     """The objects that the ranks of a group have brought, by rank."""
     answers: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
+    with torch.device("cpu"):  # vLLM loads under its device
+        torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
     return answers
 
 

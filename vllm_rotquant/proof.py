@@ -105,7 +105,10 @@ class Proof:
                 self.layers, self.packed, self.holders = [], {}, None
 
     def _finish(self, last: Any) -> None:
-        """Everything that wants the whole model, loaded: `last` is the layer that was loaded last."""
+        """What is left to do once this rank's layers are loaded: `last` is the layer that was loaded last."""
+        if not self.layers:  # a pipeline stage without layers of rotquant
+            compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
+            return
         self.intake.built()
         assert self.holders is not None
         linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
@@ -219,7 +222,7 @@ def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
-    elif proof.layers:
+    else:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
     kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
