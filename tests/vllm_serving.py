@@ -207,7 +207,7 @@ def loaded_log(folder: Path, **options: Any) -> str:
 
     config = engine_config(folder, **options)
     # vLLM's CPU worker replaces what needs an accelerator.
-    cache = mock.patch.object(torch.accelerator, "empty_cache", lambda: None)
+    cache = mock.patch.object(torch.accelerator, "empty_cache")
     with captured_log() as log, set_current_vllm_config(config), cache:
         if not torch.distributed.is_initialized():
             store = Path(tempfile.mkdtemp()) / "store"

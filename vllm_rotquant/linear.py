@@ -45,6 +45,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """Declares the tensors of the checkpoint on the layer."""
         inputs = input_size_per_partition
         self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
+        self.all_inputs = input_size
         self.dummy = compat.weights_are_dummy()
         # Only a row-parallel layer splits its inputs; its ranks' outputs are summed.
         first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
@@ -132,6 +133,11 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                 raise RotQuantError(
                     f"{self.prefix}.{name} is missing from the checkpoint ({int(missing.sum())} of {len(missing)} rows)"
                 )
+        if not self.dummy and int(layer.weight_shape[1]) != self.all_inputs:
+            shape = layer.weight_shape.tolist()
+            raise RotQuantError(
+                f"{self.prefix}: weight_shape is {shape}, config.json asks for {self.all_inputs} inputs"
+            )
         low_rank.check_loaded(layer, self.prefix)
         rotation.check_loaded(layer, self.prefix, self.format.transforms, self.dummy)
 
