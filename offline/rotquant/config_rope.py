@@ -28,7 +28,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "mscale_all_dim?", "truncate?",
     ),
 }  # fmt: skip
-LEAST = {"factor": 1.0}  # of other keys: above 0
+LEAST = {"factor": 1.0, "rope_theta": 2.0}  # of other keys: above 0
 
 
 def check_rope(where: str, raw: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def check_rope(where: str, raw: dict[str, Any]) -> None:
     """
     theta = raw.get("rope_theta")
     if "rope_theta" in raw:
-        _check_number(where, "rope_theta", theta)
+        _check_number(where, "rope_theta", theta, LEAST["rope_theta"])
     given = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name) is not None]
     if len(given) == 2 and raw[given[0]] != raw[given[1]]:
         raise RotQuantError(f"{where}: rope_parameters and rope_scaling differ; remove the one that does not hold")

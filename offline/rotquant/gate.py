@@ -80,6 +80,8 @@ class Folded:
 
 
 def compare(what: str, expected: Tensor, actual: Tensor) -> float:
+    if not expected.isfinite().all():
+        raise RotQuantError(f"equivalence gate: the original itself computes NaN or infinite values ({what})")
     distance = ((expected - actual).norm() / expected.norm()).item() if expected.shape == actual.shape else float("inf")
     if not distance <= TOLERANCE:  # NaN counts as different
         raise RotQuantError(
