@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -71,10 +72,12 @@ def changes(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     }  # fmt: skip
 
 
-def merge(model: nn.Module, folder: Path) -> None:
-    """W + s B A in place."""
+def merged(model: Any, folder: Path) -> Any:
+    """A copy of the model with W + s B A for every W."""
+    model = copy.deepcopy(model)
     for name, (b, a) in changes(folder).items():
-        model.get_submodule(name).weight.data += (b @ a).to(model.get_submodule(name).weight.dtype)
+        model.get_submodule(name).weight.data += b @ a
+    return model
 
 
 def attach(model: nn.Module, folder: Path) -> None:
