@@ -53,7 +53,7 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
-        self.intake = Intake()
+        self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model
         self.done = False
 
@@ -62,6 +62,7 @@ class Proof:
         if self.holders is None and not compat.lora_is_on():
             self.holders = Holders()
         self.settings = self.settings or compat.model_settings()
+        self.intake = self.intake or Intake()
         self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
@@ -77,6 +78,7 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
+            assert self.intake is not None
             self.intake.built()
             try:
                 linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
@@ -146,6 +148,7 @@ def reading_rows(proof: Proof) -> list[Row]:
     Raises:
         RotQuantError: they build different layers.
     """
+    assert proof.intake is not None
     modules, settings = proof.intake.around(), proof.settings
     decoders = [module for module in modules if compat.is_decoder(module)]
     decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
