@@ -311,9 +311,15 @@ def foreign(kind: str) -> dict[str, Any]:
     return config
 
 
+def make_foreign(config: dict[str, Any], kind: str) -> None:
+    """Turns config.json into that of another tool."""
+    del config["rotquant"]
+    config["quantization_config"] = foreign(kind)
+
+
 @pytest.mark.parametrize("kind", ["W4A16", "FP8"])
 def test_leaves_other_checkpoints_alone(child: Child, base: Path, tmp_path: Path, kind: str) -> None:
-    folder = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign(kind)))
+    folder = edited(base, tmp_path / "other", lambda config: make_foreign(config, kind))
     assert child(serving.quantization_of, folder, None) == "compressed-tensors"
     with pytest.raises(RotQuantError, match=r"--quantization rotquant: this checkpoint .quant_method 'compressed-ten"):
         child(serving.quantization_of, folder, "rotquant")
@@ -476,5 +482,5 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
 def test_other_vllm_versions(child: Child, base: Path, tmp_path: Path, version: str) -> None:
     with pytest.raises(RotQuantError, match=f"runs in vLLM 0.28 to 0.33, this is vLLM {version}"):
         child(serving.quantization_under, version, base, None)
-    other = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign("W4A16")))
+    other = edited(base, tmp_path / "other", lambda config: make_foreign(config, "W4A16"))
     assert child(serving.quantization_under, version, other, None) == "compressed-tensors"

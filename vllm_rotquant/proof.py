@@ -57,7 +57,7 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
-        self.intake = Intake()
+        self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model
         self.ranks: agreement.Ranks | None = None
         self.identity: Callable[[], dict[str, str]] = dict
@@ -82,6 +82,7 @@ class Proof:
         if self.holders is None:
             self.holders, self.lora = Holders(), compat.lora_is_on()
         self.settings = self.settings or compat.model_settings()
+        self.intake = self.intake or Intake()
         self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
@@ -109,8 +110,9 @@ class Proof:
         if not self.layers:  # a pipeline stage without layers of rotquant
             compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
             return
-        self.intake.built()
+        assert self.intake is not None
         assert self.holders is not None
+        self.intake.built()
         linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
         readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
         if self.when_loaded is not None:
@@ -190,6 +192,7 @@ def reading_rows(proof: Proof) -> list[Row]:
     Raises:
         RotQuantError: they build different layers.
     """
+    assert proof.intake is not None
     modules, settings = proof.intake.around(), proof.settings
     decoders = [module for module in modules if compat.is_decoder(module)]
     decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
