@@ -23,6 +23,8 @@ class Platform(CpuPlatform):
     def device_control_id_to_physical_device_id(cls, device_id):
         return int(device_id)
 """
+# A busy machine starts Ray slowly; nothing but this machine talks to it.
+RAY = {"RAY_raylet_start_wait_time_s": "600", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 SCRIPT = """
 import json, os, sys
 
@@ -62,7 +64,7 @@ def served(folder: Path, work: Path, backend: str, **environment: str) -> tuple[
     given, tokens = {"rotquant": {"strict": True}}, prompts((7, 33))
     arguments = [str(folder), json.dumps(given), json.dumps(backend), json.dumps(tokens)]
     done = subprocess.run(
-        [sys.executable, work / "served.py", *arguments], env=os.environ | {"PYTHONPATH": path} | environment,
+        [sys.executable, work / "served.py", *arguments], env=os.environ | RAY | {"PYTHONPATH": path} | environment,
         capture_output=True, text=True, timeout=1000, check=False,
     )  # fmt: skip
     log = done.stdout + done.stderr
