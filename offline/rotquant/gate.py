@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint import Source
-from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, rotary, skeleton
+from rotquant.models import Architecture, rotary, skeleton
+from rotquant.models.decoder import decoders, rms_norm
 
 TOLERANCE = 1e-4
 
@@ -35,33 +35,31 @@ def check_equivalence(
         RotQuantError: a distance above 1e-4, naming the layer; NaN or infinite weights.
     """
     model = skeleton(arch.config).eval()
-    cos, sin = rotary(arch.config, len(tokens))
-    decoder = Decoder(arch, cos[0], sin[0])
-    embedding = source.get(EMBEDDING)[tokens]
-    original = embedding.float()
-    folded = fold.embedding(embedding).float()
-    for index in range(arch.layers):
+    cos_sin = rotary(arch.config, len(tokens))
+    embedding = source.get(arch.names.embedding)[tokens]
+    original = embedding.float() * arch.embedding_scale
+    folded = fold.embedding(embedding).float() * arch.embedding_scale
+    for index, decoder in enumerate(decoders(arch, len(tokens))):
         tensors = source.layer(arch.layer_prefix(index))
-        original = original_layer(model.model.layers[index], tensors, original, (cos, sin))
-        equal = {name: tensor.float() for name, tensor in fold.layer(tensors, index).items()}
-        folded = decoder.layer(equal, folded, float_linear(equal, fold.transforms.layers[index]))
+        original = original_layer(model.get_decoder().layers[index], tensors, original, cos_sin)
+        equal = {n: tensor.float() for n, tensor in fold.layer(arch.kinds[index].split(tensors), index).items()}
+        folded = decoder.layer(equal, folded, decoder.float_linear(equal, fold.transforms.layers[index]))
         expected = fold.r1.rows(original.double()).float() if fold.r1 else original
         compare(f"layer {index}", expected, folded)
         layer_done(index)
-    return compare_logits(source, arch, fold, decoder, original, folded)
+    return compare_logits(source, arch, fold, original, folded)
 
 
-def compare_logits(
-    source: Source, arch: Architecture, fold: Fold, decoder: Decoder, original: Tensor, folded: Tensor
-) -> float:
+def compare_logits(source: Source, arch: Architecture, fold: Fold, original: Tensor, folded: Tensor) -> float:
     """Relative distance of the logits; the head is folded in slices of the vocabulary to bound memory."""
-    gain, head = source.get(FINAL_NORM), source.get(EMBEDDING if arch.tied else LM_HEAD)
-    original = decoder.norm(original, gain.float())
+    names = arch.names
+    gain, head = source.get(names.norm), source.get(names.embedding if arch.tied else names.head)
+    original = rms_norm(original, gain.float(), arch.eps)
     expected, actual = [], []
     for rows in head.split(8192):
         folded_rows, folded_gain = fold.head(rows, gain)
         expected.append(original @ rows.float().T)
-        actual.append(decoder.norm(folded, folded_gain.float()) @ folded_rows.float().T)
+        actual.append(rms_norm(folded, folded_gain.float(), arch.eps) @ folded_rows.float().T)
     return compare("logits", torch.cat(expected, dim=1), torch.cat(actual, dim=1))
 
 
@@ -71,7 +69,8 @@ def original_layer(
     """transformers' layer on h [T, hidden], float32, causal."""
     module.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     with torch.no_grad():
-        out = module(h[None], attention_mask=None, position_embeddings=cos_sin)
+        positions = torch.arange(len(h))[None]
+        out = module(h[None], attention_mask=None, position_ids=positions, position_embeddings=cos_sin)
     module.to("meta")
     return (out[0] if isinstance(out, tuple) else out)[0]
 

@@ -29,7 +29,7 @@ from transformers.masking_utils import eager_mask
 from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
-from rotquant.models import read_config
+from rotquant.models import describe, read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
 from rotquant_kernels import kv4_attention as run_kv4_attention
 from rotquant_kernels import kv4_write, reference
@@ -54,13 +54,15 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     config = read_config(folder)
     if not claims(getattr(config, "quantization_config", None)):
         raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
-    model, checkpoint = _build(config, dtype)
+    arch = describe(config, f"{folder}/config.json")
+    model, checkpoint = _build(config, arch.head_dim, dtype)
     _fill(model, Source(folder), torch.device(device))
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-        if checkpoint.kv is not None and name.endswith(".self_attn"):
-            module.rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
+    for index, kind in enumerate(arch.kinds):
+        name = arch.layer_prefix(index) + kind.attention.module
+        model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -152,9 +154,10 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 # ---- building ---------------------------------------------------------------------------------------
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
+def _build(
+    config: PreTrainedConfig, head_dim: int, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"

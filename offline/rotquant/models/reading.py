@@ -1,12 +1,7 @@
-"""The architectures that rotquant knows, and what it must know about them.
-
-Llama, Mistral, Qwen2 and Qwen3 are one shape: pre-norm decoder layers, RMSNorm, rotary grouped-query
-attention, SiLU-gated MLP; they differ in biases and in Qwen3's norms on queries and keys.
-"""
+"""From a model folder to its architecture, and what transformers itself says about it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rotquant.errors import RotQuantError
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a model, and the config they come from."""
-
-    config: PreTrainedConfig
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    eps: float
-    tied: bool
-
-    def layer_prefix(self, index: int) -> str:
-        return f"model.layers.{index}."
+from rotquant.models.architecture import Architecture, Names
+from rotquant.models.registry import BY_CLASS
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -61,6 +27,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise RotQuantError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
 
 
+def describe(config: PreTrainedConfig, where: str = "config.json", class_name: str | None = None) -> Architecture:
+    """The architecture of a config.
+
+    Args:
+        class_name: of transformers' model, where it is not the first entry of the config's `architectures`.
+    Raises:
+        RotQuantError: a class that no family describes.
+    """
+    names = [class_name] if class_name else config.architectures or []
+    if not names or names[0] not in BY_CLASS:
+        raise RotQuantError(f"{where}: architectures is {names}, supported are {', '.join(BY_CLASS)}")
+    return BY_CLASS[names[0]].describe(config)
+
+
 def read_architecture(folder: Path) -> Architecture:
     """Checks that the model is one that can be quantized here.
 
@@ -69,9 +49,7 @@ def read_architecture(folder: Path) -> Architecture:
     """
     config = read_config(folder)
     where = f"{folder}/config.json"
-    names = config.architectures or []
-    if not names or names[0] not in ARCHITECTURES:
-        raise RotQuantError(f"{where}: architectures is {names}, supported are {', '.join(ARCHITECTURES)}")
+    found = describe(config, where)
     if getattr(config, "quantization_config", None):
         raise RotQuantError(f"{where}: quantization_config: the model is already quantized; start from the original")
     if config.hidden_act != "silu":
@@ -81,19 +59,7 @@ def read_architecture(folder: Path) -> Architecture:
             f"{where}: sliding_window is {config.sliding_window}, which the 4-bit KV cache does not support; set it"
             " to null if you serve contexts no longer than that"
         )
-    heads = config.num_attention_heads
-    return Architecture(
-        config=config,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        eps=config.rms_norm_eps,
-        tied=bool(config.tie_word_embeddings),
-    )
+    return found
 
 
 def uses_sliding_window(config: PreTrainedConfig) -> bool:
@@ -115,12 +81,12 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     model = skeleton(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop(LM_HEAD, None)
+        shapes.pop(Names().head, None)
     return shapes
 
 
 def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, d]."""
-    kind: Any = type(skeleton(config).model.rotary_emb)
+    kind: Any = type(skeleton(config).get_decoder().rotary_emb)
     embedding = kind(config=config)
     return embedding(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
