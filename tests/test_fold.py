@@ -7,17 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drawn_transforms import everything
 from rotquant import fold as fold_module
 from rotquant.checkpoint import Source
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold, fold_layer
 from rotquant.gate import check_equivalence
-from rotquant.initial import initial_transforms, random_orthogonal
+from rotquant.initial import initial_transforms
 from rotquant.models import expected_shapes, read_architecture
 from rotquant.models.decoder import decoders
 from rotquant.recipe import load_recipe
 from rotquant.space import LayerTransforms
-from rotquant_kernels import Stage
 from source_models import source_model
 from tiny_checkpoints import KINDS
 
@@ -43,38 +43,6 @@ def test_folded_logits_equal_the_original(tmp_path, kind, hardened):
 def test_with_every_bias_and_tp_blocks(tmp_path, kind):
     extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
     assert gate(source_model(tmp_path / "m", kind, **extra), tp_max=2) < 1e-4
-
-
-def everything(kind, random) -> LayerTransforms:
-    """Every transform of the design space at once, drawn at random."""
-
-    def factors(*size):
-        return torch.exp(0.5 * torch.randn(*size, generator=random, dtype=torch.float64))
-
-    def rotation(size):
-        return random_orthogonal(size, random)
-
-    def unit(size):
-        return torch.nn.functional.normalize(torch.randn(size, generator=random, dtype=torch.float64), dim=0)
-
-    hidden, wide, a = kind.hidden, kind.mlp.width, kind.attention
-    kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
-    heads = torch.cat([rotation(a.heads).flatten(), torch.eye(a.head_dim, dtype=torch.float64).flatten()])
-    return LayerTransforms(
-        r2=torch.stack([rotation(a.head_dim) for _ in range(a.kv_heads)]),
-        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(a.kv_heads * a.head_dim),
-        s_ud=factors(wide), s_qk=factors(1 if a.key_norm else a.kv_heads, a.qk_factors),
-        order=torch.randperm(wide, generator=random),
-        inputs={
-            "attn": [Stage("kronecker", 8, kron), Stage("shift", hidden, unit(hidden))],
-            "o": [Stage("kronecker", a.head_dim, heads)],
-            "mlp": [Stage("dense", 16, rotation(16) * factors(16)), Stage("reflection", hidden, unit(hidden))],
-            "down": [
-                Stage("hadamard", 16), Stage("shift", wide, unit(wide)),
-                Stage("permutation", wide, torch.randperm(wide, generator=random)), Stage("dense", 8, rotation(8)),
-            ],
-        },
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

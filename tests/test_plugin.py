@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,13 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import vllm_serving as serving
+from lora_adapters import edit_adapter, merged, write_adapter
 from online_extras import everything
 from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
+from rotquant.pipeline import quantize
+from rotquant.turn_adapter import turn_folder
 from rotquant_kernels import online_stage
+from served_adapters import serve_with
+from source_models import source_model
 from vllm_fixtures import (
     Spec,
     edited,
@@ -133,6 +140,35 @@ def test_lora_keeps_separate_ops(child: Child, base: Path, served: serving.Serve
     down = next(line for line in got.log.splitlines() if line.strip().startswith("down_proj"))
     assert re.search(r"W4 A4 +- +R4 hadamard 128", down)
     assert got.tokens == served.tokens
+
+
+def test_lora_of_the_original(child: Child, tmp_path: Path) -> None:
+    """Turned as it is loaded, or before: what the merged original computes. Others are refused, the engine lives on."""
+    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=64)
+    fine = ["weights.bits=8", "activations.bits=8", "activations.clip=1", "kv.bits=16", "lm_head.bits=8"]
+    scales = ["scales.norms=smooth", "scales.values=smooth", "scales.up=smooth", "scales.order=true"]
+    out = quantize(str(folder), tmp_path / "out", recipe="quarot", settings=fine + scales, samples=4, seq_len=64)
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    patterns = {"use_rslora": True, "rank_pattern": {"k_proj": 6}, "alpha_pattern": {"up_proj": 3}}
+    own = write_adapter(tmp_path / "own", original, size=0.5, **patterns)
+    turned = turn_folder(own, out, tmp_path / "turned")
+    for name, config in (("other", {"rotquant_basis": "0" * 64}), ("dora", {"use_dora": True})):
+        edit_adapter(shutil.copytree(turned, tmp_path / name), config=config)
+    large = write_adapter(tmp_path / "large", original, r=16)
+    adapters = [None, own, tmp_path / "other", tmp_path / "dora", large, turned, None]
+    before, first, other, dora, rank, second, after = child(serve_with, out, adapters, PROMPTS)
+    assert "other/adapter_config.json: rotquant_basis: this adapter was turned for another checkpoint" in other
+    assert "use_dora is True" in dora
+    assert "has rank 16, and the server takes up to 8: serve with --max-lora-rank 16" in rank
+    logprobs = []
+    for model in (original, merged(original, own)):
+        logits = [model(torch.tensor([prompt])).logits[0, :-1].double().log_softmax(-1) for prompt in PROMPTS]
+        logprobs.append([x.gather(1, torch.tensor(p[1:])[:, None])[:, 0] for p, x in zip(PROMPTS, logits, strict=True)])
+    plain, adapted = (torch.cat(found).detach() for found in logprobs)
+    apart = (adapted - plain).norm()
+    for found, expected in ((before, plain), (first, adapted), (second, adapted), (after, plain)):
+        assert (torch.cat(found) - expected).norm() < 0.1 * apart
+    assert (torch.cat(first) - torch.cat(second)).norm() < 1e-2 * apart
 
 
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:

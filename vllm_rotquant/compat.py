@@ -5,11 +5,14 @@ When a new vLLM moves something, this is the file to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -26,12 +29,14 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -42,8 +47,12 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from vllm_rotquant.features import Asked
 
 __all__ = [
+    "MISSING_LAYERS",
     "Attention",
     "AttentionBackend",
     "AttentionCGSupport",
@@ -64,17 +73,32 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "asked",
     "attention_refusals",
+    "built_layers",
+    "checkpoint_file",
+    "decoder_output",
+    "final_norm_holder",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "head_major_layouts",
+    "holds_some_layers",
+    "is_decoder",
+    "let_attention_use_amx",
+    "load_adapters_with",
     "logger",
+    "logits_changed",
     "lora_is_on",
+    "model_settings",
     "norm_before",
     "opaque_pages",
+    "own_config",
     "register_weight_loader_v2_supported_method",
+    "rotary_rows",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
+    "turn_prompt_embeds",
+    "vllm_config",
     "weights_are_dummy",
 ]
 
@@ -82,14 +106,27 @@ __all__ = [
 # input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
 # else reads them.
 MODELS = "vllm.model_executor.models."
-MLPS = ("llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
-ATTENTIONS = ("llama.LlamaAttention", "mistral.MistralAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
+ATTENTIONS = (
+    "granite.GraniteAttention",
+    "llama.LlamaAttention",
+    "mistral.MistralAttention",
+    "qwen2.Qwen2Attention",
+    "qwen3.Qwen3Attention",
+)
+STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 DECODERS = (
+    *STREAMS,
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",
     "qwen2.Qwen2DecoderLayer",
     "qwen3.Qwen3DecoderLayer",
 )
+# Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
+STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
+
+# What stands in a pipeline stage for modules of the others.
+MISSING_LAYERS = (PPMissingLayer, StageMissingLayer)
 
 # vLLM shows only the loggers below its own name.
 logger: Any = init_logger("vllm.rotquant")
@@ -145,14 +182,210 @@ def tell_compiled_graphs_apart(key: str, value: Any) -> None:
         extra[key] = value
 
 
+def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
+    """The attention layers of these names in the model that this process has built."""
+    return [vllm_config.compilation_config.static_forward_context[name] for name in names]
+
+
 def lora_is_on() -> bool:
     """True under --enable-lora; to be asked while a model is built."""
     return get_current_vllm_config().lora_config is not None
 
 
+def vllm_config() -> Any:
+    """vLLM's configuration of the model that is being built or loaded, and of its server."""
+    return get_current_vllm_config()
+
+
+def asked() -> Asked:
+    """What the configuration asks of the model that is being built."""
+    config = get_current_vllm_config()
+    model, speculative, transfer = config.model_config, config.speculative_config, config.kv_transfer_config
+    draft = speculative.draft_model_config if speculative else None
+    weights = getattr(config, "weight_transfer_config", None)
+    return Asked(
+        speculative=speculative.method if speculative else None,
+        draft=draft.hf_config.to_dict() if draft else {},
+        pools=model.runner_type == "pooling",
+        prompt_embeds=bool(model.enable_prompt_embeds),
+        classifies=model.runner_type == "pooling" and model.convert_type == "classify",
+        classifier_tokens=getattr(model.hf_config, "classifier_from_token", None) is not None,
+        load_format=str(config.load_config.load_format),
+        weight_transfer=weights.backend if weights else None,
+        kv_connector=transfer.kv_connector if transfer else None,
+        is_draft=model.runner_type == "draft",
+    )
+
+
+def holds_some_layers() -> bool:
+    """Whether the model that is being loaded is one stage of a pipeline."""
+    return get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
+
+
+def final_norm_holder(model: Any) -> Any:
+    """The module of a causal language model whose `norm` is the final RMSNorm, None where that is not known."""
+    return model.model if known(getattr(model, "model", None), STACKS) else None
+
+
+def turn_prompt_embeds(model: Any, turn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From now on, prompt embeddings [T, hidden] of requests for this loaded model pass through `turn`.
+
+    They come to every kind of worker in `scheduler_output`, before a model runner, V1 or V2, mixes rows.
+    """
+    model.turn_prompt_embeds = turn
+    worker: Any = WorkerWrapperBase
+    execute = worker.execute_model
+    if hasattr(execute, "__wrapped__"):
+        return
+
+    @functools.wraps(execute)
+    def execute_model(wrapper: Any, scheduler_output: Any) -> Any:
+        requests = [r for r in scheduler_output.scheduled_new_reqs if r.prompt_embeds is not None]
+        turn = getattr(wrapper.worker.get_model(), "turn_prompt_embeds", None) if requests else None
+        if turn is not None:
+            for request in requests:
+                request.prompt_embeds = turn(request.prompt_embeds)
+        return execute(wrapper, scheduler_output)
+
+    worker.execute_model = execute_model
+
+
+def let_attention_use_amx() -> None:
+    """Asks Linux for the tile registers, which vLLM's attention in bfloat16 uses on CPUs with AMX.
+
+    vLLM leaves that to the first matrix product of oneDNN, and a quantized model has none.
+    """
+    if current_platform.is_cpu():
+        getattr(torch.cpu, "_init_amx", bool)()
+
+
+def load_adapters_with(reader: Callable[[Any], Callable[[Path, int], dict[str, torch.Tensor]] | None]) -> None:
+    """Lets rotquant read the LoRA adapters of its models, at start and at run time; call it while a model is built.
+
+    vLLM makes a manager of adapters for each model after that has been built, and asks it to load each adapter.
+
+    Args:
+        reader: asked once for each model. `reader(vllm_config)` is None where vLLM shall read the adapters itself, else
+            `read(folder, max_rank)`, which gives an adapter's tensors under PEFT's names, their scaling in `lora_B`.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    manager_class: Any = WorkerLoRAManager
+    if hasattr(manager_class, "rotquant_read"):
+        return
+    make, load = manager_class.__init__, manager_class._load_adapter
+
+    @functools.wraps(make)
+    def made(manager: Any, vllm_config: Any, *arguments: Any, **options: Any) -> None:
+        make(manager, vllm_config, *arguments, **options)
+        manager.rotquant_read = reader(vllm_config)
+
+    @functools.wraps(load)
+    def loaded(manager: Any, request: Any) -> Any:
+        folder, read = Path(get_adapter_absolute_path(request.lora_path)), manager.rotquant_read
+        if read is None or not folder.is_dir():  # vLLM has its own words for an adapter that is not there
+            return load(manager, request)
+        tensors, kind = read(folder, manager.lora_config.max_lora_rank), manager._lora_model_cls
+        manager._lora_model_cls = _holding(kind, tensors)
+        try:
+            return load(manager, request)
+        finally:
+            manager._lora_model_cls = kind
+
+    manager_class.rotquant_read, manager_class.__init__, manager_class._load_adapter = None, made, loaded
+
+
+def _holding(kind: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """vLLM's class of a loaded adapter, holding these tensors whatever the file has; `lora_B` scaled already."""
+    taken = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
+
+    class Held(kind):  # type: ignore[misc]
+        @classmethod
+        def from_local_checkpoint(
+            cls, folder: str, expected: set[str], peft_helper: Any, *, lora_model_id: int, **options: Any
+        ) -> Any:
+            given = {name: options[name] for name in taken}
+            adapter = kind.from_lora_tensors(lora_model_id, tensors, peft_helper, **given)
+            for weights in adapter.loras.values():
+                weights.scaling = 1.0
+            return adapter
+
+    return Held
+
+
+def checkpoint_file(config: Any, name: str) -> Path:
+    """Local path of a file of the checkpoint that a `VllmConfig` serves; from the hub where the model is."""
+    model = config.model_config.model
+    if Path(model).is_dir():
+        return Path(model) / name
+    from huggingface_hub import hf_hub_download
+
+    where = {"revision": config.model_config.revision, "cache_dir": config.load_config.download_dir}
+    return Path(hf_hub_download(model, name, **where))
+
+
 def weights_are_dummy() -> bool:
     """True under --load-format dummy, which reads no file; to be asked while a model is built."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def model_settings() -> Any:
+    """vLLM's settings of the model that is being built: `max_model_len`, `dtype` and what `own_config` reads."""
+    return get_current_vllm_config().model_config
+
+
+def own_config(settings: Any) -> PreTrainedConfig:
+    """transformers' own reading of the model's config.json, with the user's --hf-overrides; vLLM edits its copy.
+
+    Args:
+        settings: from `model_settings`.
+    """
+    if callable(settings.hf_overrides):
+        return settings.hf_config
+    folder = getattr(settings, "hf_config_path", None) or settings.model
+    data, _ = PreTrainedConfig.get_config_dict(folder, revision=settings.revision)
+    for key, value in settings.hf_overrides.items():
+        both = isinstance(value, dict) and isinstance(data.get(key), dict)
+        data[key] = data[key] | value if both else value
+    return CONFIG_MAPPING[data["model_type"]].from_dict(data)
+
+
+def rotary_rows(rotary: Any) -> int | None:
+    """How many positions a rotary embedding has a table for; None where it computes them."""
+    if (table := getattr(rotary, "long_short_cos_sin_cache", None)) is not None:
+        short = rotary.original_max_position_embeddings
+        return len(table) - short if rotary.use_long_rope else short
+    table = getattr(rotary, "cos_sin_cache", None)
+    return None if table is None else len(table)
+
+
+def is_decoder(module: Any) -> bool:
+    """Whether a module is a decoder layer that `decoder_output` runs, with what it calls."""
+    if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
+        return False
+    return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream [T, hidden] behind a decoder layer that `is_decoder`."""
+    if known(decoder, STREAMS):
+        return decoder(positions, hidden)
+    out, residual = decoder(positions, hidden, None)
+    return out + residual
+
+
+def logits_changed(model: Any, divisor: float) -> str:
+    """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
+    logits = getattr(model, "logits_processor", None)
+    scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
+    return (
+        f"multiplies logits by {scale} (logit_scale)"
+        if scale != 1 / divisor
+        else f"caps logits at {cap}"
+        if cap
+        else ""
+    )
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

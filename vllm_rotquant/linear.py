@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
 from rotquant_kernels import convention, online, ops
-from vllm_rotquant import compat, low_rank, rotation
+from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.proof import Proof
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
@@ -49,11 +49,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
         self.adds_correction = first == 0
         self._check_shard(inputs, input_size)
-        if isinstance(layer, compat.ParallelLMHead) and compat.lora_is_on():
-            raise RotQuantError(
-                f"{self.prefix} is quantized, and vLLM's LoRA wants it in full precision: leave --enable-lora out, or "
-                "quantize again without lm_head"
-            )
+        if compat.lora_is_on():
+            compat.load_adapters_with(adapters.reader)
+            if isinstance(layer, compat.ParallelLMHead):  # vLLM's LoRA takes the device and dtype of the head from it
+                layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         loader, bits, group = attributes["weight_loader"], self.format.weight_bits, self.format.group_size
         per_word = 32 // bits
         packed = compat.PackedvLLMParameter(
@@ -110,10 +109,22 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_buffer("shift_correction", correction if self.adds_correction else None, persistent=False)
         self.proof.keep(layer, packed)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
-        prepared = ops.prepare_weight(packed, self.format.weight_bits, self.inputs, layer.weight_scale.shape[1])
-        layer.weight_packed = Parameter(prepared, requires_grad=False)
+        layer.weight_packed = Parameter(self._prepare(layer, packed), requires_grad=False)
         del layer.weight_shape
         self.proof.loaded(layer)
+
+    def _prepare(self, layer: Any, packed: Tensor) -> Tensor:
+        """The weight in the layout of the layer's kernel, which is chosen here."""
+        linear = self.format
+        bias = layer.shift_correction is not None or getattr(layer, "bias", None) is not None
+        before, _ = online.split(rotation.stages(layer, linear.transforms))
+        settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
+        dtype = torch.float32 if before else self.dtype
+        try:
+            weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
+        except ValueError as error:  # what the kernels of this device do not read
+            raise RotQuantError(f"{self.prefix}: {error}") from None
+        return weight
 
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,15 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
+from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.fusion import Holders, fuse
+from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
+from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
     float_attention,
@@ -51,12 +56,18 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
+        self.intake = Intake()
+        self.settings: Any = None  # vLLM's, of this model
         self.done = False
+        self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
+        self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
 
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
-        if self.holders is None and not compat.lora_is_on():
-            self.holders = Holders()
+        if self.holders is None:
+            self.holders, self.lora = Holders(), compat.lora_is_on()
+        self.settings = self.settings or compat.model_settings()
+        self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
 
@@ -71,10 +82,17 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
+            self.intake.built()
             try:
-                if self.holders is not None:
-                    fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
-                run_checks(self)
+                assert self.holders is not None
+                linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
+                readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
+                if self.when_loaded is not None:
+                    self.when_loaded(self.holders.outermost(layer))
+                if not self.lora:
+                    fuse(linears, self.holders)
+                run_checks(self, readings)
+                warm_linears(layer for layer, _ in self.packed.values())
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
 
@@ -92,6 +110,7 @@ class Row:
     error: float
     limit: float
     where: str
+    meaning: str = "so the model would write wrong text. Please report it with the table above"
 
     @property
     def passed(self) -> bool:
@@ -103,9 +122,11 @@ class Row:
 
 
 @torch.inference_mode()
-def run_checks(proof: Proof) -> None:
+def run_checks(proof: Proof, readings: list[Row]) -> None:
     """Checks one layer of each kind and logs the report.
 
+    Args:
+        readings: from `reading_rows`, of the model before it was fused.
     Raises:
         RotQuantError: on a mismatch, unless ROTQUANT_STRICT=0.
     """
@@ -113,26 +134,52 @@ def run_checks(proof: Proof) -> None:
     counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
+    rows += readings
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(rows, attention, proof.unquantized, dummy)
+    log_report(f" of {proof.model}" if proof.model else "", rows, attention, proof.unquantized, dummy)
     for row in rows:
         if not row.passed:
             message = (
                 f"rotquant's start-up check failed: {row.where} on kernel {row.kernel} is {row.error:.1%} away from "
-                f"the reference (limit {row.limit:.1%}), so the model would write wrong text. Please report it with "
-                "the table above; ROTQUANT_STRICT=0 serves all the same"
+                f"the reference (limit {row.limit:.1%}), {row.meaning}; ROTQUANT_STRICT=0 serves all the same"
             )
             if os.environ.get("ROTQUANT_STRICT", "1") != "0":
                 raise RotQuantError(message)
             compat.logger.error(message)
 
 
-def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
+@torch.inference_mode()
+def reading_rows(proof: Proof) -> list[Row]:
+    """Compares vLLM's model code with transformers' on the checkpoint's config.json (`reading`).
+
+    Raises:
+        RotQuantError: they build different layers.
+    """
+    modules, settings = proof.intake.around(), proof.settings
+    config = compat.own_config(settings)
+    known = is_known(config)
+    decoders = [module for module in modules if known and compat.is_decoder(module)]
+    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
+    divisor = describe(config).logits_divisor if known else 1.0
+    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+        raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
+    rows = []
+    for reading in compare_readings(decoders, config, settings.max_model_len, settings.dtype):
+        rows.append(
+            Row(
+                reading.what, reading.layers, "vLLM", str(settings.dtype).removeprefix("torch."), "-",
+                f"positions to {settings.max_model_len}", reading.error, reading.limit, reading.where, reading.meaning,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def log_report(title: str, rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    lines = [f"rotquant start-up check{title}, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
@@ -188,7 +235,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
     used += ["online_stage"] if split(stages)[0] else []
-    kernels = {ops.kernel_of(op, packed.device.type) for op in used}
+    kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
     group = f" g{linear.group_size}" if linear.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(

@@ -10,6 +10,8 @@ from torch import Tensor
 from rotquant.format import KVFormat, LinearFormat
 from rotquant_kernels import Stage, convention, reference
 
+UNPACKED = 1 << 24  # weights at a time, 17 bytes each: a vocabulary as a whole takes 7 GB beside the model
+
 
 def distance(got: Tensor, expected: Tensor) -> float:
     """Size of the difference relative to the size of what was expected."""
@@ -149,9 +151,13 @@ def float_linear(
     y = transformed(x, stages)
     scale, zero = convention.qparams(y, linear.act_bits, linear.act_symmetric, linear.act_clip)
     rounded = convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero)
-    codes = convention.unpack_int32(packed, linear.weight_bits, x.shape[1])
-    weight = codes * scales.repeat_interleave(x.shape[1] // scales.shape[1], dim=1)
-    out = rounded.double() @ weight.double().t()
+    columns, parts = x.shape[1], []
+    channels = max(UNPACKED // columns, 1)
+    for words, scale in zip(packed.split(channels), scales.split(channels), strict=True):
+        codes = convention.unpack_int32(words, linear.weight_bits, columns)
+        weight = codes * scale.repeat_interleave(columns // scale.shape[1], dim=1)
+        parts.append(rounded.double() @ weight.double().t())
+    out = torch.cat(parts, dim=1)
     down, up = low_rank
     if down is not None and up is not None:
         out = out + y @ down.double() @ up.double()

@@ -126,9 +126,14 @@ class Source:
         """sha256 over the names and bytes of all files; identifies the source in the journal and the card."""
         total = hashlib.sha256()
         for file in sorted(set(self.files.values())):
-            with file.open("rb") as opened:
-                total.update(f"{file.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()};".encode())
+            total.update(f"{file.name}:{file_digest(file)};".encode())
         return total.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fetch(model: str) -> Path:

@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_inspect(verbs)
     _add_compare(verbs)
+    _add_adapter(verbs)
+    _add_draft(verbs)
     _verb(verbs, "recipes", _recipes, "list the quantization recipes that come with rotquant", "rotquant recipes")
     doctor = _verb(
         verbs,
@@ -235,6 +237,42 @@ def _add_compare(verbs: Verbs) -> None:
     add("--markdown", action="store_true", help="print the table in Markdown")
 
 
+def _add_draft(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "draft",
+        _draft,
+        "turn an EAGLE3 draft of the original model into the basis of a checkpoint",
+        "rotquant draft ./llama-eagle3 --base llama-w4 -o llama-w4-eagle3\n"
+        "  vllm serve llama-w4 --speculative-config \\\n"
+        '    \'{"method": "eagle3", "model": "llama-w4-eagle3", "num_speculative_tokens": 3}\'',
+        more="A draft reads the target's hidden states, which a rotated checkpoint has in another basis. Draft models\n"
+        "(with all their layers) and ngram read tokens only: serve them as they are.",
+    ).add_argument
+    add("draft", metavar="DRAFT", help="EAGLE3 draft of the original model, in safetensors: local folder or hub id")
+    add("--base", metavar="OUT", required=True, help="checkpoint that `rotquant quantize` made from that model")
+    add("-o", "--output", type=Path, required=True, metavar="TURNED", help="folder to write; must not exist")
+
+
+def _add_adapter(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "adapter",
+        _adapter,
+        "turn a LoRA adapter of the original model into one of its quantized checkpoint",
+        "rotquant adapter ./my-lora --base llama-w4 -o my-lora-w4\n"
+        "  vllm serve llama-w4 --quantization rotquant --enable-lora --lora-modules mine=my-lora-w4",
+        more="A rotated checkpoint computes in another basis than its original, so an adapter that was trained on the\n"
+        "original has to be turned, too. The turn is exact, and needs neither the original nor calibration text.\n"
+        "`vllm serve` also turns an adapter of the original as it loads it: this verb does so once and for all.\n"
+        "ADAPTER is what PEFT writes: adapter_config.json and adapter_model.safetensors, LoRA on linear layers.\n"
+        "TURNED carries the checkpoint's hash, and is refused with any other checkpoint.",
+    ).add_argument
+    add("adapter", metavar="ADAPTER", help="PEFT LoRA adapter of the original model: local folder or hub id")
+    add("--base", metavar="OUT", required=True, help="checkpoint that `rotquant quantize` made from that model")
+    add("-o", "--output", metavar="TURNED", required=True, help="folder to write; must not exist")
+
+
 def _add_demo(verbs: Verbs) -> None:
     add = _verb(
         verbs,
@@ -334,6 +372,29 @@ def _compare(args: argparse.Namespace) -> int:
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(comparison.table())
     return 1 if comparison.failed else 0
+
+
+def _draft(args: argparse.Namespace) -> int:
+    from rotquant.draft import turn_draft
+
+    output = turn_draft(args.draft, args.base, args.output)
+    settings = json.dumps({"method": "eagle3", "model": str(output), "num_speculative_tokens": 3})
+    print(
+        f"{output} is ready. Next:\n  vllm serve {shlex.quote(args.base)} --speculative-config {shlex.quote(settings)}"
+    )
+    return 0
+
+
+def _adapter(args: argparse.Namespace) -> int:
+    from rotquant.turn_adapter import turn_folder
+
+    output = turn_folder(args.adapter, args.base, args.output)
+    base, folder = shlex.quote(args.base), shlex.quote(str(output))
+    print(
+        f"{output} is ready. Next:\n"
+        f"  vllm serve {base} --quantization rotquant --enable-lora --lora-modules NAME={folder}"
+    )
+    return 0
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from rotquant.calibrate import Calibrated
 from rotquant.checkpoint import COPIED, INDEX, save_text
+from rotquant.extension import BasisFile
 from rotquant.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.journal import Journal
 from rotquant.layerwise import stored_stage
@@ -142,8 +143,9 @@ def marker(linear: str, block: int, dtype: torch.dtype) -> Tensors:
 
 
 def extension(
-    recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str, provenance: dict[str, Any]
-) -> dict[str, Any]:
+    recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str, basis: BasisFile | None,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
     clip = {"default": recipe.activations.clip}
     if recipe.lm_head.bits == 8:
@@ -159,7 +161,7 @@ def extension(
         out["input_transforms"] = stages
     if recipe.weights.rank:
         out["low_rank"] = low_rank(recipe.weights.rank, arch)
-    return out | {"provenance": provenance}
+    return out | ({"basis": basis.model_dump()} if basis else {}) | {"provenance": provenance}
 
 
 def low_rank(rank: int, arch: Architecture) -> list[dict[str, Any]]:

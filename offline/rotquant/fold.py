@@ -21,9 +21,16 @@ Scalars on embeddings, queries, what a block writes, or logits are left where th
 
 In float64. Nothing is changed in place, so that learning can differentiate through it. A layer is a dict of tensors
 by the names of its `models.Layer`; `<linear>.shift` is b Wᵀ, where there is one.
+
+Every line above is W' = L W R: one factor on the outputs, one on the inputs. A low-rank change of a weight, W + B A,
+therefore folds as its two factors do, L (W + B A) R = W' + (L B) (A R). A layer may hold them as `<linear>.lora_A`
+[r, inputs] and `<linear>.lora_B` [outputs, r], with its weights or without them. They stand beside the online stages,
+not behind: A reads the x that the stages read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +40,8 @@ from rotquant.models.architecture import Attention
 from rotquant.space import LayerTransforms, Rotation, Transforms
 from rotquant.transforms import kronecker
 from rotquant_kernels import Stage, reference
+
+Change = Callable[[Tensor], Tensor]
 
 
 class Fold:
@@ -61,13 +70,27 @@ class Fold:
         return fold_layer(out, self.transforms.layers[index], kind)
 
 
+def on_inputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the inputs of a linear in its last dimension."""
+    for name in (f"{linear}.weight", f"{linear}.lora_A"):
+        if name in out:
+            out[name] = change(out[name])
+
+
+def on_outputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the outputs of a linear in its first dimension; a bias has no other."""
+    for name in (f"{linear}.weight", f"{linear}.lora_B", f"{linear}.bias"):
+        if name in out:
+            out[name] = change(out[name])
+
+
 def fold_gains(tensors: Tensors, kind: Layer) -> Tensors:
     """The norms' gains into the weights that they feed, in the dtype of the tensors."""
     out = dict(tensors)
     for site, norm in kind.norms.items():
         gain = out[f"{norm}.weight"]
         for linear in kind.sites[site]:
-            out[f"{linear}.weight"] = out[f"{linear}.weight"] * gain
+            multiply_inputs(out, linear, gain)
         out[f"{norm}.weight"] = torch.ones_like(gain)
     return out
 
@@ -77,11 +100,9 @@ def fold_r1(tensors: Tensors, r1: Rotation, kind: Layer) -> Tensors:
     out = fold_gains(tensors, kind)
     for site in kind.norms:
         for linear in kind.sites[site]:
-            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"])
+            on_inputs(out, linear, r1.rows)
     for linear in kind.writes:
-        out[f"{linear}.weight"] = r1.columns(out[f"{linear}.weight"])
-        if f"{linear}.bias" in out:
-            out[f"{linear}.bias"] = r1.rows(out[f"{linear}.bias"])
+        on_outputs(out, linear, r1.columns)
     return out
 
 
@@ -104,21 +125,21 @@ def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
         fold_order(out, t.order, kind)
     for site, stages in t.inputs.items():
         for linear in kind.sites[site]:
-            fold_stages(out, linear, stages)
+            if f"{linear}.weight" in out:
+                fold_stages(out, linear, stages)
     return out
 
 
 def multiply_outputs(out: Tensors, linear: str, factors: Tensor) -> None:
-    """Scales the outputs of a linear, its bias among them."""
-    weight = out[f"{linear}.weight"]
-    out[f"{linear}.weight"] = weight * factors.to(weight)[:, None]
-    if f"{linear}.bias" in out:
-        out[f"{linear}.bias"] = out[f"{linear}.bias"] * factors.to(weight)
+    on_outputs(out, linear, lambda w: w * factors.to(w).view(-1, *(1,) * (w.dim() - 1)))
+
+
+def multiply_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_inputs(out, linear, lambda w: w * factors.to(w))
 
 
 def divide_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
-    weight = out[f"{linear}.weight"]
-    out[f"{linear}.weight"] = weight / factors.to(weight)
+    on_inputs(out, linear, lambda w: w / factors.to(w))
 
 
 def fold_norm_scale(out: Tensors, kind: Layer, site: str, scale: Tensor) -> None:
@@ -152,23 +173,22 @@ def fold_values_scale(out: Tensors, s_ov: Tensor, a: Attention) -> None:
 
 
 def fold_r2(out: Tensors, r2: Tensor, a: Attention) -> None:
-    weight, size = out[f"{a.value}.weight"], a.head_dim
-    r2 = r2.to(weight)
-    out[f"{a.value}.weight"] = (r2.mT @ weight.unflatten(0, (-1, size))).flatten(0, 1)  # [kv_heads, d, hidden]
-    if f"{a.value}.bias" in out:
-        bias = out[f"{a.value}.bias"].view(-1, 1, size)
-        out[f"{a.value}.bias"] = (bias @ r2).flatten()
-    output = out[f"{a.output}.weight"].unflatten(1, (-1, size)).transpose(0, 1)  # [heads, hidden, d]
-    rotated = output @ per_query_head(r2, a)
-    out[f"{a.output}.weight"] = rotated.transpose(0, 1).flatten(1)
+    def values(w: Tensor) -> Tensor:
+        by_head = w.reshape(a.kv_heads, a.head_dim, -1)  # [kv_heads, d, hidden]; [kv_heads, d, 1] for a bias
+        return (r2.to(w).mT @ by_head).reshape(w.shape)
+
+    def mixed(w: Tensor) -> Tensor:
+        by_head = w.unflatten(1, (-1, a.head_dim)).transpose(0, 1)  # [heads, hidden, d]
+        return (by_head @ per_query_head(r2.to(w), a)).transpose(0, 1).flatten(1)
+
+    on_outputs(out, a.value, values)
+    on_inputs(out, a.output, mixed)
 
 
 def fold_order(out: Tensors, order: Tensor, kind: Layer) -> None:
     for linear in (kind.mlp.gate, kind.mlp.up):
-        for name in (f"{linear}.weight", f"{linear}.bias"):
-            if name in out:
-                out[name] = out[name][order]
-    out[f"{kind.mlp.down}.weight"] = out[f"{kind.mlp.down}.weight"][:, order]
+        on_outputs(out, linear, lambda w: w[order])
+    on_inputs(out, kind.mlp.down, lambda w: w[:, order])
 
 
 def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:

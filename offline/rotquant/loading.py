@@ -21,7 +21,6 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import eager_mask
@@ -29,8 +28,9 @@ from transformers.masking_utils import eager_mask
 from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
-from rotquant.models import describe, read_config
+from rotquant.models import Architecture, describe, read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
+from rotquant.targets import check_targets
 from rotquant_kernels import kv4_attention as run_kv4_attention
 from rotquant_kernels import kv4_write, reference
 
@@ -52,10 +52,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     """
     folder = fetch(str(path))
     config = read_config(folder)
-    if not claims(getattr(config, "quantization_config", None)):
+    if not claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None)):
         raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
     arch = describe(config, f"{folder}/config.json")
-    model, checkpoint = _build(config, arch.head_dim, dtype)
+    model, checkpoint = _build(arch, dtype)
     _fill(model, Source(folder), torch.device(device))
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -154,11 +154,11 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 # ---- building ---------------------------------------------------------------------------------------
 
 
-def _build(
-    config: PreTrainedConfig, head_dim: int, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, CheckpointFormat]:
+def _build(arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
+    config = arch.config
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
     with _parameters_on_meta():
@@ -169,17 +169,7 @@ def _build(
         layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
         if layer_format is not None:
             model.set_submodule(name, QuantLinear(name, layer, layer_format))
-    _check_clips(model, checkpoint)
     return model, checkpoint
-
-
-def _check_clips(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
-    """Refuses a clip ratio of a module that is not there: nothing else would notice."""
-    extension, modules = checkpoint.extension, dict(model.named_modules())
-    for field, names in (("activation_clip", extension.activation_clip), ("kv_clip.layers", extension.kv_clip.layers)):
-        for name in names:
-            if name != "default" and name not in modules:
-                raise RotQuantError(f"config.json: rotquant.{field}.{name}: this model has no module of that name")
 
 
 @contextmanager

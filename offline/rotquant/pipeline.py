@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rotquant import export
+from rotquant.basis import Basis
 from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
 from rotquant.errors import RotQuantError
@@ -293,10 +294,11 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
-    """config.json, index, tokenizer and model card; read back before they count."""
+    """Basis sidecar, config.json, index, tokenizer and model card; read back before they count."""
     quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
     export.copy_companions(run.model, journal.folder)
-    extension = export.extension(run.recipe, run.arch, run.transforms, run.profile, provenance(run, digest))
+    basis = Basis.of(run.source, run.arch, run.transforms).write(journal.folder)
+    extension = export.extension(run.recipe, run.arch, run.transforms, run.profile, basis, provenance(run, digest))
     export.write_config(run.model, journal.folder, run.arch, quantization, extension)
     written: dict[str, str] = {}
     for shard in journal.files():

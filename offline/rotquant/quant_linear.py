@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat, Transform
-from rotquant_kernels import Stage, linear, prepare_weight
+from rotquant_kernels import Stage, linear, online, ops
 
 
 class StoredInput(nn.Module):
@@ -59,6 +59,7 @@ class QuantLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         rank, dtype = layer_format.rank, layer.weight.dtype
+        self.dtype = dtype  # of the rows that it is given
         self.register_buffer("weight_packed", empty(torch.int32, outputs, -(-inputs * layer_format.weight_bits // 32)))
         self.register_buffer("weight_scale", empty(torch.float32, outputs, inputs // size))
         self.register_buffer("bias", None if layer.bias is None else empty(layer.bias.dtype, outputs))
@@ -74,8 +75,12 @@ class QuantLinear(nn.Module):
 
     def prepare(self) -> None:
         """Brings the loaded weights into the kernel's layout and adds what shifts took away to the bias."""
-        groups = self.weight_scale.shape[1]
-        self.weight_packed = prepare_weight(self.weight_packed, self.format.weight_bits, self.in_features, groups)
+        f, bias = self.format, self.bias is not None or any(t.kind == "shift" for t in self.format.transforms)
+        dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
+        self.weight_packed = ops.prepare_linear(
+            self.weight_packed, self.weight_scale, f.weight_bits, self.in_features, f.act_bits, f.act_symmetric, bias,
+            bool(f.rank), dtype,
+        ).weight  # fmt: skip
         for transform in self.format.transforms:
             if transform.kind == "shift":
                 correction = self.get_buffer(f"{transform.name}_output.weight")

@@ -29,7 +29,7 @@ def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     """Refuses a checkpoint that the disk cannot hold."""
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     need = 2 * vocabulary(arch) * dtype.itemsize + arch.layers * layer_weights(arch) * recipe.weights.bits // 8
-    need += 2 * chain
+    need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:

@@ -37,6 +37,7 @@ class Layer(NamedTuple):
     columns: int
     weight_bits: int
     act_bits: int
+    symmetric: bool
     bias: bool
 
 
@@ -91,13 +92,13 @@ def configuration(layer: Layer, sm: int) -> tuple[Any, str]:
     return config, ""
 
 
-def misfit(x: Tensor, weight_scale: Tensor, layer: Layer, symmetric: bool, low_rank: bool, sm: int) -> str:
-    """Why Humming cannot run this layer, or nothing."""
+def misfit(layer: Layer, groups: int, low_rank: bool, dtype: torch.dtype, sm: int) -> str:
+    """Why Humming cannot run this layer on rows of a dtype, or nothing."""
     for what, wrong in (
-        ("activations are asymmetric", not symmetric),
-        ("weight scales are by group", weight_scale.shape[1] != 1),
+        ("activations are asymmetric", not layer.symmetric),
+        ("weight scales are by group", groups != 1),
         ("there is a low-rank branch", low_rank),
-        (f"the model is in {x.dtype}", x.dtype != torch.bfloat16),
+        (f"its rows are {str(dtype).removeprefix('torch.')}", dtype != torch.bfloat16),
         (f"{layer.act_bits}-bit activations", layer.act_bits not in (4, 8)),
         (f"{layer.channels} channels are no multiple of 256", layer.channels % 256),
         (f"{layer.columns} columns are no multiple of 128", layer.columns % 128),
@@ -105,6 +106,17 @@ def misfit(x: Tensor, weight_scale: Tensor, layer: Layer, symmetric: bool, low_r
         if wrong:
             return what
     return configuration(layer, sm)[1]
+
+
+def sm_of(device: torch.device) -> int:
+    """The architecture of a GPU: 80, 90, ..."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """A weight of `layout` with the scales [N, 1] behind it: with them Humming runs the layer."""
+    return torch.cat((weight, permuted(weight_scale[:, 0].contiguous()).view(torch.int32)))
 
 
 def permuted(values: Tensor) -> Tensor:
@@ -128,21 +140,29 @@ def order(config: Any, layer: Layer) -> str:
 
 
 def int_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, layer: Layer, sm: int,
-    transform: tuple[str, int, Tensor | None], clip: float, silu_mul: bool = False,
+    x: Tensor, weight: layout.Weight, bias: Tensor | None, layer: Layer, transform: tuple[str, int, Tensor | None],
+    clip: float, silu_mul: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The layer of rows x bfloat16 [M, K] (for `silu_mul` [M, 2 K]) that `misfit` has nothing against; [M, N]."""
+    """The layer of rows x bfloat16 [M, K] (for `silu_mul` [M, 2 K]) that `misfit` had nothing against; [M, N].
+
+    Raises:
+        ValueError: the layer is run otherwise than it was prepared for.
+    """
     from humming.ops import humming_gemm
 
+    sm = sm_of(x.device)
+    wrong = misfit(layer, 1, False, x.dtype, sm)
+    if wrong or weight.scales is None:
+        raise ValueError(f"this layer was prepared for Humming, but {wrong or 'its scales are not there'}")
     config, _ = configuration(layer, sm)
-    words, _ = layout.unpack(weight, layer.weight_bits, layer.columns, layer.channels, 1)
+    words = weight.words
     codes, scale, _ = rows.quantize_rows(x, *transform, layer.act_bits, True, clip, silu_mul, order(config, layer))
     return humming_gemm(
         layer_config=config.to_str(),
         compute_config=COMPUTE,
         inputs=codes.view(torch.uint8) if config.a_dtype.num_bits == 4 else codes,
         weight=words.view(torch.int32).view(layer.channels, -1),
-        weight_scale=permuted(weight_scale[:, 0].contiguous()).view(1, -1),
+        weight_scale=weight.scales.view(1, -1),
         input_scale=scale,
         bias=None if bias is None else permuted(bias.contiguous()),
         outputs=x.new_empty((x.shape[0], layer.channels)),

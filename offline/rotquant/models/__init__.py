@@ -5,7 +5,15 @@ decoder         how a layer computes               reading     config.json -> ar
 """
 
 from rotquant.models.architecture import Architecture, Layer, Names, Tensors
-from rotquant.models.reading import describe, expected_shapes, read_architecture, read_config, rotary, skeleton
+from rotquant.models.reading import (
+    describe,
+    expected_shapes,
+    is_known,
+    read_architecture,
+    read_config,
+    rotary,
+    skeleton,
+)
 
 __all__ = [
     "Architecture",
@@ -14,6 +22,7 @@ __all__ = [
     "Tensors",
     "describe",
     "expected_shapes",
+    "is_known",
     "read_architecture",
     "read_config",
     "rotary",

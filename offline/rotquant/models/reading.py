@@ -27,6 +27,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise RotQuantError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
 
 
+def is_known(config: PreTrainedConfig) -> bool:
+    """Whether some family describes the class that a config names."""
+    return bool(set((config.architectures or [])[:1]) & BY_CLASS.keys())
+
+
 def describe(config: PreTrainedConfig, where: str = "config.json", class_name: str | None = None) -> Architecture:
     """The architecture of a config.
 
