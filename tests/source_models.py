@@ -27,7 +27,11 @@ SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the de
 VOCABULARY = 2048  # of the demo model's tokenizer
 # Families that differ from Llama in what a layer computes; sizes and scalars such that each difference matters.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     "granite": (
         GraniteConfig,
         GraniteForCausalLM,

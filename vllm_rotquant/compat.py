@@ -378,6 +378,8 @@ def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) 
 def logits_changed(model: Any, divisor: float) -> str:
     """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
     logits = getattr(model, "logits_processor", None)
+    if logits is None:
+        return ""
     scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
     return (
         f"multiplies logits by {scale} (logit_scale)"
