@@ -27,8 +27,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
-        self.format, self.prefix, self.proof = linear, prefix, proof
+    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof, parts: int = 1) -> None:
+        """`parts`: layers of the checkpoint that vLLM runs as this one."""
+        self.format, self.prefix, self.proof, self.parts = linear, prefix, proof, parts
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
 
     def create_weights(

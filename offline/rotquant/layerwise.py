@@ -108,13 +108,9 @@ class LayerQuantizer:
 
     def _stored(self, others: Tensors) -> Tensors:
         """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
-        stored = dict(others)
+        stored = self.kind.join(others)
         for name, parts in self.kind.stored.items():
             stored |= PackedLinear.stacked([self.done[part] for part in parts]).tensors(name, self.dtype)
-            for leaf in ("bias", "shift"):
-                rows = [stored.pop(f"{part}.{leaf}") for part in parts if f"{part}.{leaf}" in stored]
-                if rows:
-                    stored[f"{name}.{leaf}"] = torch.cat(rows)
         return stored
 
     def _placed(self, stage: Stage) -> Stage:

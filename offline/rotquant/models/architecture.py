@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, int]  # outputs, inputs of a linear
+BY_OUTPUT = ("weight", "bias", "shift", "lora_B")  # tensors of a linear that have a row for each output (see `fold`)
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,25 @@ class Layer:
         return tuple(name for name, parts in self.stored.items() if self.site_of[parts[0]] == site)
 
     def split(self, tensors: Tensors) -> Tensors:
-        """A layer's tensors as read, with those of fused linears as views of their parts."""
+        """A layer's tensors as a checkpoint holds them, those of fused linears as views of their parts."""
         out = dict(tensors)
         for name, parts in self.fused.items():
-            for leaf in ("weight", "bias"):
-                whole = out.pop(f"{name}.{leaf}", None)
-                if whole is not None:
-                    rows = whole.split([self.shapes[part][0] for part in parts])
-                    out |= {f"{part}.{leaf}": r for part, r in zip(parts, rows, strict=True)}
+            sizes = [self.shapes[part][0] for part in parts]
+            for leaf in BY_OUTPUT:
+                if (whole := out.pop(f"{name}.{leaf}", None)) is not None:
+                    out |= {f"{part}.{leaf}": rows for part, rows in zip(parts, whole.split(sizes), strict=True)}
+            if (read := out.pop(f"{name}.lora_A", None)) is not None:
+                out |= {f"{part}.lora_A": read for part in parts}
+        return out
+
+    def join(self, tensors: Tensors) -> Tensors:
+        """The inverse of `split`."""
+        out = dict(tensors)
+        for name, parts in self.fused.items():
+            for leaf in (*BY_OUTPUT, "lora_A"):
+                found = [out.pop(f"{part}.{leaf}") for part in parts if f"{part}.{leaf}" in out]
+                if found:
+                    out[f"{name}.{leaf}"] = found[0] if leaf == "lora_A" else torch.cat(found)
         return out
 
 
@@ -187,10 +200,11 @@ class Architecture:
         return f"{self.names.layers}{index}."
 
     def linears(self) -> Iterator[tuple[str, Shape]]:
-        """Full name and shape of every linear in the layers."""
+        """Full name and shape of every linear in the layers, as a checkpoint holds them."""
         for index, layer in enumerate(self.kinds):
-            for linear, shape in layer.shapes.items():
-                yield self.layer_prefix(index) + linear, shape
+            for linear, parts in layer.stored.items():
+                rows = sum(layer.shapes[part][0] for part in parts)
+                yield self.layer_prefix(index) + linear, (rows, layer.shapes[parts[0]][1])
 
 
 @dataclass(frozen=True)
