@@ -134,7 +134,7 @@ class RotQuantConfig(QuantizationConfig):
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                return RotQuantLinearMethod(linear, prefix, self.proof)
+                return RotQuantLinearMethod(linear, prefix, self.proof, len(self._parts(prefix)))
             self.proof.unquantized.add(prefix)
             return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
         if isinstance(layer, compat.VocabParallelEmbedding):
@@ -191,6 +191,11 @@ class RotQuantConfig(QuantizationConfig):
         found = basis_of(compat.vllm_config())
         return None if found.matrix is None else found
 
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint's layers that vLLM runs as the one of this name."""
+        assert self.names is not None
+        return parts_of(self.names.own(prefix), self.packed_modules_mapping)
+
     def linear_format(self, prefix: str) -> LinearFormat | None:
         """Format of the layer `prefix`, which may be several checkpoint layers in one (qkv_proj, gate_up_proj).
 
@@ -199,7 +204,7 @@ class RotQuantConfig(QuantizationConfig):
         """
         assert self.format is not None
         assert self.names is not None
-        parts = parts_of(self.names.own(prefix), self.packed_modules_mapping)
+        parts = self._parts(prefix)
         self.names.built.update(parts)
         formats = {part: self.format.linear(part) for part in parts}
         first = formats[parts[0]]

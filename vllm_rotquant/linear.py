@@ -76,10 +76,20 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_scale", scale)
         layer.register_parameter("weight_shape", shape)
         span, parts = slice(first, first + inputs), output_partition_sizes
+        if self.parts < len(parts):  # a layer that the checkpoint, too, holds as one
+            self._check_one_piece(outputs, output_size)
+            parts = [outputs]
         transforms, rank = self.format.transforms, self.format.rank
         rotation.expect_tensors(layer, self.prefix, transforms, input_size, span, parts, loader)
         low_rank.expect_factors(layer, self.prefix, rank, input_size, span, parts, params_dtype)
         self.proof.expect(layer)
+
+    def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
+        if self.format.rank and outputs < all_outputs:
+            raise RotQuantError(
+                f"{self.prefix}: this build of rotquant does not split the low-rank branch of a layer that the "
+                "checkpoint holds in one piece: use --tensor-parallel-size 1"
+            )
 
     def _check_shard(self, inputs: int, all_inputs: int) -> None:
         """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""

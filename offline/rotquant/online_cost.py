@@ -80,7 +80,7 @@ def online_cost(folder: Path) -> OnlineCost:
             linear = checkpoint.linear(arch.layer_prefix(index) + name)
             if linear is None:
                 continue
-            rows, width = sum(kind.shapes[part][0] for part in parts), kind.shapes[parts[0]][1]
+            rows, width = kind.stored_shape(name)
             gemm += rows * width
             total += linear.rank * (rows + width)
             served.add((f"{index}.{kind.site_of[parts[0]]}", tuple(stages(linear, width))))

@@ -129,6 +129,10 @@ class Layer:
             holder.get(linear, linear): self.fused.get(holder.get(linear, ""), (linear,)) for linear in self.linears
         }
 
+    def stored_shape(self, name: str) -> Shape:
+        parts = self.stored[name]
+        return sum(self.shapes[part][0] for part in parts), self.shapes[parts[0]][1]
+
     def stored_at(self, site: str) -> tuple[str, ...]:
         """The linears of a site as a checkpoint names them."""
         return tuple(name for name, parts in self.stored.items() if self.site_of[parts[0]] == site)
@@ -202,9 +206,8 @@ class Architecture:
     def linears(self) -> Iterator[tuple[str, Shape]]:
         """Full name and shape of every linear in the layers, as a checkpoint holds them."""
         for index, layer in enumerate(self.kinds):
-            for linear, parts in layer.stored.items():
-                rows = sum(layer.shapes[part][0] for part in parts)
-                yield self.layer_prefix(index) + linear, (rows, layer.shapes[parts[0]][1])
+            for linear in layer.stored:
+                yield self.layer_prefix(index) + linear, layer.stored_shape(linear)
 
 
 @dataclass(frozen=True)
