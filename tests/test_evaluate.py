@@ -120,6 +120,7 @@ def assert_engines_agree(checkpoint: Path, text: Path, tolerance: float = 0.005)
     scores = {}
     for engine in ("torch", "vllm"):
         command = [sys.executable, "-m", "rotquant", "eval", str(checkpoint), "--text", str(text), "--engine", engine]
+        command += ["--enforce-eager"]  # compiling takes longer than the evaluation
         done = subprocess.run(
             [*command, "--tokens", "6000", "--seq-len", "512", "--json"], capture_output=True, text=True, check=False
         )

@@ -144,7 +144,7 @@ def test_lora_keeps_separate_ops(child: Child, base: Path, served: serving.Serve
 
 def test_lora_of_the_original(child: Child, tmp_path: Path) -> None:
     """Turned as it is loaded, or before: what the merged original computes. Others are refused, the engine lives on."""
-    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=64)
+    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=32)
     fine = ["weights.bits=8", "activations.bits=8", "activations.clip=1", "kv.bits=16", "lm_head.bits=8"]
     scales = ["scales.norms=smooth", "scales.values=smooth", "scales.up=smooth", "scales.order=true"]
     out = quantize(str(folder), tmp_path / "out", recipe="quarot", settings=fine + scales, samples=4, seq_len=64)
@@ -211,14 +211,15 @@ def test_cache_holds_more_tokens(child: Child, tmp_path: Path, head_dim: int, ra
 
 def test_proof_names_what_runs(served: serving.Served) -> None:
     block = served.log[served.log.index("rotquant start-up check") :].splitlines()
-    rows = {line.split()[0]: line for line in block[2:7]}
-    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention"]
+    rows = {line.split()[0]: line for line in block[2:9]}
+    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention", "rotary", "decoder"]
     assert "W4 A4" in rows["qkv_proj"]
     assert re.search(r"W4 A4 +silu_mul +R4 hadamard 128", rows["down_proj"])
     assert "rms_norm" not in rows["qkv_proj"]  # the native GEMM does not read quantized rows
     assert "R3 hadamard 64" in rows["attention"]
-    assert block[7] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
-    assert block[8] == "  not quantized: lm_head (1)"
+    assert re.search(r"rotary +2 +vLLM +float32 +- +positions to 256 +0\.00%", block[7])
+    assert block[9] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
+    assert block[10] == "  not quantized: lm_head (1)"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_adapters import attach, write_adapter
 from rotquant import load
 from rotquant.calibrate import read_tokenizer, windows
 from rotquant.errors import RotQuantError
@@ -16,6 +17,7 @@ from rotquant.journal import Slot
 from rotquant.learn import plan
 from rotquant.pipeline import quantize
 from rotquant.recipe import load_recipe, shipped
+from rotquant.turn_adapter import turn_folder
 from source_models import HELDOUT, file_hashes, source_model
 from tiny_checkpoints import KINDS
 
@@ -44,16 +46,27 @@ def logits(model, folder):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_computes_the_same_function(tmp_path, recipe):
-    """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly."""
+    """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly.
+
+    Also with a LoRA adapter of the model, turned by what the checkpoint keeps of its basis.
+    """
     from transformers import AutoModelForCausalLM
 
     kind = list(KINDS)[RECIPES.index(recipe) % len(KINDS)]
     folder = sized(kind, tmp_path / "m", head_dim=32)
-    made = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
-    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=made, **QUICK)
-    expected = logits(AutoModelForCausalLM.from_pretrained(folder).eval(), folder)
-    distance = (logits(load(out), folder) - expected).norm() / expected.norm()
+    changed = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=changed, **QUICK)
+    original, made = AutoModelForCausalLM.from_pretrained(folder).eval(), load(out)
+    expected = logits(original, folder)
+    distance = (logits(made, folder) - expected).norm() / expected.norm()
     assert distance < 0.1, distance
+    adapter = write_adapter(tmp_path / "adapter", original, size=0.5)
+    attach(original, adapter)
+    attach(made, turn_folder(adapter, out, tmp_path / "turned"))
+    adapted = logits(original, folder)
+    distance = (logits(made, folder) - adapted).norm() / adapted.norm()
+    assert distance < 0.1, distance
+    assert (adapted - expected).norm() > 0.3 * adapted.norm()
 
 
 @pytest.mark.parametrize(("recipe", "kind"), [("ruquant-ft", "qwen2"), ("flatquant", "llama"), ("frtq", "qwen3")])

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import empty_steps
 from rotquant_kernels import convention, fused, reference
 from rotquant_kernels.cuda import gemm, layout, rows
 from test_linear_native import activations, gate_up, linear_case, same
@@ -211,3 +212,9 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
     assert torch.equal(eight, pairs.flatten(1))
     four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, order="humming4")[0]
     assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_without_rows(dtype):
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS}
+    assert empty_steps.check(kernels, dtype) >= {"quantize_rows", "int_linear", "rms_norm_quantize", "quantized_linear"}

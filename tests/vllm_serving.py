@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,53 @@ def engine_config(folder: Path, **options: Any) -> Any:
 
     defaults = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256}
     return EngineArgs(str(folder), **(defaults | options)).create_engine_config()
+
+
+def load_only(folder: Path, **options: Any) -> None:
+    """Builds and loads the model as a worker does, start-up check included, without an engine around it."""
+    loaded_log(folder, **options)
+
+
+def loaded_log(folder: Path, **options: Any) -> str:
+    """`load_only`; gives vLLM's log."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.model_executor.model_loader import get_model
+
+    config = engine_config(folder, **options)
+    # vLLM's CPU worker replaces what needs an accelerator.
+    cache = mock.patch.object(torch.accelerator, "empty_cache", lambda: None)
+    with captured_log() as log, set_current_vllm_config(config), cache:
+        if not torch.distributed.is_initialized():
+            store = Path(tempfile.mkdtemp()) / "store"
+            init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+        get_model(vllm_config=config)
+    return "\n".join(log)
+
+
+def loaded_with_eps(folder: Path, eps: float) -> None:
+    """`load_only` of a vLLM whose norms take another epsilon than config.json's."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    build = RMSNorm.__init__
+
+    def other(self: Any, hidden: int, eps_of_config: float = 0, *args: Any, **more: Any) -> None:
+        build(self, hidden, *args, **more | {"eps": eps})
+
+    with mock.patch.object(RMSNorm, "__init__", other):
+        load_only(folder)
+
+
+def of_first_stage(folder: Path) -> dict[str, bool]:
+    """For names of a checkpoint, whether the first of two pipeline stages leaves them to the other."""
+    from vllm_rotquant import compat, intake
+
+    stage, missing = torch.nn.Module(), compat.MISSING_LAYERS[0]()
+    stage.model, stage.lm_head = torch.nn.Module(), missing
+    stage.model.layers = torch.nn.ModuleList([torch.nn.Module(), missing])
+    names = ("model.layers.0.norm.weight", "model.layers.1.norm.weight", "lm_head.weight")
+    return {name: intake.in_another_stage(stage, name) for name in names}
 
 
 def quantization_of(folder: Path, flag: str | None) -> str | None:

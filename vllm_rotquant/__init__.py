@@ -7,6 +7,9 @@ checkpoint with 16-bit activations and without its rotations.
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
 SUPPORTED_VLLM = ((0, 28), (0, 34))  # from, up to and not including
 
 
@@ -25,8 +28,8 @@ def register() -> None:
     if reason is None:
         try:
             from vllm_rotquant.config import RotQuantConfig as Config
-        except ImportError as error:
-            reason = f"rotquant's vLLM plugin does not import ({error}): reinstall rotquant"
+        except Exception as error:  # vLLM would stop, whatever model it serves
+            reason = broken(error)
     if reason is not None:
         from vllm_rotquant.refusal import refusing_config
 
@@ -49,6 +52,38 @@ def unsupported_vllm() -> str | None:
         f"rotquant {version()} runs in vLLM {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is vLLM "
         f"{vllm.__version__}: install a vLLM of that range, or another rotquant"
     )
+
+
+def broken(error: Exception) -> str:
+    """What a user is told where the plugin does not import."""
+    line = " ".join(str(error).split())
+    return f"rotquant's vLLM plugin does not import ({line}): reinstall rotquant; `rotquant doctor` examines it"
+
+
+def restored(sender: str, state: dict[str, Any]) -> Any:
+    """The quantization config of a server in one of its workers, from the pickle that vLLM sends there.
+
+    Args:
+        sender: version of rotquant that made it.
+    Raises:
+        RotQuantError: this process does not have the same rotquant, or it does not work.
+    """
+    from rotquant.errors import RotQuantError
+
+    if sender != version():
+        raise RotQuantError(
+            f"this worker ({socket.gethostname()}) has rotquant {version()}, the server's first process has {sender}: "
+            "install the same version on every node"
+        )
+    reason = unsupported_vllm()
+    if reason is None:
+        try:
+            from vllm_rotquant.config import RotQuantConfig
+        except Exception as error:
+            reason = broken(error)
+    if reason is not None:
+        raise RotQuantError(f"worker on {socket.gethostname()}: {reason}")
+    return RotQuantConfig.from_state(state)
 
 
 def version() -> str:

@@ -8,13 +8,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    get_world_group,
+    model_parallel_is_initialized,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -28,7 +36,11 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -71,16 +83,22 @@ __all__ = [
     "PackedvLLMParameter",
     "ParallelLMHead",
     "RoutedExperts",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "additional_config",
     "asked",
     "attention_refusals",
     "built_layers",
     "checkpoint_file",
+    "checkpoint_folder",
     "decoder_output",
+    "device_type",
     "final_norm_holder",
+    "from_all",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
+    "has_final_norm",
     "head_major_layouts",
     "holds_some_layers",
     "is_decoder",
@@ -93,12 +111,15 @@ __all__ = [
     "norm_before",
     "opaque_pages",
     "own_config",
+    "pipeline_stage",
+    "ranks_of_model",
     "register_weight_loader_v2_supported_method",
     "rotary_rows",
     "silu_mul_before",
     "tell_compiled_graphs_apart",
     "turn_prompt_embeds",
     "vllm_config",
+    "wait_for_all",
     "weights_are_dummy",
 ]
 
@@ -185,6 +206,66 @@ def tell_compiled_graphs_apart(key: str, value: Any) -> None:
 def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
     """The attention layers of these names in the model that this process has built."""
     return [vllm_config.compilation_config.static_forward_context[name] for name in names]
+
+
+def additional_config(key: str) -> Any:
+    """A key of --additional-config, None where there is none; to be asked while a model is built."""
+    extra = get_current_vllm_config().additional_config
+    return extra.get(key) if isinstance(extra, dict) else None
+
+
+def checkpoint_folder() -> Callable[[], Path | None]:
+    """Finds the folder of the model that is being built, once it is loaded; None where vLLM keeps it elsewhere."""
+    config = get_current_vllm_config()
+    model, revision = config.model_config.model, config.model_config.revision
+    cache = config.load_config.download_dir
+
+    def find() -> Path | None:
+        from huggingface_hub import snapshot_download
+
+        if Path(model).is_dir():
+            return Path(model)
+        try:
+            return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
+        except Exception:  # it is not of the hub, or not in its cache
+            return None
+
+    return find
+
+
+def device_type() -> str:
+    """The device that vLLM serves on, in torch's words."""
+    return str(current_platform.device_type)
+
+
+def ranks_of_model() -> Any:
+    """The group of all ranks that load the model that is being built, None where this is the only one.
+
+    The last pipeline stage alone loads a draft.
+    """
+    if not torch.distributed.is_initialized() or not model_parallel_is_initialized():
+        return None
+    draft = get_current_vllm_config().model_config.runner_type == "draft"
+    group = get_tp_group() if draft else get_world_group()
+    return group if group.world_size > 1 else None
+
+
+def wait_for_all(group: Any, seconds: float) -> None:
+    """Returns when all ranks have called it; raises RuntimeError, naming a missing one where it is known, if not."""
+    torch.distributed.monitored_barrier(group.cpu_group, timedelta(seconds=seconds), wait_all_ranks=True)
+
+
+def from_all(group: Any, mine: Any) -> list[Any]:
+    """The objects that the ranks of a group have brought, by rank."""
+    answers: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
+    return answers
+
+
+def pipeline_stage() -> tuple[int, int]:
+    """Pipeline stage of this rank and how many there are."""
+    group = get_pp_group()
+    return group.rank_in_group, group.world_size
 
 
 def lora_is_on() -> bool:
@@ -375,19 +456,20 @@ def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) 
     return out + residual
 
 
+def has_final_norm(module: Any) -> bool:
+    """Whether a module is a model up to lm_head that ends with an RMSNorm on this rank."""
+    return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) is RMSNorm
+
+
 def logits_changed(model: Any, divisor: float) -> str:
     """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
     logits = getattr(model, "logits_processor", None)
     if logits is None:
         return ""
     scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
-    return (
-        f"multiplies logits by {scale} (logit_scale)"
-        if scale != 1 / divisor
-        else f"caps logits at {cap}"
-        if cap
-        else ""
-    )
+    if scale != 1 / divisor:
+        return f"multiplies logits by {scale} (logit_scale)"
+    return f"caps logits at {cap}" if cap else ""
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.models import describe, is_known
 from rotquant.targets import check_targets
-from vllm_rotquant import boundary, compat
+from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.names import Names, parts_of
@@ -44,10 +44,22 @@ class RotQuantConfig(QuantizationConfig):
         self.format: CheckpointFormat | None = None
         self.names: Names | None = None
         self.proof = Proof()
+        self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The proof holds layers of this process.
-        return self.__dict__ | {"proof": Proof(), "names": self.format and Names(self.format)}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Plain data: nothing of rotquant is imported before `restored` has looked at it. The proof is of one process.
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("proof", "format", "names")}
+        return restored, (version(), kept)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RotQuantConfig:
+        """The config of a pickle; see `vllm_rotquant.restored`."""
+        config = cls.__new__(cls)
+        config.__dict__ |= state
+        config.proof, config.format, config.names = Proof(), None, None
+        if config.head_dim:  # vLLM has called `maybe_update_config`
+            config._parse()
+        return config
 
     @classmethod
     def override_quantization_method(
@@ -85,6 +97,8 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if getattr(text, "dual_chunk_attention_config", None):
+            raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
         checkpoint = self._parse()
         if is_known(hf_config):  # their module names are known
@@ -119,6 +133,7 @@ class RotQuantConfig(QuantizationConfig):
 
         assert self.format is not None
         assert self.names is not None
+        self.proof.begin(self.defaults)
         self._begin()
         if isinstance(layer, compat.RoutedExperts):
             raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
@@ -136,13 +151,14 @@ class RotQuantConfig(QuantizationConfig):
             if linear is not None:
                 return RotQuantLinearMethod(linear, prefix, self.proof, len(self._parts(prefix)))
             self.proof.unquantized.add(prefix)
-            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
+            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(self.proof)
         if isinstance(layer, compat.VocabParallelEmbedding):
             name = self.names.own(prefix)
             self.names.built.add(name)
             targets = [t for scheme in self.format.schemes for t in scheme.targets]
             if any(matches(name, target, "Embedding") for target in targets):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
+            return Embedding(self.proof)
         return None
 
     def _begin(self) -> None:
@@ -229,3 +245,16 @@ class RotQuantConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+class Embedding(compat.UnquantizedEmbeddingMethod):
+    """vLLM's own method. A pipeline stage may hold an embedding or lm_head and no layer of rotquant; the proof must
+    come to its end there as well, since the other ranks wait for its word."""
+
+    def __init__(self, proof: Proof) -> None:
+        super().__init__()
+        self.proof = proof
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.proof.loaded(layer)

@@ -7,9 +7,8 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from rotquant.format import LinearFormat
 from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
-from vllm_rotquant import compat, rotation
+from vllm_rotquant import agreement, compat, rotation
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
@@ -58,9 +57,23 @@ class Proof:
         self.holders: Holders | None = None
         self.intake = Intake()
         self.settings: Any = None  # vLLM's, of this model
+        self.ranks: agreement.Ranks | None = None
+        self.identity: Callable[[], dict[str, str]] = dict
+        self.strict = True
         self.done = False
         self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
         self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
+
+    def begin(self, defaults: Mapping[str, Any]) -> None:
+        """A model is being built. All its ranks come here: before their first layer they agree on what they run.
+
+        Args:
+            defaults: `settings.from_environment` of the server's first process.
+        """
+        if self.ranks is None:
+            self.ranks, settings = agreement.begin(defaults)
+            self.strict = settings.strict
+            self.identity = agreement.checkpoint_facts(compat.checkpoint_folder())
 
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
@@ -82,19 +95,25 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
-            self.intake.built()
+            assert self.ranks is not None
             try:
-                assert self.holders is not None
-                linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
-                readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
-                if self.when_loaded is not None:
-                    self.when_loaded(self.holders.outermost(layer))
-                if not self.lora:
-                    fuse(linears, self.holders)
-                run_checks(self, readings)
-                warm_linears(layer for layer, _ in self.packed.values())
+                with self.ranks.verdict(self.identity):
+                    self._finish(layer)
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
+
+    def _finish(self, last: Any) -> None:
+        """Everything that wants the whole model, loaded: `last` is the layer that was loaded last."""
+        self.intake.built()
+        assert self.holders is not None
+        linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
+        readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
+        if self.when_loaded is not None:
+            self.when_loaded(self.holders.outermost(last))
+        if not self.lora:
+            fuse(linears, self.holders)
+        run_checks(self, readings)
+        warm_linears(layer for layer, _ in self.packed.values())
 
 
 @dataclass
@@ -136,14 +155,14 @@ def run_checks(proof: Proof, readings: list[Row]) -> None:
     rows += [attention_row(attention[0], len(attention))] if attention else []
     rows += readings
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(f" of {proof.model}" if proof.model else "", rows, attention, proof.unquantized, dummy)
+    log_report(rows, proof, dummy)
     for row in rows:
         if not row.passed:
             message = (
                 f"rotquant's start-up check failed: {row.where} on kernel {row.kernel} is {row.error:.1%} away from "
                 f"the reference (limit {row.limit:.1%}), {row.meaning}; ROTQUANT_STRICT=0 serves all the same"
             )
-            if os.environ.get("ROTQUANT_STRICT", "1") != "0":
+            if proof.strict:
                 raise RotQuantError(message)
             compat.logger.error(message)
 
@@ -164,7 +183,8 @@ def reading_rows(proof: Proof) -> list[Row]:
     for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     rows = []
-    for reading in compare_readings(decoders, config, settings.max_model_len, settings.dtype):
+    norms = [module.norm for module in modules if compat.has_final_norm(module)]
+    for reading in compare_readings(decoders, norms, config, settings.max_model_len, settings.dtype):
         rows.append(
             Row(
                 reading.what, reading.layers, "vLLM", str(settings.dtype).removeprefix("torch."), "-",
@@ -174,21 +194,23 @@ def reading_rows(proof: Proof) -> list[Row]:
     return rows
 
 
-def log_report(title: str, rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
+def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
+    attention: list[Any] = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"rotquant start-up check{title}, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    of = f" of {proof.model}" if proof.model else ""
+    lines = [f"rotquant start-up check{of}, {rank_and_stage(proof.layers)}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
-    else:
+    elif proof.layers:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
-    kinds = Counter(name.rpartition(".")[2] for name in unquantized)
+    kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))
     if dummy:
@@ -196,6 +218,14 @@ def log_report(title: str, rows: list[Row], attention: list[Any], unquantized: s
             "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS, no file was read. Speed and memory are "
             "those of the real model, what it writes is noise"
         )
+
+
+def rank_and_stage(layers: list[Any]) -> str:
+    """Which part of the model this rank runs."""
+    rank, (stage, stages) = compat.get_tensor_model_parallel_rank(), compat.pipeline_stage()
+    names = [str(layer.quant_method.prefix) for layer in layers]
+    held = f"{names[0]} to {names[-1]}" if names else "no layer of rotquant"
+    return f"tensor-parallel rank {rank}" + (f", pipeline stage {stage} (of {stages}): {held}" if stages > 1 else "")
 
 
 def sort_of(layer: Any) -> tuple[str, LinearFormat]:

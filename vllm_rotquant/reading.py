@@ -16,7 +16,7 @@ once in a short sequence and once in one of full length, since transformers' sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -50,10 +50,13 @@ class Reading:
     meaning: str
 
 
-def compare_readings(decoders: list[Any], config: Any, length: int, dtype: torch.dtype) -> list[Reading]:
+def compare_readings(
+    decoders: list[Any], final_norms: list[Any], config: Any, length: int, dtype: torch.dtype
+) -> list[Reading]:
     """Compares one layer of each sort.
 
     Args:
+        final_norms: vLLM's norm before lm_head, where this rank holds it.
         decoders: vLLM's decoder layers of this rank, of classes that `compat` knows, loaded and not yet fused.
         config: transformers' own reading of config.json; length: tokens that the server accepts in a sequence.
         dtype: of the served model.
@@ -71,15 +74,16 @@ def compare_readings(decoders: list[Any], config: Any, length: int, dtype: torch
             sequences = {tuple(range(min(ROWS, length))), spread(length)}
             rotary, whole = zip(*(own.distances(torch.tensor(s), dtype) for s in sorted(sequences)), strict=True)
         rounding = max(8 * torch.finfo(dtype).eps, 1e-4) + length * torch.finfo(torch.float32).eps
+        whole += tuple(own.norm_distance(norm, dtype) for norm in final_norms)
         name = str(layers[0].self_attn.attn.layer_name).removesuffix(".self_attn.attn")
         rope = getattr(config, "rope_parameters", None)
         meaning = (
             f"because vLLM and transformers read config.json differently (rope_parameters {rope}, for sequences of up "
             f"to {length} tokens): mend config.json, or serve shorter ones with --max-model-len"
         )
-        found.append(Reading("rotary", len(layers), max(rotary), rounding, f"{name}.self_attn.rotary_emb", meaning))
+        found.append(Reading("rotary", len(layers), worst(rotary), rounding, f"{name}.self_attn.rotary_emb", meaning))
         meaning = "because vLLM and transformers read some field of config.json differently: take out what one ignores"
-        found.append(Reading("decoder layer", len(layers), max(whole), rounding, name, meaning))
+        found.append(Reading("decoder layer", len(layers), worst(whole), rounding, name, meaning))
     return found
 
 
@@ -122,6 +126,7 @@ class Own:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=STAND_IN, trust_remote_code=False)
         self.layer, self.rotary = model.model.layers[0], type(model.model.rotary_emb)(config=config)
+        self.norm = model.model.norm
         self.head_dim, self.hidden = config.head_dim, config.hidden_size
         self.apply_rotary: Any = __import__(type(self.layer).__module__, fromlist=["_"]).apply_rotary_pos_emb
         if attention.head_dim != self.head_dim:
@@ -161,8 +166,12 @@ class Own:
             positions: int64 [T], ascending: of one sequence that ends with the last of them.
         """
         length, device = len(positions), next(self.decoder.parameters()).device
-        if (rows := compat.rotary_rows(self.decoder.self_attn.rotary_emb)) is not None and rows <= int(positions[-1]):
-            return float("inf"), float("inf")
+        rows = compat.rotary_rows(self.decoder.self_attn.rotary_emb)
+        if rows is not None and rows <= int(positions[-1]):
+            raise RotQuantError(
+                f"config.json: vLLM has a rotary table of {rows} positions for sequences of up to {positions[-1] + 1} "
+                f"tokens: serve with --max-model-len {rows}"
+            )
         cos_sin = self.rotary(torch.zeros(1), positions[None])
         hidden = trial(length, self.hidden, dtype=dtype, device=device, seed=3)
         hidden[1::2] *= TINY
@@ -179,7 +188,15 @@ class Own:
         heads = (x.float().cpu().unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (q, k))
         own = (x[0].transpose(0, 1).flatten(1) for x in self.apply_rotary(*heads, *cos_sin))
         served = attention.rotary_emb(positions.to(device), q.clone(), k.clone())
-        return max(row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True))
+        return worst([row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True)])
+
+    @torch.no_grad()
+    def norm_distance(self, norm: Any, dtype: torch.dtype) -> float:
+        """Of the final norm, on rows of common and of tiny size."""
+        rows = trial(4, self.hidden, dtype=dtype, device=norm.weight.device, seed=4)
+        rows[1::2] *= TINY
+        self.norm.weight = nn.Parameter(norm.weight.detach().float().cpu(), requires_grad=False)
+        return row_distance(norm(rows), self.norm(rows.float().cpu()))
 
     def _served(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """vLLM's layer on hidden [T, hidden]."""
@@ -265,6 +282,11 @@ def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         yield
     finally:
         del module.__dict__["forward"]
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest, NaN where there is one."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def row_distance(got: Tensor, expected: Tensor) -> float:

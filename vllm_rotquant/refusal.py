@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from rotquant.claim import claims
 from rotquant.errors import RotQuantError
-from rotquant.format import claims
 
 
 def refusing_config(reason: str) -> type[QuantizationConfig]:

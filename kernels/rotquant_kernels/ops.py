@@ -6,6 +6,7 @@ same schema for its own dispatch key and so wins; `kernel_of` tells which one ru
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -34,10 +35,11 @@ OPS = {
 }
 
 _library = torch.library.Library("rotquant", "DEF")
+SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) for name in OPS}
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name, None) or getattr(fused, _name), "CompositeExplicitAutograd")
-native.load()
+    _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
+native.choose(os.environ.get(native.TIER) or "auto", SPECIFICATION)  # a wrong one is an error now, not when it is used
 cuda.load(_library)
 
 
@@ -191,6 +193,12 @@ def distinct_batches(device: str, group: int, page: int) -> list[tuple[int, int]
 def kernel_of(op: str, device: str = "cpu") -> str:
     """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
     key = "CUDA" if device.startswith("cuda") else "CPU"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
+    native_tier = native.tier() if key == "CPU" else ""
+    if native_tier == native.REFERENCE or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
         return REFERENCE
-    return f"native ({torch.ops.rotquant.cpu_tier('')})" if key == "CPU" else cuda.kernel_of(op)
+    return f"native ({native_tier})" if key == "CPU" else cuda.kernel_of(op)
+
+
+def choose_cpu_tier(tier: str) -> None:
+    """`native.choose`, to be called before weights are prepared."""
+    native.choose(tier, SPECIFICATION)

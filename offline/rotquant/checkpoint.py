@@ -52,7 +52,9 @@ class Source:
     def _read_index(self, index: Path) -> None:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise TypeError("a shard that is no file name")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RotQuantError(f"{index}: no valid JSON with a weight_map: {error}") from error
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:
@@ -113,7 +115,7 @@ class Source:
         """
         with safe_open(self.files[name], framework="pt") as opened:
             tensor = opened.get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # not defined for 8-bit numbers
             raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 

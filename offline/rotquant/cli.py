@@ -105,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
         more="Exit code 1 if something is wrong; each problem is listed with how to mend it.",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _verb(
+        verbs,
+        "build",
+        _build,
+        "compile the native CPU kernels now, for an image or for nodes without a compiler",
+        "rotquant build\n  XDG_CACHE_HOME=/opt/cache rotquant build      serve with the same XDG_CACHE_HOME",
+        more="Otherwise it happens on first use, into the same folder, which may be read-only from then on.",
+    )
     _add_demo(verbs)
     return top
 
@@ -174,6 +182,8 @@ def _add_eval(verbs: Verbs) -> None:
     add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
     add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
     add("--engine", default="torch", choices=["torch", "vllm"], help="torch: the reference; vllm: what is served")
+    add("--max-model-len", type=_positive, metavar="N", help="vllm: the server's flag (default: as without it)")
+    add("--enforce-eager", action="store_true", help="vllm: the server's flag; starts faster and rounds otherwise")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -329,7 +339,15 @@ def _quantize(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from rotquant.evaluate import evaluate
 
-    score = evaluate(args.model, args.text, tokens=args.tokens, seq_len=args.seq_len, engine=args.engine)
+    score = evaluate(
+        args.model,
+        args.text,
+        tokens=args.tokens,
+        seq_len=args.seq_len,
+        engine=args.engine,
+        max_model_len=args.max_model_len,
+        enforce_eager=args.enforce_eager,
+    )
     print(json.dumps(score.as_dict()) if args.json else score)
     return 0
 
@@ -413,6 +431,16 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine()
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 1 if report.problems else 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from rotquant_kernels import build, native
+
+    try:
+        print(native.library())
+    except build.BuildError as error:
+        raise RotQuantError(str(error)) from error
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

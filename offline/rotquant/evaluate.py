@@ -68,8 +68,9 @@ class Score:
 
 
 def evaluate(
-    model: str, text: Path, *, tokens: int | None = None, seq_len: int | None = None, engine: str = "torch"
-) -> Score:
+    model: str, text: Path, *, tokens: int | None = None, seq_len: int | None = None, engine: str = "torch",
+    max_model_len: int | None = None, enforce_eager: bool = False,
+) -> Score:  # fmt: skip
     """Perplexity of a checkpoint, or of any Hugging Face causal language model.
 
     Args:
@@ -78,6 +79,8 @@ def evaluate(
         tokens: use about this many tokens of the text, None for all.
         seq_len: tokens in a window; None: 2048, or one less than the model's longest context.
         engine: "torch" (the reference ops; a GPU is used if there is one) or "vllm" (the served kernels).
+        max_model_len, enforce_eager: the flags of `vllm serve` by these names, for the engine "vllm". For longer
+            contexts it may build another rotary embedding; compiled code rounds less often between ops than eager.
     Raises:
         RotQuantError: no such model or text, text too short, window too long, vLLM missing or failing.
     """
@@ -91,7 +94,7 @@ def evaluate(
     started = time.monotonic()
     with Progress(f"{engine}: window", len(batch)) as progress:
         if engine == "vllm":
-            losses = vllm_losses(folder, batch, progress.step)
+            losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:
             losses = model_losses(load_any(folder), batch, progress.step)
     nll = losses.double().mean().item()
@@ -120,7 +123,7 @@ def load_any(folder: Path) -> PreTrainedModel:
     from rotquant.loading import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if claims(getattr(read_config(folder), "quantization_config", None)):
+    if is_ours(folder):
         return load(folder, device=device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     torch.nn.Module.to(model, device)
@@ -158,14 +161,16 @@ def model_losses(model: PreTrainedModel, batch: Tensor, step: Step | None = None
     return torch.cat(losses)
 
 
-def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor:
+def vllm_losses(
+    folder: Path, batch: Tensor, step: Step | None = None, max_model_len: int | None = None, enforce_eager: bool = False
+) -> Tensor:
     """As `model_losses`, with the model served by an offline vLLM engine.
 
     Raises:
         RotQuantError: vLLM is not installed, or could not start with this model.
     """
     with _stdout_to_stderr(), _environment(VLLM_SETTINGS):
-        engine = _vllm_engine(folder, batch.shape[1])
+        engine = _vllm_engine(folder, batch.shape[1], max_model_len, enforce_eager)
         from vllm import SamplingParams
 
         ask = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -180,27 +185,42 @@ def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor
     return torch.stack(losses)
 
 
-def _vllm_engine(folder: Path, seq_len: int) -> Any:
-    """A small offline engine in this process."""
+def _vllm_engine(folder: Path, seq_len: int, max_model_len: int | None, enforce_eager: bool) -> Any:
+    """An offline engine in this process with the model that `vllm serve` would build.
+
+    -1 is vLLM's "auto": the model is built for its whole context, as by default, and only then is the length that
+    requests may have cut to what a small KV cache holds. The other settings change no number.
+    """
     try:
         from vllm import LLM
     except ImportError as error:
         raise RotQuantError(f"--engine vllm needs vLLM ({error}); `rotquant doctor` tells how to install it") from error
     settings: dict[str, Any] = {
-        "max_model_len": seq_len + 1,
-        "max_num_batched_tokens": max(1024, seq_len + 1),
+        "max_model_len": max_model_len or -1,
         "max_num_seqs": VLLM_BATCH,
         "enable_prefix_caching": False,  # a cached prefix has no log-probabilities
-        "enforce_eager": True,  # compiling takes longer than the evaluation
+        "enforce_eager": enforce_eager,
     }
-    if claims(getattr(read_config(folder), "quantization_config", None)):
+    if is_ours(folder):
         settings["quantization"] = "rotquant"
     try:
-        return LLM(str(folder), **settings)
+        engine = LLM(str(folder), **settings)
     except Exception as error:
         reason = " ".join(str(error).split())
         hint = "VLLM_LOGGING_LEVEL=INFO shows more"
         raise RotQuantError(f"vLLM could not start with {folder}: {reason} ({hint})") from error
+    fits = engine.llm_engine.vllm_config.model_config.max_model_len
+    if fits <= seq_len:  # vLLM adds one token to a prompt
+        raise RotQuantError(
+            f"--seq-len {seq_len}: the KV cache holds sequences of {fits} tokens; give it more room, on CPUs with "
+            "VLLM_CPU_KVCACHE_SPACE (GiB)"
+        )
+    return engine
+
+
+def is_ours(folder: Path) -> bool:
+    config = read_config(folder)
+    return claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None))
 
 
 @contextmanager

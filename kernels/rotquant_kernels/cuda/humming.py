@@ -27,6 +27,7 @@ from rotquant_kernels.cuda import layout, rows
 SWITCH = "ROTQUANT_CUDA_LINEAR"
 SUPPORTED = ((0, 1, 17), (0, 2, 0))  # of humming-kernels; vLLM 0.32 carries 0.1.17
 INT4 = (80, 86, 87, 89)  # whose tensor cores multiply int4
+_choice: str | None = None  # of `choose`
 COMPUTE = json.dumps({"use_batch_invariant": True, "use_f16_accum": False, "gemm_type": "dense"})
 
 
@@ -56,7 +57,7 @@ def chosen() -> bool:
     Raises:
         ValueError: an unknown choice, or Humming is not there in a supported version.
     """
-    choice = os.environ.get(SWITCH, "triton")
+    choice = _choice or os.environ.get(SWITCH, "triton")
     if choice not in ("triton", "humming"):
         raise ValueError(f"{SWITCH} is {choice!r}: triton or humming")
     if choice == "triton":
@@ -68,6 +69,18 @@ def chosen() -> bool:
     if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]:
         raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
     return True
+
+
+def choose(choice: str) -> None:
+    """Sets what `chosen` goes by in the place of the environment: "triton" or "humming".
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    global _choice
+    _choice = choice
+    chosen.cache_clear()
+    chosen()
 
 
 @functools.cache

@@ -12,6 +12,8 @@ from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Architecture, Names
 from rotquant.models.registry import BY_CLASS
 
+MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
+
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """config.json of a local folder.
@@ -38,12 +40,18 @@ def describe(config: PreTrainedConfig, where: str = "config.json", class_name: s
     Args:
         class_name: of transformers' model, where it is not the first entry of the config's `architectures`.
     Raises:
-        RotQuantError: a class that no family describes.
+        RotQuantError: a class that no family describes, or a config that does not describe a model of it.
     """
     names = [class_name] if class_name else config.architectures or []
     if not names or names[0] not in BY_CLASS:
         raise RotQuantError(f"{where}: architectures is {names}, supported are {', '.join(BY_CLASS)}")
-    return BY_CLASS[names[0]].describe(config)
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise RotQuantError(f"{where}: num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
+    try:
+        return BY_CLASS[names[0]].describe(config)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RotQuantError(f"{where}: not a config of {names[0]}: {type(error).__name__}: {error}") from error
 
 
 def read_architecture(folder: Path) -> Architecture:
