@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -38,16 +39,21 @@ ADAPTERS = [
 def linear_with(decoder, tensors, transforms, prefix, changed):
     """The linears of a layer with the adapter beside them: it reads what they are given."""
     plain = decoder.float_linear(tensors, transforms)
+    own = {name.removeprefix(prefix): factors for name, factors in changed.items() if name.startswith(prefix)}
+    factors = decoder.kind.split({f"{n}.lora_{x}": f for n, ba in own.items() for x, f in zip("BA", ba, strict=True)})
 
     def linear(name, x):
-        b, a = (t.to(x) for t in changed.get(prefix + name, (torch.zeros(1, 1), torch.zeros(1, x.shape[-1]))))
-        return plain(name, x) + x @ a.T @ b.T
+        if f"{name}.lora_A" not in factors:
+            return plain(name, x)
+        return plain(name, x) + x @ factors[f"{name}.lora_A"].to(x).T @ factors[f"{name}.lora_B"].to(x).T
 
     return linear
 
 
-@pytest.mark.parametrize("config", ADAPTERS)
-@pytest.mark.parametrize("kind", KINDS)
+FUSED = {"names": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize(("kind", "config"), [*product(KINDS, ADAPTERS), ("phi3", FUSED)])
 def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
     """Every transform of the design space at once; the basis comes from its file."""
     extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
@@ -68,7 +74,7 @@ def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
     fold, h = Fold(arch, transforms), torch.randn(12, arch.hidden_size, generator=random)
     for index, decoder in enumerate(decoders(arch, 12)):
         prefix = arch.layer_prefix(index)
-        tensors = source.layer(prefix)
+        tensors = decoder.kind.split(source.layer(prefix))
         expected = decoder.layer(tensors, h, linear_with(decoder, tensors, None, prefix, before))
         plain = decoder.layer(tensors, h, decoder.float_linear(tensors))
         folded = {name: t.float() for name, t in fold.layer(tensors, index).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,21 @@ def read_architecture(folder: Path) -> Architecture:
             f"{where}: sliding_window is {config.sliding_window}, which the 4-bit KV cache does not support; set it"
             " to null if you serve contexts no longer than that"
         )
-    return found
+    # A window that holds every context is none, and vLLM shall not see one.
+    return replace(found, served={**found.served, "sliding_window": None}) if states_window(config) else found
 
 
 def uses_sliding_window(config: PreTrainedConfig) -> bool:
-    """True where some layer attends to a window only. Qwen configs carry the field with the feature off."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
+    """True where some layer attends to a window only."""
+    if kinds := getattr(config, "layer_types", None):
         return any(kind != "full_attention" for kind in kinds)
+    return states_window(config) and config.sliding_window < config.max_position_embeddings
+
+
+def states_window(config: PreTrainedConfig) -> bool:
+    """Whether the config gives every layer a window. Qwen configs carry the field with the feature off."""
+    if getattr(config, "layer_types", None):
+        return False
     return bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
