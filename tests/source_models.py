@@ -10,6 +10,8 @@ import torch
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
     Phi3Config,
@@ -38,6 +40,15 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
             "tie_word_embeddings": True,
+        },
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {
+            "hidden_size": 128, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+            "logits_scaling": 2.0, "num_local_experts": 0, "shared_intermediate_size": 176, "mamba_n_heads": 4,
+            "position_embedding_type": "rope", "layer_types": ["attention", "attention"],
         },
     ),
     "phi3": (

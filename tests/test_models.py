@@ -49,10 +49,12 @@ def test_every_registered_class_has_a_model_here() -> None:
     assert {model.__name__ for _, model, _ in (KINDS | FAMILIES).values()} == BY_CLASS.keys()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("name", [*FAMILIES, "without positions"])
+def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
     """From tokens to logits, every scalar and every layer's own embedding of positions among it."""
-    arch, source = read_architecture(sources[name]), Source(sources[name])
+    still = {"position_embedding_type": None}
+    folder = sources[name] if name in sources else source_model(tmp_path / "m", "granite4", **still)
+    arch, source = read_architecture(folder), Source(folder)
     h = source.get(arch.names.embedding)[TOKENS] * arch.embedding_scale
     for index, decoder in enumerate(decoders(arch, len(TOKENS))):
         tensors = decoder.kind.split(source.layer(arch.layer_prefix(index)))
@@ -60,8 +62,10 @@ def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], n
     head = source.get(arch.names.embedding if arch.tied else arch.names.head)
     logits = rms_norm(h, source.get(arch.names.norm), arch.eps) @ head.T / arch.logits_divisor
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(sources[name])(TOKENS[None]).logits[0]
+        expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None]).logits[0]
     assert (logits - expected).norm() < 1e-5 * expected.norm()
+    transforms = Transforms(None, 0, [LayerTransforms() for _ in arch.kinds])
+    assert check_equivalence(source, arch, Fold(arch, transforms), TOKENS, lambda _: None) < 1e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,7 +114,8 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 
 RECIPES = [
     ("smollm3", "quarot"), ("smollm3", "best-online"), ("granite", "quarot"), ("granite", "smoothrot"),
-    ("phi3", "best-online"), ("phi3", "svd"), ("ministral3", "quarot"), ("ministral3", "smoothrot"),
+    ("granite4", "quarot"), ("granite4", "smoothrot"), ("phi3", "best-online"), ("phi3", "svd"),
+    ("ministral3", "quarot"), ("ministral3", "smoothrot"),
 ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def compare_logits(source: Source, arch: Architecture, fold: Fold, original: Ten
 
 
 def original_layer(
-    module: torch.nn.Module, tensors: dict[str, Tensor], h: Tensor, cos_sin: tuple[Tensor, Tensor]
+    module: torch.nn.Module, tensors: dict[str, Tensor], h: Tensor, cos_sin: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """transformers' layer on h [T, hidden], float32, causal."""
     module.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)

@@ -137,7 +137,7 @@ class Decoder:
 
 def decoders(arch: Architecture, positions: int, device: str = "cpu") -> list[Decoder]:
     """The decoder of each layer, for sequences of at most `positions` tokens."""
-    cos, sin = (table[0].to(device) for table in rotary(arch.config, positions))
+    cos, sin = (table[0].to(device) for table in rotary(arch.config, positions) or (torch.zeros(1, positions, 0),) * 2)
     return [Decoder(kind, cos, sin) for kind in arch.kinds]
 
 

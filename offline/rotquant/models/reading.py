@@ -106,8 +106,13 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, d]."""
-    kind: Any = type(skeleton(config).get_decoder().rotary_emb)
-    embedding = kind(config=config)
+def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, channels].
+
+    None for a model that has none.
+    """
+    found: Any = skeleton(config).get_decoder().rotary_emb
+    if found is None:
+        return None
+    embedding = type(found)(config=config)
     return embedding(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
