@@ -113,9 +113,8 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 # ---- served ---------------------------------------------------------------------------------------------
 
 RECIPES = [
-    ("smollm3", "quarot"), ("smollm3", "best-online"), ("granite", "quarot"), ("granite", "smoothrot"),
-    ("granite4", "quarot"), ("granite4", "smoothrot"), ("phi3", "best-online"), ("phi3", "svd"),
-    ("ministral3", "quarot"), ("ministral3", "smoothrot"),
+    ("smollm3", "best-online"), ("granite", "smoothrot"), ("granite4", "quarot"), ("phi3", "best-online"),
+    ("phi3", "svd"), ("ministral3", "quarot"),
 ]  # fmt: skip
 
 
@@ -158,7 +157,7 @@ def test_queries_that_vllm_would_not_scale_are_noticed(
         "original_max_position_embeddings": 32, "beta": 0.3,
     }  # fmt: skip
     bare = edited(out, tmp_path / "bare", lambda config: config.pop("llama_4_scaling"))
-    with pytest.raises(RotQuantError, match="decoder layer"):
+    with pytest.raises(RotQuantError, match="read some field of config.json differently"):
         child(serving.serve, bare, [[1, 2, 3]], max_tokens=1)
 
 
