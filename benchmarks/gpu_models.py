@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from rotquant import export
 from rotquant.checkpoint import INDEX, save_tensors, save_text
+from rotquant.companions import copy_companions
 from rotquant.demo import DATA
 from rotquant.initial import initial_transforms
 from rotquant.models import Names, expected_shapes, read_architecture, read_config
@@ -37,7 +38,7 @@ def recipe() -> Recipe:
 def write_config(shape: str, checkpoint: str, folder: Path) -> None:
     """Everything but the weights: config.json and the demo model's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    export.copy_companions(DATA / "demo", folder)
+    copy_companions(DATA / "demo", folder)
     AutoConfig.for_model(**(COMMON | ALL_SHAPES[shape])).save_pretrained(folder)
     if checkpoint == "dummy":
         return

@@ -21,8 +21,9 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 
 from rotquant.checkpoint import Source, fetch, save_tensors, save_text
+from rotquant.companions import copy_companions
 from rotquant.demo import DATA
-from rotquant.export import copy_companions, write_index
+from rotquant.export import write_index
 from rotquant.models import Names, expected_shapes
 from rotquant.pipeline import quantize
 from rotquant.progress import Progress, say

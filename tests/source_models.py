@@ -26,7 +26,7 @@ from tiny_checkpoints import KINDS
 DATA = Path(__file__).parents[1] / "offline" / "rotquant" / "data"
 HELDOUT = DATA / "heldout.txt"
 SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
-VOCABULARY = 2048  # of the demo model's tokenizer
+VOCABULARY = 2056  # 2048 of the demo model's tokenizer, one that transformers adds for Qwen2, and some of no token
 # Families that differ from Llama in what a layer computes; sizes and scalars such that each difference matters.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "smollm3": (
@@ -84,6 +84,8 @@ def source_model(
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
         "initializer_range": 0.1,
     }  # fmt: skip
+    if kind == "qwen2":  # vLLM's has heads of hidden_size / num_attention_heads, whatever head_dim says
+        sizes["hidden_size"] = 128
     model = model_class(config_class(**(sizes | extra | config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

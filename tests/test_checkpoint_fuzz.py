@@ -1,4 +1,4 @@
-"""A sample of `checkpoint_fuzz`'s single changes: each leaves the result alone, is refused in one line, or is a setting."""
+"""A sample of `checkpoint_fuzz`'s single changes: each changes nothing, is refused in one line, or is a setting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REFUSED = [
     (("rotquant", "profile"), "fast", "profile is 'fast'"),
     (("rotquant", "profile"), "portable", "profile is 'portable', but the checkpoint has online transforms"),
     (("rotquant",), None, "rotquant is None, expected a dict"),
-    (("rotquant", "activation_clip", "lm_head"), 0.5, "activation_clip.lm_head: this model quantizes no module"),
+    (("rotquant", "activation_clip", "lm_head"), 0.5, "activation_clip.lm_head: this model has no quantized module"),
     ((*R3, "apply", 0, "targets"), ["re:.*attention$"], "transform_config.*'re:.*attention.' matches no module"),
     ((*R3, "apply", 1, "targets"), ["model.layers.0.self_attn"], "k_cache does not name model.layers.1.self_attn"),
     ((*R4, "apply", 0, "targets"), ["re:.*downproj$"], "online transform R4: targets: 're:.*downproj.' matches no"),

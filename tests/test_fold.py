@@ -14,8 +14,9 @@ from rotquant.errors import RotQuantError
 from rotquant.fold import Fold, fold_layer
 from rotquant.gate import check_equivalence
 from rotquant.initial import initial_transforms
-from rotquant.models import expected_shapes, read_architecture
+from rotquant.models import read_architecture
 from rotquant.models.decoder import decoders
+from rotquant.original import read_original
 from rotquant.recipe import load_recipe
 from rotquant.space import LayerTransforms
 from source_models import source_model
@@ -25,9 +26,8 @@ TOKENS = torch.arange(3, 51)
 
 
 def gate(folder, recipe="quarot", tp_max=1, change=lambda transforms: None):
-    arch, chosen = read_architecture(folder), load_recipe(recipe)
-    source = Source(folder)
-    source.check(expected_shapes(arch.config), [arch.names.head])
+    chosen = load_recipe(recipe)
+    arch, source = read_original(folder)
     transforms = initial_transforms(chosen, arch, tp_max, seed=1)
     change(transforms)
     return check_equivalence(source, arch, Fold(arch, transforms), TOKENS, lambda _: None)

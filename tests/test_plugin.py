@@ -245,6 +245,30 @@ def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str,
         child(serving.serve, extended, PROMPTS, swap=swap)
 
 
+def test_rounded_float32_products_are_refused(child: Child, base: Path, extended: Path, served: serving.Served) -> None:
+    """Where they serve: chains of transforms are plain torch; the base checkpoint has none of them."""
+    with pytest.raises(RotQuantError, match=r"online transforms are float32 products.*FLOAT32_MATMUL_PRECISION"):
+        child(serving.serve_with_rounded_products, extended, PROMPTS)
+    got = child(serving.serve_with_rounded_products, base, PROMPTS, logprobs=False)
+    assert len(got.tokens) == len(served.tokens)
+
+
+def test_a_batch_changes_no_bit(child: Child, tmp_path: Path) -> None:
+    """Logits of a prompt alone and among others, prefilled whole and beside sequences that decode."""
+    folder = write_checkpoint(tmp_path / "model", replace(BASE, int8_head=True, extras=everything()))
+    options = {"enable_prefix_caching": False, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 256}
+    together, alone = (child(serving.serve, folder, PROMPTS, max_num_seqs=n, **options) for n in (len(PROMPTS), 1))
+    assert together.tokens == alone.tokens
+    assert all(torch.equal(*pair) for pair in zip(together.prompt_logprobs, alone.prompt_logprobs, strict=True))
+
+
+@pytest.mark.parametrize(("on_cpu", "why"), [(True, "written in Triton.*same bits in every batch"), (False, "on GPUs")])
+def test_batch_invariant_mode_is_refused(child: Child, base: Path, on_cpu: bool, why: str) -> None:
+    with pytest.raises(RotQuantError, match=f"^VLLM_BATCH_INVARIANT=1: .*{why}"):
+        child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "1"}, base, on_cpu=on_cpu)
+    assert child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "0"}, base, on_cpu=on_cpu) == "rotquant"
+
+
 def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
     """--load-format dummy, as benchmarks use it: no tensor in the folder, random valid layers, a loud warning."""
     (tmp_path / "config.json").write_bytes((extended / "config.json").read_bytes())
@@ -287,9 +311,15 @@ def foreign(kind: str) -> dict[str, Any]:
     return config
 
 
+def make_foreign(config: dict[str, Any], kind: str) -> None:
+    """Turns config.json into that of another tool."""
+    del config["rotquant"]
+    config["quantization_config"] = foreign(kind)
+
+
 @pytest.mark.parametrize("kind", ["W4A16", "FP8"])
 def test_leaves_other_checkpoints_alone(child: Child, base: Path, tmp_path: Path, kind: str) -> None:
-    folder = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign(kind)))
+    folder = edited(base, tmp_path / "other", lambda config: make_foreign(config, kind))
     assert child(serving.quantization_of, folder, None) == "compressed-tensors"
     with pytest.raises(RotQuantError, match=r"--quantization rotquant: this checkpoint .quant_method 'compressed-ten"):
         child(serving.quantization_of, folder, "rotquant")
@@ -452,5 +482,5 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
 def test_other_vllm_versions(child: Child, base: Path, tmp_path: Path, version: str) -> None:
     with pytest.raises(RotQuantError, match=f"runs in vLLM 0.28 to 0.33, this is vLLM {version}"):
         child(serving.quantization_under, version, base, None)
-    other = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign("W4A16")))
+    other = edited(base, tmp_path / "other", lambda config: make_foreign(config, "W4A16"))
     assert child(serving.quantization_under, version, other, None) == "compressed-tensors"

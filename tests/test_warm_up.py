@@ -1,4 +1,5 @@
-"""After the warm-up of a server no step compiles anything: thousands of mixed steps on a GPU that is not there."""
+"""What a server does before its first request, on a GPU that is not there: after its warm-up no step of thousands
+compiles anything; a layer that the kernels do not read is refused; the proof does not need the GPU's memory."""
 
 import random
 from types import SimpleNamespace
@@ -9,13 +10,15 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
+from rotquant.errors import RotQuantError
 from rotquant.format import KVFormat, LinearFormat, Transform
-from rotquant_kernels import cuda, ops
+from rotquant.quant_linear import QuantLinear
+from rotquant_kernels import convention, cuda, ops
 from rotquant_kernels.cuda import gemm, kv4
 from rotquant_kernels.cuda.device import Device
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import stand_in
-from vllm_rotquant import rotation
+from vllm_rotquant import rotation, witness
 from vllm_rotquant.fusion import QuantizingNorm
 from vllm_rotquant.kv_cache import KV4Impl
 from vllm_rotquant.linear import RotQuantLinearMethod
@@ -138,6 +141,34 @@ def test_the_warm_up_is_needed(on_the_gpu):
     first = len(on_the_gpu)
     server.step([1] * 40 + [600], 8192)
     assert len(on_the_gpu) > first
+
+
+def test_weight_groups_that_the_kernels_do_not_read_are_refused_by_name(on_the_gpu):
+    method = RotQuantLinearMethod(LinearFormat(4, 16, 4, False, 0.9), "model.layers.3.mlp.down_proj", Proof())
+    method.inputs, method.dtype = 48, DTYPE
+    layer = SimpleNamespace(weight_scale=torch.ones(64, 3), shift_correction=None)
+    with pytest.raises(
+        RotQuantError, match=r"^model.layers.3.mlp.down_proj: .* a multiple of 32 inputs, not of 16: .*"
+    ):
+        method._prepare(layer, torch.zeros(64, 6, dtype=torch.int32))
+    linear = QuantLinear("mlp.down_proj", torch.nn.Linear(48, 64), method.format)
+    linear.weight_packed, linear.weight_scale = torch.zeros(64, 6, dtype=torch.int32), layer.weight_scale
+    with pytest.raises(RotQuantError, match=r"^mlp.down_proj: .* not of 16: .*group_size"):
+        linear.prepare()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_witness_unpacks_a_large_layer_in_parts(monkeypatch, groups):
+    generator = torch.Generator().manual_seed(1)
+    x, scales = torch.randn(3, 64, generator=generator), torch.rand(100, groups, generator=generator)
+    packed = convention.pack_int32(torch.randint(-8, 8, (100, 64), generator=generator).to(torch.int8), 4)
+    arguments = (x, LinearFormat(4, 64 // groups % 64, 4, False, 0.9), [], packed, scales, (None, None), None)
+    whole, unpack, unpacked = witness.float_linear(*arguments), convention.unpack_int32, []
+    monkeypatch.setattr(witness, "UNPACKED", 64 * 7)
+    monkeypatch.setattr(convention, "unpack_int32", lambda *given: unpacked.append(unpack(*given)) or unpacked[-1])
+    assert torch.allclose(witness.float_linear(*arguments), whole, rtol=1e-12)
+    assert max(codes.numel() for codes in unpacked) == 64 * 7
+    assert sum(len(codes) for codes in unpacked) == 100
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16, 71])

@@ -21,6 +21,16 @@ from torch import Tensor
 
 from rotquant_kernels import convention, fused, online, ops, reference
 
+DEFAULTS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 1 << 23,
+    "max_model_len": 256,
+    "block_size": 32,
+    "disable_log_stats": False,
+}
+
 
 @dataclass
 class Served:
@@ -60,16 +70,7 @@ def serve(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
-    defaults = {
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 1 << 23,
-        "max_model_len": 256,
-        "block_size": 32,
-        "disable_log_stats": False,
-    }
-    arguments: Any = defaults | options
+    arguments: Any = DEFAULTS | options
     parameters = SamplingParams(
         max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0 if logprobs else None
     )
@@ -206,7 +207,7 @@ def loaded_log(folder: Path, **options: Any) -> str:
 
     config = engine_config(folder, **options)
     # vLLM's CPU worker replaces what needs an accelerator.
-    cache = mock.patch.object(torch.accelerator, "empty_cache", lambda: None)
+    cache = mock.patch.object(torch.accelerator, "empty_cache")
     with captured_log() as log, set_current_vllm_config(config), cache:
         if not torch.distributed.is_initialized():
             store = Path(tempfile.mkdtemp()) / "store"
@@ -283,6 +284,25 @@ def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None, 
     if renamed:
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=renamed))
     return config.format.attention(prefix) if attention else config.linear_format(prefix)
+
+
+def quantization_with(environment: dict[str, str], folder: Path, on_cpu: bool = True) -> str | None:
+    """`quantization_of` with environment variables, as a GPU would see it or not."""
+    from vllm_rotquant import compat
+
+    with mock.patch.dict(os.environ, environment), mock.patch.object(compat, "on_cpu", return_value=on_cpu):
+        return quantization_of(folder, None)
+
+
+def serve_with_rounded_products(*arguments: Any, **options: Any) -> Served:
+    """`serve` where float32 products of matrices keep 8 bits, as under VLLM_FLOAT32_MATMUL_PRECISION=medium."""
+    honest = torch.Tensor.__matmul__
+
+    def rounding(a: Tensor, b: Tensor) -> Tensor:
+        return honest(*(x.bfloat16().float() if x.dtype == torch.float32 else x for x in (a, b)))
+
+    with mock.patch.object(torch.Tensor, "__matmul__", rounding):
+        return serve(*arguments, **options)
 
 
 def quantization_under(version: str, folder: Path, flag: str | None) -> str | None:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-SUPPORTED_VLLM = ((0, 28), (0, 34))  # from, up to and not including
+# From, up to and not including; `run.py` and `rotquant doctor` read it here. A version belongs in it when
+# tests/test_vllm_api.py holds the plugin against its record (tools/record_vllm_api.py) and the plugin's tests pass in
+# it: in its build for CPUs, or in its Python sources on the extension modules of an older one (tools/graft_vllm.py).
+# A patch release is taken to be like its release.
+SUPPORTED_VLLM = ((0, 28), (0, 34))
 
 
 def register() -> None:
@@ -84,6 +88,12 @@ def restored(sender: str, state: dict[str, Any]) -> Any:
     if reason is not None:
         raise RotQuantError(f"worker on {socket.gethostname()}: {reason}")
     return RotQuantConfig.from_state(state)
+
+
+def vllm_requirement() -> str:
+    """The supported versions as pip wants them."""
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED_VLLM)
+    return f"vllm>={low},<{high}"
 
 
 def version() -> str:

@@ -41,6 +41,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -49,6 +51,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -64,6 +67,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from vllm_rotquant.features import Asked
 
 __all__ = [
+    "HAS_TRITON",
     "MISSING_LAYERS",
     "Attention",
     "AttentionBackend",
@@ -90,6 +94,7 @@ __all__ = [
     "asked",
     "attention_refusals",
     "built_layers",
+    "checkpoint",
     "checkpoint_file",
     "checkpoint_folder",
     "decoder_output",
@@ -109,17 +114,21 @@ __all__ = [
     "lora_is_on",
     "model_settings",
     "norm_before",
+    "on_cpu",
     "opaque_pages",
+    "outermost",
     "own_config",
     "pipeline_stage",
     "ranks_of_model",
     "register_weight_loader_v2_supported_method",
     "rotary_rows",
     "silu_mul_before",
+    "stays_out_of_reloads",
     "tell_compiled_graphs_apart",
     "turn_prompt_embeds",
     "vllm_config",
     "wait_for_all",
+    "watch_reloads",
     "weights_are_dummy",
 ]
 
@@ -251,14 +260,19 @@ def ranks_of_model() -> Any:
 
 
 def wait_for_all(group: Any, seconds: float) -> None:
-    """Returns when all ranks have called it; raises RuntimeError, naming a missing one where it is known, if not."""
-    torch.distributed.monitored_barrier(group.cpu_group, timedelta(seconds=seconds), wait_all_ranks=True)
+    """Returns when all ranks have called it; raises RuntimeError, naming a missing one where it is known, if not.
+
+    Under VLLM_DISTRIBUTED_USE_SPLIT_GROUP, whose groups have no such barrier, `from_all` is the first to wait.
+    """
+    if torch.distributed.get_backend(group.cpu_group) == "gloo":
+        torch.distributed.monitored_barrier(group.cpu_group, timedelta(seconds=seconds), wait_all_ranks=True)
 
 
 def from_all(group: Any, mine: Any) -> list[Any]:
     """The objects that the ranks of a group have brought, by rank."""
     answers: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
+    with torch.device("cpu"):  # vLLM loads under its device
+        torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
     return answers
 
 
@@ -266,6 +280,15 @@ def pipeline_stage() -> tuple[int, int]:
     """Pipeline stage of this rank and how many there are."""
     group = get_pp_group()
     return group.rank_in_group, group.world_size
+
+
+def checkpoint() -> Callable[[], str]:
+    """Where the weights of the model being built come from; a reload from elsewhere changes the answer.
+
+    To be called while a model is loaded.
+    """
+    config = get_current_vllm_config().model_config
+    return lambda: str(config.model)
 
 
 def lora_is_on() -> bool:
@@ -406,6 +429,11 @@ def checkpoint_file(config: Any, name: str) -> Path:
     return Path(hf_hub_download(model, name, **where))
 
 
+def on_cpu() -> bool:
+    """True where models run on the CPU."""
+    return bool(current_platform.is_cpu())
+
+
 def weights_are_dummy() -> bool:
     """True under --load-format dummy, which reads no file; to be asked while a model is built."""
     return get_current_vllm_config().load_config.load_format == "dummy"
@@ -470,6 +498,50 @@ def logits_changed(model: Any, divisor: float) -> str:
     if scale != 1 / divisor:
         return f"multiplies logits by {scale} (logit_scale)"
     return f"caps logits at {cap}" if cap else ""
+
+
+class _StaysOut(LayerReloadingInfo):
+    """What vLLM knows about a module in a reload: taken apart already, nothing to process."""
+
+    def can_load(self) -> bool:
+        return True
+
+    def reset(self) -> None:
+        pass
+
+
+def stays_out_of_reloads(module: torch.nn.Module) -> None:
+    """Has vLLM's reload of weights pass over the module: its tensors stay and are loaded by their own loaders."""
+    LAYERWISE_INFO[module] = _StaysOut(({}, {}), torch.device("cpu"), load_numel=1, load_numel_total=1)
+
+
+def outermost(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model that a module is part of; vLLM notes all modules of a model, it first, before it loads them."""
+    return next((model for model in LAYERWISE_INFO if any(part is module for part in model.modules())), None)
+
+
+def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Has vLLM call `begin` before it takes a model apart to reload its weights, and `end` when it is done.
+
+    vLLM goes through all modules twice, the model itself first: to ask whether they are taken apart already, and to
+    put them together, attention last.
+    """
+
+    class First(LayerReloadingInfo):
+        def can_load(self) -> bool:
+            if not super().can_load():
+                begin()
+            return super().can_load()
+
+    class Last(LayerReloadingInfo):
+        def reset(self) -> None:
+            super().reset()
+            end()
+
+    attention = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    for module, kind in ((model, First), (attention[-1], Last)) if attention else ():
+        known = LAYERWISE_INFO[module]
+        LAYERWISE_INFO[module] = kind(known.restore_metadata, known.restore_device)
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

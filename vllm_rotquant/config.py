@@ -15,6 +15,7 @@ from rotquant.models import describe, is_known
 from rotquant.targets import check_targets
 from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
+from vllm_rotquant.environment import refuse_batch_invariance
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.proof import Proof
@@ -95,6 +96,7 @@ class RotQuantConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
+        refuse_batch_invariance()
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if getattr(text, "dual_chunk_attention_config", None):

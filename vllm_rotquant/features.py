@@ -19,7 +19,7 @@ from rotquant.draft import KEY
 from rotquant.errors import RotQuantError
 
 TOKENS_ONLY = ("ngram", "ngram_gpu", "suffix", "draft_model")  # drafts that see no hidden state of the target
-TURNED = ("eagle", "eagle3")  # drafts that `rotquant draft` turns
+TURNED = ("eagle3",)  # drafts that `rotquant draft` turns
 FILES = ("auto", "hf", "safetensors", "fastsafetensors", "dummy")  # load formats that read the checkpoint as it is
 
 

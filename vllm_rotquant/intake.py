@@ -155,7 +155,9 @@ class Watch(TorchDispatchMode):
     def finish(self) -> None:
         """Refuses what was handed on and never read, and packed weights whose `weight_shape` is another."""
         for layer, shape in self.declared.items():
-            rows, words = self.shapes.get(f"{layer}.weight_packed", [0, 0])
+            if f"{layer}.weight_packed" not in self.shapes:
+                continue  # its layer says so
+            rows, words = self.shapes[f"{layer}.weight_packed"]
             if len(shape) != 2 or shape[0] != rows or words not in (-(-shape[1] * bits // 32) for bits in (4, 8)):
                 packed = f"{rows} rows of {words} words"
                 raise RotQuantError(f"tensor {layer}.weight_shape is {shape}, but weight_packed has {packed}")

@@ -8,7 +8,8 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +22,12 @@ from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
 from vllm_rotquant import agreement, compat, rotation
+from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.reload import Reload
 from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
@@ -55,7 +58,7 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
-        self.intake = Intake()
+        self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model
         self.ranks: agreement.Ranks | None = None
         self.identity: Callable[[], dict[str, str]] = dict
@@ -80,6 +83,7 @@ class Proof:
         if self.holders is None:
             self.holders, self.lora = Holders(), compat.lora_is_on()
         self.settings = self.settings or compat.model_settings()
+        self.intake = self.intake or Intake()
         self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
@@ -103,9 +107,13 @@ class Proof:
                 self.layers, self.packed, self.holders = [], {}, None
 
     def _finish(self, last: Any) -> None:
-        """Everything that wants the whole model, loaded: `last` is the layer that was loaded last."""
-        self.intake.built()
+        """What is left to do once this rank's layers are loaded: `last` is the layer that was loaded last."""
+        if not self.layers:  # a pipeline stage without layers of rotquant
+            compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
+            return
+        assert self.intake is not None
         assert self.holders is not None
+        self.intake.built()
         linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
         readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
         if self.when_loaded is not None:
@@ -114,6 +122,17 @@ class Proof:
             fuse(linears, self.holders)
         run_checks(self, readings)
         warm_linears(layer for layer, _ in self.packed.values())
+        Reload(self).install(self.layers)
+
+    @contextmanager
+    def again(self, layers: list[Any]) -> Iterator[None]:
+        """Runs the check at the end of a block in which the weights of `layers` are loaded anew, and kept by `keep`."""
+        self.layers, self.done = layers, False
+        try:
+            yield
+            run_checks(self, [])
+        finally:
+            self.layers, self.packed, self.done = [], {}, True
 
 
 @dataclass
@@ -174,6 +193,7 @@ def reading_rows(proof: Proof) -> list[Row]:
     Raises:
         RotQuantError: they build different layers.
     """
+    assert proof.intake is not None
     modules, settings = proof.intake.around(), proof.settings
     config = compat.own_config(settings)
     known = is_known(config)
@@ -208,7 +228,7 @@ def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
         ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
-    elif proof.layers:
+    else:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
     kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
@@ -248,6 +268,8 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     linear, inputs = method.format, method.inputs
     stages = rotation.stages(layer, linear.transforms)
     bias, correction = getattr(layer, "bias", None), layer.shift_correction
+    if linear.rank or split(stages)[0]:
+        refuse_rounded_products(method.prefix, packed.device)
     if method.norm is not None:
         given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps)
     elif method.silu_mul:
@@ -290,7 +312,7 @@ def attention_row(layer: Any, count: int) -> Row:
         [trial(n, h, dim, dtype=layer.dtype, device=device, seed=seed + i) for i, n in enumerate(lengths)]
         for seed, h in ((1, layer.num_heads), (3, heads), (5, heads))
     )
-    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k.dtype) for k in key]
+    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     got = torch.cat(served_attention(layer, query, key, value))
     expected = torch.cat(

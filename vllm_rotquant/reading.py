@@ -123,8 +123,11 @@ class Own:
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         config.num_attention_heads, config.num_key_value_heads = attention.num_heads, attention.num_kv_heads
         config.intermediate_size = decoder.mlp.down_proj.input_size_per_partition
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=STAND_IN, trust_remote_code=False)
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=STAND_IN)
+        except Exception as error:
+            raise RotQuantError(f"config.json: transformers does not build this model: {error}") from error
         self.layer, self.rotary = model.model.layers[0], type(model.model.rotary_emb)(config=config)
         self.norm = model.model.norm
         self.head_dim, self.hidden = config.head_dim, config.hidden_size

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rotquant.calibrate import read_tokenizer, windows
+from rotquant.calibrate import check_tokens, read_tokenizer, windows
 from rotquant.checkpoint import fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import claims
 from rotquant.models import read_config
+from rotquant.original import load_transformers
 from rotquant.progress import Progress
 
 SEQ_LEN = 2048
@@ -97,6 +98,8 @@ def evaluate(
             losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:
             losses = model_losses(load_any(folder), batch, progress.step)
+    if not losses.isfinite().all():
+        raise RotQuantError(f"{folder}: the model's logits are not finite on this text")
     nll = losses.double().mean().item()
     seconds = round(time.monotonic() - started, 2)
     return Score(model, engine, safe_exp(nll), nll, losses.numel(), len(batch), length, seconds)
@@ -106,7 +109,7 @@ def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = No
     """Token windows int64 [n, seq_len] of a text, at most about `tokens` tokens.
 
     Raises:
-        RotQuantError: naming the file that is missing, not UTF-8, or too short for one window.
+        RotQuantError: naming the file that is missing, not UTF-8 or too short for a window; a token without embedding.
     """
     try:
         content = text.read_text(encoding="utf-8")
@@ -114,7 +117,9 @@ def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = No
         raise RotQuantError(f"{text}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RotQuantError(f"{text}: not a readable UTF-8 text ({error})") from error
-    found = windows(content, read_tokenizer(folder), seq_len, str(text))
+    tokenizer = read_tokenizer(folder)
+    found = windows(content, tokenizer, seq_len, str(text))
+    check_tokens(found, tokenizer, folder, read_config(folder).get_text_config().vocab_size)
     return found if tokens is None else found[: max(1, tokens // seq_len)]
 
 
@@ -125,9 +130,9 @@ def load_any(folder: Path) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_ours(folder):
         return load(folder, device=device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    model, _ = load_transformers(folder, "auto")
     torch.nn.Module.to(model, device)
-    return model.eval()
+    return model
 
 
 def perplexity(model: PreTrainedModel, batch: Tensor) -> float:

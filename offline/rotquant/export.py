@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from rotquant.calibrate import Calibrated
-from rotquant.checkpoint import COPIED, INDEX, save_text
+from rotquant.checkpoint import INDEX, save_text
 from rotquant.extension import BasisFile
 from rotquant.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.journal import Journal
@@ -208,20 +207,13 @@ def write_config(
 ) -> None:
     """config.json; read back through `CheckpointFormat`, so that nothing is written that cannot be served."""
     config = json.loads((source / "config.json").read_text())
+    config.pop("auto_map", None)  # code of the original, which neither runs nor travels
     config |= arch.served
     config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     config["rotquant"] = ext
     CheckpointFormat(quantization, ext, arch.head_dim)
     save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence."""
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> int:

@@ -25,6 +25,7 @@ from rotquant import export
 from rotquant.basis import Basis
 from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
+from rotquant.companions import copy_companions
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
 from rotquant.format import FORMAT_VERSION
@@ -34,8 +35,9 @@ from rotquant.journal import Journal
 from rotquant.layerwise import LayerQuantizer, pack
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import Architecture, expected_shapes, read_architecture
+from rotquant.models import Architecture
 from rotquant.models.decoder import decoders
+from rotquant.original import read_original
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
@@ -142,12 +144,10 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = export.for_profile(load_recipe(recipe, settings), profile)
+    chosen = export.for_profile(load_recipe(recipe, settings), profile).check_learning()
     folder = fetch(model)
-    arch = read_architecture(folder)
-    source = Source(folder)
-    source.check(expected_shapes(arch.config), optional=[arch.names.head] if arch.tied else [])
-    check_groups(chosen, arch)
+    arch, source = read_original(folder)
+    check_shapes(chosen, arch)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -162,12 +162,17 @@ def prepare(
     return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
-def check_groups(recipe: Recipe, arch: Architecture) -> None:
-    size = recipe.weights.group_size
-    for name, (_, inputs) in arch.linears():
-        if inputs % 8 or (size and inputs % size):
+def check_shapes(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses groups and ranks that a weight of the model cannot have."""
+    size, rank = recipe.weights.group_size, recipe.weights.rank
+    for name, shape in arch.linears():
+        if shape[1] % 8 or (size and shape[1] % size):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
-            raise RotQuantError(f"config.json: the {inputs} inputs of {name}.weight are not divisible by {what}")
+            raise RotQuantError(f"config.json: the {shape[1]} inputs of {name}.weight are not divisible by {what}")
+        if rank > min(shape):
+            raise RotQuantError(
+                f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
+            )
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
@@ -296,7 +301,7 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
     """Basis sidecar, config.json, index, tokenizer and model card; read back before they count."""
     quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
-    export.copy_companions(run.model, journal.folder)
+    copy_companions(run.model, journal.folder)
     basis = Basis.of(run.source, run.arch, run.transforms).write(journal.folder)
     extension = export.extension(run.recipe, run.arch, run.transforms, run.profile, basis, provenance(run, digest))
     export.write_config(run.model, journal.folder, run.arch, quantization, extension)

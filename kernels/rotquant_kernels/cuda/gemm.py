@@ -115,11 +115,16 @@ def linear_kernel(
             acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
         y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
     else:
-        for group in range(GROUPS):  # one loop, so that loads of the next groups are on their way
+        for group in range(GROUPS):
             acc = tl.zeros([TN, TM], tl.int32)
-            for i in tl.static_range(STEPS):
-                first = (group * STEPS + i) * TK
-                acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            if STEPS * TK <= 128:  # one loop, so that loads of the next groups are on their way
+                for i in tl.static_range(STEPS):
+                    first = (group * STEPS + i) * TK
+                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            else:  # the pipeline of whole groups would be too large for shared memory
+                for i in range(STEPS):
+                    first = (group * STEPS + i) * TK
+                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
             at = weight_scale + n * GROUPS + group
             y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]

@@ -49,7 +49,10 @@ def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
             f"{list(packed.shape)} words of {bits}-bit codes do not hold {columns} columns in {groups} groups"
         )
     if groups > 1 and size % 32:
-        raise ValueError(f"the CUDA kernels read scale groups of a multiple of 32 inputs, not of {size}")
+        raise ValueError(
+            f"the CUDA kernels read weight groups of a multiple of 32 inputs, not of {size}: quantize again with "
+            "another weights.group_size"
+        )
     stored = packed.contiguous().view(torch.int8) ^ (0x88 - 256 if bits == 4 else 0x80 - 256)  # unsigned to signed
     codes = torch.stack((stored << 4 >> 4, stored >> 4), -1).flatten(1) if bits == 4 else stored
     codes = codes[:, :columns]

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from rotquant.models.config_rules import Known
+
 Tensors = dict[str, Tensor]
 Shape = tuple[int, int]  # outputs, inputs of a linear
 BY_OUTPUT = ("weight", "bias", "shift", "lora_B")  # tensors of a linear that have a row for each output (see `fold`)
@@ -172,7 +174,10 @@ class Names:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A whole model: h = embedding_scale E[token], its layers, logits = W norm(h) / logits_divisor."""
+    """A whole model: h = embedding_scale E[token], its layers, logits = W norm(h) / logits_divisor.
+
+    tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
+    """
 
     config: PreTrainedConfig
     kinds: tuple[Layer, ...]  # the layers in their order
@@ -215,9 +220,10 @@ class Family:
     """Models that one file describes.
 
     Args:
-        classes: names of transformers' classes, as `architectures` of config.json gives them.
+        classes: names of transformers' classes, as `architectures` of config.json gives them, with what their configs
+            have.
         describe: reads a config of theirs.
     """
 
-    classes: tuple[str, ...]
+    classes: Mapping[str, Known]
     describe: Callable[[PreTrainedConfig], Architecture]

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Architecture, Family, Layer
+from rotquant.models.config_rules import Known, exactly, number, whole
 from rotquant.models.llama import attention, layer, model
 
 
@@ -21,8 +21,6 @@ def granite(config: PreTrainedConfig) -> Architecture:
 
 
 def granite4(config: PreTrainedConfig) -> Architecture:
-    if config.num_local_experts:
-        raise RotQuantError(f"config.json: num_local_experts is {config.num_local_experts}, supported is 0")
     turned = attention(config, scale=config.attention_multiplier)
     if config.position_embedding_type != "rope":
         turned = replace(turned, rotary=0)
@@ -43,5 +41,48 @@ def scaled_model(config: PreTrainedConfig, kind: Layer) -> Architecture:
     )
 
 
-GRANITE = Family(("GraniteForCausalLM",), granite)
-GRANITE4 = Family(("GraniteMoeHybridForCausalLM",), granite4)
+SCALARS = dict.fromkeys(
+    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    number(0, 1e6, above=True),
+)
+DENSE = {
+    "num_local_experts": exactly(0),
+    "shared_intermediate_size": whole(2, 2**20),
+    "position_embedding_type": exactly("rope", "nope", None),
+    "normalization_function": exactly("rmsnorm"),
+}
+OF_MAMBA_AND_EXPERTS = frozenset(
+    [
+        "mamba_n_heads",
+        "mamba_n_groups",
+        "mamba_d_state",
+        "mamba_d_head",
+        "mamba_d_conv",
+        "mamba_expand",
+        "mamba_chunk_size",
+        "mamba_conv_bias",
+        "mamba_proj_bias",
+        "time_step_limit",
+        "num_experts_per_tok",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "init_method",
+    ]
+)
+GRANITE = Family(
+    {"GraniteForCausalLM": Known("granite", attention_bias=(False, True), mlp_bias=(False, True), fields=SCALARS)},
+    granite,
+)
+GRANITE4 = Family(
+    {
+        "GraniteMoeHybridForCausalLM": Known(
+            "granitemoehybrid",
+            attention_bias=(False,),
+            own_head_dim=False,
+            attention_layers=("full_attention", "attention"),
+            fields=SCALARS | DENSE,
+            harmless=OF_MAMBA_AND_EXPERTS,
+        )
+    },
+    granite4,
+)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Attention, Family, GatedMLP, Layer
+from rotquant.models.config_rules import Known
 
 
 def attention(config: PreTrainedConfig, **differences: Any) -> Attention:
@@ -60,5 +61,12 @@ def normed_heads(config: PreTrainedConfig) -> Architecture:
     return model(config, [layer(config, heads)] * config.num_hidden_layers)
 
 
-LLAMA = Family(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"), plain)
-QWEN3 = Family(("Qwen3ForCausalLM",), normed_heads)
+LLAMA = Family(
+    {
+        "LlamaForCausalLM": Known("llama", attention_bias=(False, True), mlp_bias=(False, True)),
+        "MistralForCausalLM": Known("mistral", attention_bias=(False,)),
+        "Qwen2ForCausalLM": Known("qwen2", attention_bias=(False, True), own_head_dim=False, window_switch=True),
+    },
+    plain,
+)
+QWEN3 = Family({"Qwen3ForCausalLM": Known("qwen3", attention_bias=(False,), window_switch=True)}, normed_heads)

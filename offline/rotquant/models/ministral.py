@@ -9,6 +9,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Family, PositionScale
+from rotquant.models.config_rules import Known, number, whole
 from rotquant.models.llama import attention, layer, model
 
 
@@ -22,4 +23,5 @@ def describe(config: PreTrainedConfig) -> Architecture:
     )
 
 
-MINISTRAL3 = Family(("Ministral3ForCausalLM",), describe)
+ROPE = {"llama_4_scaling_beta": number(0, 10), "max_position_embeddings": whole(2, 2**25)}
+MINISTRAL3 = Family({"Ministral3ForCausalLM": Known("ministral3", attention_bias=(False,), rope=ROPE)}, describe)

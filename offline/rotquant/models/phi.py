@@ -8,6 +8,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Family
+from rotquant.models.config_rules import Known, number
 from rotquant.models.llama import attention, layer, model
 
 
@@ -22,4 +23,5 @@ def describe(config: PreTrainedConfig) -> Architecture:
     return model(config, [layer(config, a, fused=fused)] * config.num_hidden_layers)
 
 
-PHI3 = Family(("Phi3ForCausalLM",), describe)
+PARTLY = {"partial_rotary_factor": number(0, 1, above=True)}
+PHI3 = Family({"Phi3ForCausalLM": Known("phi3", attention_bias=(False,), fields=PARTLY, rope=PARTLY)}, describe)

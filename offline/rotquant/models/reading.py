@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,38 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rotquant.errors import RotQuantError
+from rotquant.json_files import read_object, short
 from rotquant.models.architecture import Architecture, Names
+from rotquant.models.config_fields import NO_WINDOW, check_fields, check_values
 from rotquant.models.registry import BY_CLASS
 
 MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """config.json of a local folder.
+    """config.json of a local folder, as transformers reads it.
 
     Raises:
         RotQuantError: no config.json, or one that transformers cannot read.
     """
     if not (folder / "config.json").is_file():
         raise RotQuantError(f"{folder}/config.json: no such file; MODEL must be a Hugging Face model folder or hub id")
+    _check_values(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise RotQuantError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # whatever a config class makes of a wrong value
+        raise RotQuantError(f"{folder}/config.json: {short(error)}") from error
+
+
+def _check_values(file: Path) -> None:
+    """Before transformers sees them: it may take long or much memory to fail, or name no field."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RotQuantError(f"{file}: no valid JSON: {short(error)}") from error
+    names = raw.get("architectures") if isinstance(raw, dict) else None
+    if isinstance(names, list) and names[:1] and names[0] in list(BY_CLASS):
+        check_values(str(file), raw)
 
 
 def is_known(config: PreTrainedConfig) -> bool:
@@ -61,40 +76,35 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         RotQuantError: naming the field of config.json that stands in the way.
     """
-    config = read_config(folder)
     where = f"{folder}/config.json"
-    found = describe(config, where)
-    if getattr(config, "quantization_config", None):
-        raise RotQuantError(f"{where}: quantization_config: the model is already quantized; start from the original")
-    if config.hidden_act != "silu":
-        raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
+    if (folder / "config.json").is_file():
+        check_fields(where, read_object(folder / "config.json"))
+    config = read_config(folder)
     if uses_sliding_window(config):
-        raise RotQuantError(
-            f"{where}: sliding_window is {config.sliding_window}, which the 4-bit KV cache does not support; set it"
-            " to null if you serve contexts no longer than that"
-        )
+        raise RotQuantError(f"{where}: sliding_window is {config.sliding_window}, {NO_WINDOW}")
+    found = describe(config, where)
     # A window that holds every context is none, and vLLM shall not see one.
     return replace(found, served={**found.served, "sliding_window": None}) if states_window(config) else found
 
 
 def uses_sliding_window(config: PreTrainedConfig) -> bool:
-    """True where some layer attends to a window only."""
-    if kinds := getattr(config, "layer_types", None):
-        return any(kind != "full_attention" for kind in kinds)
-    return states_window(config) and config.sliding_window < config.max_position_embeddings
+    """True where some layer attends to a window only: also by a default that config.json does not show."""
+    kinds = getattr(config, "layer_types", None) or []
+    short = states_window(config) and config.sliding_window < config.max_position_embeddings
+    return short or any(kind != "full_attention" for kind in kinds)
 
 
 def states_window(config: PreTrainedConfig) -> bool:
-    """Whether the config gives every layer a window. Qwen configs carry the field with the feature off."""
-    if getattr(config, "layer_types", None):
-        return False
-    return bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    return bool(getattr(config, "sliding_window", None))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' own model without weights: parameters on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:  # of many kinds
+        raise RotQuantError(f"config.json: transformers cannot build this model: {short(error)}") from error
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

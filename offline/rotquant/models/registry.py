@@ -11,3 +11,4 @@ from rotquant.models.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, SMOLLM3, GRANITE, GRANITE4, PHI3, MINISTRAL3)
 BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
+KNOWN_BY_CLASS = {name: known for family in FAMILIES for name, known in family.classes.items()}
