@@ -157,7 +157,7 @@ def test_queries_that_vllm_would_not_scale_are_noticed(
         "original_max_position_embeddings": 32, "beta": 0.3,
     }  # fmt: skip
     bare = edited(out, tmp_path / "bare", lambda config: config.pop("llama_4_scaling"))
-    with pytest.raises(RotQuantError, match="read some field of config.json differently"):
+    with pytest.raises(RotQuantError, match=r"read some field of config\.json differently"):
         child(serving.serve, bare, [[1, 2, 3]], max_tokens=1)
 
 

@@ -143,10 +143,8 @@ def check_fields(where: str, raw: Fields) -> None:
     check_values(where, raw)
     if raw.get("hidden_act", "silu") != "silu":
         raise RotQuantError(f"{where}: hidden_act is {short(repr(raw['hidden_act']), 60)}, supported is 'silu'")
-    if (window := raw.get("sliding_window")) and (
-        raw.get("use_sliding_window")
-        or not (known.window_switch or window >= raw.get("max_position_embeddings", 2**31))
-    ):
+    window, longest = raw.get("sliding_window"), raw.get("max_position_embeddings", 2**31)
+    if window and (raw.get("use_sliding_window") or not (known.window_switch or window >= longest)):
         raise RotQuantError(f"{where}: sliding_window is {window}, {NO_WINDOW}")
     if any(kind not in known.attention_layers for kind in raw.get("layer_types") or []):
         raise RotQuantError(f"{where}: layer_types has layers other than 'full_attention', {NO_WINDOW}")

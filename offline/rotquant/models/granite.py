@@ -51,24 +51,10 @@ DENSE = {
     "position_embedding_type": exactly("rope", "nope", None),
     "normalization_function": exactly("rmsnorm"),
 }
-OF_MAMBA_AND_EXPERTS = frozenset(
-    [
-        "mamba_n_heads",
-        "mamba_n_groups",
-        "mamba_d_state",
-        "mamba_d_head",
-        "mamba_d_conv",
-        "mamba_expand",
-        "mamba_chunk_size",
-        "mamba_conv_bias",
-        "mamba_proj_bias",
-        "time_step_limit",
-        "num_experts_per_tok",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "init_method",
-    ]
-)
+OF_MAMBA_AND_EXPERTS = """
+    mamba_n_heads mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias
+    mamba_proj_bias time_step_limit num_experts_per_tok output_router_logits router_aux_loss_coef init_method
+"""
 GRANITE = Family(
     {"GraniteForCausalLM": Known("granite", attention_bias=(False, True), mlp_bias=(False, True), fields=SCALARS)},
     granite,
@@ -81,7 +67,7 @@ GRANITE4 = Family(
             own_head_dim=False,
             attention_layers=("full_attention", "attention"),
             fields=SCALARS | DENSE,
-            harmless=OF_MAMBA_AND_EXPERTS,
+            harmless=frozenset(OF_MAMBA_AND_EXPERTS.split()),
         )
     },
     granite4,

@@ -24,6 +24,6 @@ def switches(value: Any) -> str | None:
 FIELDS = {"no_rope_layers": switches, "no_rope_layer_interval": whole(1, 1024)}
 BIASES = (False, True)
 SMOLLM3 = Family(
-    {"SmolLM3ForCausalLM": Known("smollm3", BIASES, BIASES, own_head_dim=False, window_switch=True, fields=FIELDS)},
+    {"SmolLM3ForCausalLM": Known("smollm3", BIASES, BIASES, window_switch=True, fields=FIELDS)},
     describe,
 )
