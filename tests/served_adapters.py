@@ -41,3 +41,11 @@ def serve_with(folder: Path, adapters: list[Path | None], prompts: list[list[int
         finally:
             serving.tear_down()
     return results
+
+
+def read_as_served(folder: Path, adapter: Path) -> dict[str, Tensor] | None:
+    """What vLLM would get of an adapter; None for a model whose adapters it reads itself. No engine."""
+    from vllm_rotquant.adapters import reader
+
+    read = reader(serving.engine_config(folder))
+    return read and read(adapter, 8)

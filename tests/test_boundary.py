@@ -71,7 +71,7 @@ def test_a_classifier_of_lm_head_s_rows_reads_turned_rows(child: Child, folders:
     words = ["import", "def", "class"]
     expected, got = (child(serving.classes, folder, PROMPTS, words) for folder in (folders.original, folders.out))
     assert got.shape == (len(PROMPTS), len(words))
-    assert (got - expected).norm() < 0.1 * expected.norm()
+    assert (got - expected).norm() < 0.3 * expected.norm()  # above 1 for rows of another basis
 
 
 def test_prompt_embeddings_are_the_original_s(child: Child, folders: Folders) -> None:

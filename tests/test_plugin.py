@@ -28,7 +28,7 @@ from rotquant.format import Transform
 from rotquant.pipeline import quantize
 from rotquant.turn_adapter import turn_folder
 from rotquant_kernels import online_stage
-from served_adapters import serve_with
+from served_adapters import read_as_served, serve_with
 from source_models import source_model
 from vllm_fixtures import (
     Spec,
@@ -169,6 +169,13 @@ def test_lora_of_the_original(child: Child, tmp_path: Path) -> None:
     for found, expected in ((before, plain), (first, adapted), (second, adapted), (after, plain)):
         assert (torch.cat(found) - expected).norm() < 0.1 * apart
     assert (torch.cat(first) - torch.cat(second)).norm() < 1e-2 * apart
+
+
+def test_lora_without_a_basis(child: Child, tmp_path: Path, base: Path) -> None:
+    """A checkpoint that keeps no basis refuses adapters; those of other models are vLLM's own business."""
+    with pytest.raises(RotQuantError, match=r"rotquant.basis is missing: .* quantize the original again"):
+        child(read_as_served, base, tmp_path)
+    assert child(read_as_served, write_plain(tmp_path / "plain", BASE), tmp_path) is None
 
 
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:

@@ -158,8 +158,7 @@ def swapped(how: str) -> Iterator[None]:
     honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
     # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
     norms: dict[str, Any] = {
-        "reads_quantized": lambda device: True,
-        "prepare_weight": lambda packed, *_: packed.clone(),
+        "prepare_linear": lambda packed, *_: ops.Prepared(packed.clone(), ops.kernel_of("int_linear"), True),
         "int_linear": reference.int_linear,
         "kv4_attention": reference.kv4_attention,
     }

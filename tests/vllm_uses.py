@@ -19,9 +19,31 @@ LAYERS, ATTENTION = "vllm.model_executor.layers.", "vllm.v1.attention."
 
 # Attributes that the plugin reads, sets or replaces.
 ATTRIBUTES = {
-    Name("vllm.config", "ModelConfig"): "model",
-    Name("vllm.config", "VllmConfig"): "additional_config load_config lora_config model_config",
-    Name("vllm.config", "LoadConfig"): "load_format",
+    Name("vllm.config", "ModelConfig"): (
+        "convert_type dtype enable_prompt_embeds hf_config hf_overrides max_model_len model revision runner_type"
+    ),
+    Name("vllm.config", "VllmConfig"): (
+        "additional_config compilation_config kv_transfer_config load_config lora_config model_config parallel_config "
+        "speculative_config"
+    ),
+    Name("vllm.config", "LoadConfig"): "download_dir load_format",
+    Name("vllm.config", "CompilationConfig"): "static_forward_context",
+    Name("vllm.config", "KVTransferConfig"): "kv_connector",
+    Name("vllm.config", "LoRAConfig"): "max_lora_rank",
+    Name("vllm.config", "ParallelConfig"): "pipeline_parallel_size",
+    Name("vllm.config", "SpeculativeConfig"): "draft_model_config method",
+    Name("vllm.distributed.parallel_state", "GroupCoordinator"): "cpu_group rank_in_group ranks world_size",
+    Name("vllm.lora.lora_model", "LoRAModel"): "from_lora_tensors loras",
+    Name("vllm.lora.lora_weights", "LoRALayerWeights"): "scaling",
+    Name("vllm.lora.request", "LoRARequest"): "lora_path",
+    Name("vllm.lora.worker_manager", "WorkerLoRAManager"): "_load_adapter _lora_model_cls lora_config",
+    Name("vllm.v1.core.sched.output", "NewRequestData"): "prompt_embeds",
+    Name("vllm.v1.core.sched.output", "SchedulerOutput"): "scheduled_new_reqs",
+    Name("vllm.v1.worker.worker_base", "WorkerBase"): "get_model",
+    Name("vllm.v1.worker.worker_base", "WorkerWrapperBase"): "execute_model worker",
+    Name(f"{LAYERS}rotary_embedding.phi3_long_rope_scaled_rope", "Phi3LongRoPEScaledRotaryEmbedding"): (
+        "original_max_position_embeddings use_long_rope"
+    ),
     Name(f"{LAYERS}attention", "Attention"): (
         "attn_backend attn_type dtype has_sink head_size head_size_v impl kv_cache_dtype kv_sharing_target_layer_name "
         "num_heads num_kv_heads quant_method sliding_window"
@@ -34,7 +56,7 @@ ATTRIBUTES = {
     Name("vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo"): (
         "can_load load_numel load_numel_total reset restore_device restore_metadata"
     ),
-    Name("vllm.platforms.interface", "Platform"): "is_cpu",
+    Name("vllm.platforms.interface", "Platform"): "device_type is_cpu",
     Name(f"{ATTENTION}backend", "AttentionCGSupport"): "UNIFORM_BATCH",
     Name(f"{ATTENTION}backend", "AttentionType"): "DECODER",
     Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): "block_table_tensor causal query_start_loc seq_lens",
@@ -76,9 +98,13 @@ UNDECLARED = {
 EITHER = ("get_kv_cache_shape", "supported_kv_cache_layouts")
 # Methods that vLLM does not know: ours alone, or constructors that only the plugin calls.
 OWN = {
+    "Embedding.__init__",
     "KV4Impl.__init__",
+    "KV4Impl.attend",
     "KVCacheMethod.__init__",
-    "RotQuantConfig.__getstate__",
+    "RotQuantConfig.__reduce__",
+    "RotQuantConfig.basis",
+    "RotQuantConfig.from_state",
     "RotQuantConfig.linear_format",
     "RotQuantLinearMethod.__init__",
     "RotQuantLinearMethod.check_loaded",

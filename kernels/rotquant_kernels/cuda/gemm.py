@@ -129,10 +129,11 @@ def linear_kernel(
             y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]
     if RANK > 0:
-        r = tl.arange(0, RANK)
-        u = tl.load(up + r[None, :] * channels + n[:, None], (n < channels)[:, None] & (r < rank)[None, :], 0)
-        d = tl.load(down + m[None, :] * rank + r[:, None], (m < tokens)[None, :] & (r < rank)[:, None], 0)
-        y = y + tl.dot(u.to(tl.float32), d, input_precision="ieee")
+        for part in range(RANK // 16):  # more of it at once, and on Blackwell a loop of one step, spill registers
+            r = part * 16 + tl.arange(0, 16)
+            u = tl.load(up + r[None, :] * channels + n[:, None], (n < channels)[:, None] & (r < rank)[None, :], 0)
+            d = tl.load(down + m[None, :] * rank + r[:, None], (m < tokens)[None, :] & (r < rank)[:, None], 0)
+            y = tl.dot(u.to(tl.float32), d, y, input_precision="ieee")
     if BIAS:
         y = y + tl.load(bias + n, n < channels, 0).to(tl.float32)[:, None]
     at = out + (m * channels)[None, :] + n[:, None]
@@ -170,7 +171,7 @@ def product(
             codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
             None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
             BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
-            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None,
+            RANK=max(layout.multiple(rank, 16), 32) if rank else 0, BIAS=bias is not None,
             EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k, ASM=not triton.knobs.runtime.interpret,
             num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
         )  # fmt: skip

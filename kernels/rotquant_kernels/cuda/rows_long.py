@@ -26,6 +26,16 @@ WARPS = 16
 PROGRAMS = 2  # for each processor
 
 
+@triton.jit
+def joined(at, STRIDE: tl.constexpr, NORM: tl.constexpr):
+    """Butterflies of two whole parts, STRIDE numbers apart in scratch, times NORM; in their place, and as they are."""
+    a, b = tl.load(at), tl.load(at + STRIDE)
+    a, b = (a + b) * NORM, (a - b) * NORM
+    tl.store(at, a)
+    tl.store(at + STRIDE, b)
+    return a, b
+
+
 @triton.jit(do_not_specialize=["rows"])
 def quantize_long_kernel(
     x, scratch, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr,
@@ -51,20 +61,14 @@ def quantize_long_kernel(
                 high, low = tl.maximum(high, part[0]), tl.maximum(low, part[1])
             tl.store(turned + first + place, y, first + place < columns)
         for log in tl.static_range(INNER, LOG):
-            STRIDE: tl.constexpr = 1 << log
-            NORM: tl.constexpr = BLOCK**-0.5 if log == LOG - 1 else 1.0
             tl.debug_barrier()
             for first in range(0, columns, SPAN):
-                if first & STRIDE == 0:
-                    at = turned + first + place
-                    a, b = tl.load(at), tl.load(at + STRIDE)
-                    a, b = (a + b) * NORM, (a - b) * NORM
+                if (first >> log) & 1 == 0:
+                    a, b = joined(turned + first + place, 1 << log, BLOCK**-0.5 if log == LOG - 1 else 1.0)
                     if log == LOG - 1:
                         one, other = extremes(a, SYMMETRIC), extremes(b, SYMMETRIC)
                         high = tl.maximum(high, tl.maximum(one[0], other[0]))
                         low = tl.maximum(low, tl.maximum(one[1], other[1]))
-                    tl.store(at, a)
-                    tl.store(at + STRIDE, b)
         if BITS > 0:
             scale, zero = qparams(high, low, clip, BITS, SYMMETRIC)
             tl.store(scales + row, scale)
