@@ -146,7 +146,7 @@ ATTENTIONS = (
 )
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 DECODERS = (
-    *STREAMS,
+    "granite.GraniteDecoderLayer",
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",
     "qwen2.Qwen2DecoderLayer",
