@@ -18,7 +18,7 @@ from rotquant.checkpoint import INDEX, save_tensors, save_text
 from rotquant.companions import copy_companions
 from rotquant.demo import DATA
 from rotquant.initial import initial_transforms
-from rotquant.models import LM_HEAD, expected_shapes, read_architecture, read_config
+from rotquant.models import Names, expected_shapes, read_architecture, read_config
 from rotquant.recipe import Recipe, load_recipe
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
 
@@ -61,7 +61,7 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
 def random_tensors(name: str, shape: tuple[int, ...], checkpoint: str) -> dict[str, Tensor]:
     """What the checkpoint holds for one tensor of the model."""
     head_bits = recipe().lm_head.bits if checkpoint == "rotquant" else 16
-    bits = 4 if name.endswith("_proj.weight") else head_bits if name == LM_HEAD else 16
+    bits = 4 if name.endswith("_proj.weight") else head_bits if name == Names().head else 16
     if name.endswith("norm.weight"):
         return {name: torch.ones(shape, dtype=torch.bfloat16)}
     if bits == 16:

@@ -7,7 +7,7 @@ from rotquant.space import LayerTransforms
 from rotquant_kernels import Stage
 
 
-def everything(arch, random, qk_rows) -> LayerTransforms:
+def everything(kind, random) -> LayerTransforms:
     """Every transform of the design space at once, drawn at random."""
 
     def factors(*size):
@@ -19,16 +19,17 @@ def everything(arch, random, qk_rows) -> LayerTransforms:
     def unit(size):
         return torch.nn.functional.normalize(torch.randn(size, generator=random, dtype=torch.float64), dim=0)
 
-    hidden, wide = arch.hidden_size, arch.intermediate_size
+    hidden, wide, a = kind.hidden, kind.mlp.width, kind.attention
     kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
-    heads = torch.cat([rotation(arch.heads).flatten(), torch.eye(arch.head_dim, dtype=torch.float64).flatten()])
+    heads = torch.cat([rotation(a.heads).flatten(), torch.eye(a.head_dim, dtype=torch.float64).flatten()])
     return LayerTransforms(
-        r2=torch.stack([rotation(arch.head_dim) for _ in range(arch.kv_heads)]),
-        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(arch.kv_heads * arch.head_dim),
-        s_ud=factors(wide), s_qk=factors(qk_rows, arch.head_dim // 2), order=torch.randperm(wide, generator=random),
+        r2=torch.stack([rotation(a.head_dim) for _ in range(a.kv_heads)]),
+        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(a.kv_heads * a.head_dim),
+        s_ud=factors(wide), s_qk=factors(1 if a.key_norm else a.kv_heads, a.qk_factors),
+        order=torch.randperm(wide, generator=random),
         inputs={
             "attn": [Stage("kronecker", 8, kron), Stage("shift", hidden, unit(hidden))],
-            "o": [Stage("kronecker", arch.head_dim, heads)],
+            "o": [Stage("kronecker", a.head_dim, heads)],
             "mlp": [Stage("dense", 16, rotation(16) * factors(16)), Stage("reflection", hidden, unit(hidden))],
             "down": [
                 Stage("hadamard", 16), Stage("shift", wide, unit(wide)),

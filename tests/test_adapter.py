@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from lora_adapters import changes, edit_adapter, scaling, write_adapter
 from rotquant.basis import FILE, Basis
 from rotquant.checkpoint import Source, file_digest
 from rotquant.cli import main
-from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
 from rotquant.initial import random_orthogonal
-from rotquant.models import read_architecture, read_config, rotary
+from rotquant.models import read_architecture, read_config
+from rotquant.models.decoder import decoders
 from rotquant.peft_adapter import LoRAAdapter
 from rotquant.pipeline import quantize
 from rotquant.space import Transforms
@@ -35,25 +36,30 @@ ADAPTERS = [
 ]
 
 
-def linear_with(tensors, transforms, prefix, changed):
+def linear_with(decoder, tensors, transforms, prefix, changed):
     """The linears of a layer with the adapter beside them: it reads what they are given."""
-    plain = float_linear(tensors, transforms)
+    plain = decoder.float_linear(tensors, transforms)
+    own = {name.removeprefix(prefix): factors for name, factors in changed.items() if name.startswith(prefix)}
+    factors = decoder.kind.split({f"{n}.lora_{x}": f for n, ba in own.items() for x, f in zip("BA", ba, strict=True)})
 
     def linear(name, x):
-        b, a = (t.to(x) for t in changed.get(prefix + name, (torch.zeros(1, 1), torch.zeros(1, x.shape[-1]))))
-        return plain(name, x) + x @ a.T @ b.T
+        if f"{name}.lora_A" not in factors:
+            return plain(name, x)
+        return plain(name, x) + x @ factors[f"{name}.lora_A"].to(x).T @ factors[f"{name}.lora_B"].to(x).T
 
     return linear
 
 
-@pytest.mark.parametrize("config", ADAPTERS)
-@pytest.mark.parametrize("kind", KINDS)
+FUSED = {"names": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize(("kind", "config"), [*product(KINDS, ADAPTERS), ("phi3", FUSED)])
 def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
     """Every transform of the design space at once; the basis comes from its file."""
     extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
     folder = source_model(tmp_path / "m", kind, **extra)
     arch, source, random = read_architecture(folder), Source(folder), torch.Generator().manual_seed(2)
-    layers = [everything(arch, random, 1 if kind == "qwen3" else arch.kv_heads) for _ in range(arch.layers)]
+    layers = [everything(layer, random) for layer in arch.kinds]
     transforms = Transforms(Dense(random_orthogonal(arch.hidden_size, random)), 0, layers)
     stated = Basis.of(source, arch, transforms).write(tmp_path)
     arch.config.rotquant = {"basis": stated.model_dump()}
@@ -65,16 +71,14 @@ def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
         name: (scaling(settings, name) * turned.factors[f"{name}.lora_B"], turned.factors[f"{name}.lora_A"])
         for name in before
     }
-    cos, sin = rotary(arch.config, 12)
-    decoder, fold = Decoder(arch, cos[0], sin[0]), Fold(arch, transforms)
-    h = torch.randn(12, arch.hidden_size, generator=random)
-    for index in range(arch.layers):
+    fold, h = Fold(arch, transforms), torch.randn(12, arch.hidden_size, generator=random)
+    for index, decoder in enumerate(decoders(arch, 12)):
         prefix = arch.layer_prefix(index)
-        tensors = source.layer(prefix)
-        expected = decoder.layer(tensors, h, linear_with(tensors, None, prefix, before))
-        plain = decoder.layer(tensors, h, float_linear(tensors))
+        tensors = decoder.kind.split(source.layer(prefix))
+        expected = decoder.layer(tensors, h, linear_with(decoder, tensors, None, prefix, before))
+        plain = decoder.layer(tensors, h, decoder.float_linear(tensors))
         folded = {name: t.float() for name, t in fold.layer(tensors, index).items()}
-        got = decoder.layer(folded, fold.r1.rows(h), linear_with(folded, layers[index], prefix, after))
+        got = decoder.layer(folded, fold.r1.rows(h), linear_with(decoder, folded, layers[index], prefix, after))
         assert (got - fold.r1.rows(expected)).norm() < 1e-4 * expected.norm()
         assert (plain - expected).norm() > 0.05 * expected.norm()
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from real_configs import CONFIGS, LLAMA31, llama, mistral, qwen
-from rotquant.config_fields import ARCHITECTURES, HARMLESS, KNOWN, OFF, check_fields
 from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture, rotary
+from rotquant.models.config_fields import HARMLESS, KNOWN, OFF, check_fields
+from rotquant.models.registry import KNOWN_BY_CLASS
 
 LLAMA, QWEN2, QWEN3 = CONFIGS["Meta-Llama-3-8B"], CONFIGS["Qwen2-7B"], CONFIGS["Qwen3-8B"]
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -24,16 +25,18 @@ def test_published_models_are_taken(tmp_path, name):
     assert read(tmp_path, CONFIGS[name]).layers == CONFIGS[name]["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", KNOWN_BY_CLASS)
 def test_what_transformers_itself_writes_is_known(tmp_path, name):
     """Every field of the config class, as `save_pretrained` writes it; Mistral's window is on by default."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(ARCHITECTURES[name].model_type, architectures=[name])
+    config = AutoConfig.for_model(KNOWN_BY_CLASS[name].model_type, architectures=[name])
     if name.startswith("Mistral"):
         config.sliding_window = None
     if name.startswith("Qwen2"):
         config.head_dim = None
+    if name.startswith("GraniteMoeHybrid"):  # the dense one
+        config.num_local_experts, config.layer_types = 0, ["full_attention"] * config.num_hidden_layers
     config.save_pretrained(tmp_path)
     assert read_architecture(tmp_path).layers == config.num_hidden_layers
     assert not (KNOWN.keys() & OFF.keys()) | (KNOWN.keys() & HARMLESS) | (OFF.keys() & HARMLESS)

@@ -120,7 +120,7 @@ REFUSED = {
     "turned already": (stating(**{KEY: "0" * 64}), f"config.json: {KEY}: this draft is turned already"),
     "quantized": (stating(quantization_config={"quant_method": "fp8"}), "config.json: quantization_config"),
     "another size": (narrow, r"fc.weight reads 287 numbers, which are not rows of the checkpoint's hidden size 96"),
-    "another vocabulary": (stating(vocab_size=7), "vocab_size is 7, the checkpoint's is 2048"),
+    "another vocabulary": (stating(vocab_size=7), "vocab_size is 7, the checkpoint's is 2056"),
     "eagle_config no object": (stating(eagle_config=[1]), "eagle_config is no JSON object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "DRAFT must be the folder of a draft"),
     "config no object": (lambda folder: (folder / "config.json").write_text("[]"), "DRAFT must be the folder"),

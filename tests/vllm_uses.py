@@ -85,8 +85,8 @@ FORWARD = {
 }
 FORWARD_MAY = {
     "MLPS": set[str](),
-    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split()},
-    "DECODERS": {"ada_rms_norm_t_cond"},
+    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), "use_rope"},
+    "DECODERS": {"ada_rms_norm_t_cond", "residual_multiplier"},
 }
 
 # Methods that vLLM calls without declaring them in the base class: a class of its own that has the same.

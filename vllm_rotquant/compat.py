@@ -97,6 +97,7 @@ __all__ = [
     "checkpoint",
     "checkpoint_file",
     "checkpoint_folder",
+    "decoder_output",
     "device_type",
     "final_norm_holder",
     "from_all",
@@ -135,16 +136,24 @@ __all__ = [
 # input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
 # else reads them.
 MODELS = "vllm.model_executor.models."
-MLPS = ("llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
-ATTENTIONS = ("llama.LlamaAttention", "mistral.MistralAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
+ATTENTIONS = (
+    "granite.GraniteAttention",
+    "llama.LlamaAttention",
+    "mistral.MistralAttention",
+    "qwen2.Qwen2Attention",
+    "qwen3.Qwen3Attention",
+)
+STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 DECODERS = (
+    "granite.GraniteDecoderLayer",
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",
     "qwen2.Qwen2DecoderLayer",
     "qwen3.Qwen3DecoderLayer",
 )
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
-STACKS = ("llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
+STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
 # What stands in a pipeline stage for modules of the others.
 MISSING_LAYERS = (PPMissingLayer, StageMissingLayer)
@@ -461,10 +470,18 @@ def rotary_rows(rotary: Any) -> int | None:
 
 
 def is_decoder(module: Any) -> bool:
-    """Whether a module is a decoder layer whose forward is known: (positions, hidden, residual), with what it calls."""
+    """Whether a module is a decoder layer that `decoder_output` runs, with what it calls."""
     if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
         return False
     return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream [T, hidden] behind a decoder layer that `is_decoder`."""
+    if known(decoder, STREAMS):
+        return decoder(positions, hidden)
+    out, residual = decoder(positions, hidden, None)
+    return out + residual
 
 
 def has_final_norm(module: Any) -> bool:
@@ -472,11 +489,15 @@ def has_final_norm(module: Any) -> bool:
     return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) is RMSNorm
 
 
-def logits_changed(model: Any) -> str:
-    """What a causal language model does to its logits beyond the product with lm_head; "" for nothing."""
+def logits_changed(model: Any, divisor: float) -> str:
+    """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
     logits = getattr(model, "logits_processor", None)
+    if logits is None:
+        return ""
     scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
-    return f"multiplies logits by {scale} (logit_scale)" if scale != 1 else f"caps logits at {cap}" if cap else ""
+    if scale != 1 / divisor:
+        return f"multiplies logits by {scale} (logit_scale)"
+    return f"caps logits at {cap}" if cap else ""
 
 
 class _StaysOut(LayerReloadingInfo):

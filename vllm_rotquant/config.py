@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from rotquant.basis import Basis
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
-from rotquant.models import ARCHITECTURES
+from rotquant.models import describe, is_known
 from rotquant.targets import check_targets
 from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
@@ -103,8 +103,8 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
         checkpoint = self._parse()
-        if set(hf_config.architectures or ()) & set(ARCHITECTURES):  # their module names are known
-            check_targets(checkpoint, text.num_hidden_layers)
+        if is_known(hf_config):  # their module names are known
+            check_targets(checkpoint, describe(hf_config))
 
     def _parse(self) -> CheckpointFormat:
         self.format = CheckpointFormat(self.quantization_config, self.extension, self.head_dim)
@@ -151,7 +151,7 @@ class RotQuantConfig(QuantizationConfig):
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                return RotQuantLinearMethod(linear, prefix, self.proof)
+                return RotQuantLinearMethod(linear, prefix, self.proof, len(self._parts(prefix)))
             self.proof.unquantized.add(prefix)
             return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(self.proof)
         if isinstance(layer, compat.VocabParallelEmbedding):
@@ -209,6 +209,11 @@ class RotQuantConfig(QuantizationConfig):
         found = basis_of(compat.vllm_config())
         return None if found.matrix is None else found
 
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint's layers that vLLM runs as the one of this name."""
+        assert self.names is not None
+        return parts_of(self.names.own(prefix), self.packed_modules_mapping)
+
     def linear_format(self, prefix: str) -> LinearFormat | None:
         """Format of the layer `prefix`, which may be several checkpoint layers in one (qkv_proj, gate_up_proj).
 
@@ -217,7 +222,7 @@ class RotQuantConfig(QuantizationConfig):
         """
         assert self.format is not None
         assert self.names is not None
-        parts = parts_of(self.names.own(prefix), self.packed_modules_mapping)
+        parts = self._parts(prefix)
         self.names.built.update(parts)
         formats = {part: self.format.linear(part) for part in parts}
         first = formats[parts[0]]

@@ -27,8 +27,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
-        self.format, self.prefix, self.proof = linear, prefix, proof
+    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof, pieces: int = 1) -> None:
+        """`pieces`: layers of the checkpoint that vLLM runs as this one."""
+        self.format, self.prefix, self.proof, self.pieces = linear, prefix, proof, pieces
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
         self.ready = False  # loaded, and in the form that serves
 
@@ -56,6 +57,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             if isinstance(layer, compat.ParallelLMHead):  # vLLM's LoRA takes the device and dtype of the head from it
                 layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         self.all_inputs, self.parts, self.loader = input_size, output_partition_sizes, attributes["weight_loader"]
+        if self.pieces < len(self.parts):  # a layer that the checkpoint, too, holds as one
+            self._check_one_piece(sum(self.parts), output_size)
+            self.parts = [sum(self.parts)]
         self.span = slice(first, first + inputs)
         self.declare(layer)
         self.names = tuple(name for name, _ in layer.named_parameters())
@@ -91,6 +95,13 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         transforms, rank, dtype = self.format.transforms, self.format.rank, self.dtype
         rotation.expect_tensors(layer, self.prefix, transforms, self.all_inputs, self.span, self.parts, loader)
         low_rank.expect_factors(layer, self.prefix, rank, self.all_inputs, self.span, self.parts, dtype)
+
+    def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
+        if self.format.rank and outputs < all_outputs:
+            raise RotQuantError(
+                f"{self.prefix}: this build of rotquant does not split the low-rank branch of a layer that the "
+                "checkpoint holds in one piece: use --tensor-parallel-size 1"
+            )
 
     def _check_shard(self, inputs: int, all_inputs: int) -> None:
         """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""

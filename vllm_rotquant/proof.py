@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
+from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
 from vllm_rotquant import agreement, compat, rotation
@@ -194,11 +195,13 @@ def reading_rows(proof: Proof) -> list[Row]:
     """
     assert proof.intake is not None
     modules, settings = proof.intake.around(), proof.settings
-    decoders = [module for module in modules if compat.is_decoder(module)]
-    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
-    for change in filter(None, map(compat.logits_changed, modules)):
-        raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     config = compat.own_config(settings)
+    known = is_known(config)
+    decoders = [module for module in modules if known and compat.is_decoder(module)]
+    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
+    divisor = describe(config).logits_divisor if known else 1.0
+    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+        raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     rows = []
     norms = [module.norm for module in modules if compat.has_final_norm(module)]
     for reading in compare_readings(decoders, norms, config, settings.max_model_len, settings.dtype):

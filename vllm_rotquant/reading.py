@@ -27,18 +27,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rotquant.errors import RotQuantError
+from rotquant.models import describe
 from vllm_rotquant import compat
 from vllm_rotquant.witness import trial
 
 STAND_IN = "rotquant_stand_in"
 TINY = 1e-3  # its square is a usual epsilon
 ROWS = 12
-PARTS = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
+# vLLM's linear layers, and the sites of `rotquant.models` whose linears each of them is.
+SITES = {"self_attn.qkv_proj": "attn", "self_attn.o_proj": "o", "mlp.gate_up_proj": "mlp", "mlp.down_proj": "down"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,8 @@ class Own:
 
     def __init__(self, decoder: Any, config: Any) -> None:
         self.decoder, attention = decoder, decoder.self_attn
+        kind = describe(config).kinds[0]
+        self.parts = {name: kind.stored_at(site) for name, site in SITES.items()}
         config = deepcopy(config)
         for field in ("quantization_config", "rotquant"):
             if hasattr(config, field):
@@ -141,7 +140,7 @@ class Own:
         """Gives transformers' layer vLLM's norms and biases."""
         theirs = dict(self.decoder.named_parameters())
         biases: dict[str, Tensor] = {}
-        for fused, parts in PARTS.items():
+        for fused, parts in self.parts.items():
             bias = theirs.get(f"{fused}.bias")
             sizes = [self.layer.get_submodule(part).out_features for part in parts]
             if bias is not None:
@@ -180,7 +179,7 @@ class Own:
         hidden = trial(length, self.hidden, dtype=dtype, device=device, seed=3)
         hidden[1::2] *= TINY
         served = self._served(positions.to(device), hidden)
-        own = self._own(hidden.float().cpu(), cos_sin)
+        own = self._own(positions, hidden.float().cpu(), cos_sin)
         return self._rotary_distance(positions, cos_sin, dtype), row_distance(served, own)
 
     def _rotary_distance(self, positions: Tensor, cos_sin: tuple[Tensor, Tensor], dtype: torch.dtype) -> float:
@@ -213,20 +212,21 @@ class Own:
 
         with ExitStack() as stack:
             stack.enter_context(forward_of(attention.attn, attend))
-            for fused, parts in PARTS.items():
+            for fused, parts in self.parts.items():
                 layer = self.decoder.get_submodule(fused)
                 sizes = {part: self.layer.get_submodule(part).out_features for part in parts}
                 stack.enter_context(forward_of(layer, served_stand_in(layer, sizes)))
-            out, residual = self.decoder(positions, hidden.clone(), None)
-        return out + residual
+            return compat.decoder_output(self.decoder, positions, hidden.clone())
 
-    def _own(self, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    def _own(self, positions: Tensor, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """transformers' layer on hidden float32 [T, hidden]."""
         with ExitStack() as stack:
-            for part in (part for parts in PARTS.values() for part in parts):
+            for part in (part for parts in self.parts.values() for part in parts):
                 layer = self.layer.get_submodule(part)
                 stack.enter_context(forward_of(layer, own_stand_in(layer, part)))
-            out = self.layer(hidden[None], attention_mask=None, position_embeddings=cos_sin)
+            out = self.layer(
+                hidden[None], attention_mask=None, position_ids=positions[None], position_embeddings=cos_sin
+            )
         return (out[0] if isinstance(out, tuple) else out)[0]
 
 

@@ -35,8 +35,8 @@ from transformers import PreTrainedConfig
 from rotquant.checkpoint import Source, file_digest, save_tensors
 from rotquant.errors import RotQuantError
 from rotquant.extension import BasisFile, read_extension
-from rotquant.fold import NORMS, Fold, Tensors
-from rotquant.models import FINAL_NORM, Architecture, architecture
+from rotquant.fold import Fold
+from rotquant.models import Architecture, Layer, Tensors, describe
 from rotquant.space import LayerTransforms, Transforms
 from rotquant.transforms.dense import Dense
 
@@ -92,10 +92,9 @@ class Basis:
         layers = [replace(layer, inputs={}, clips={}, weight_clips={}) for layer in transforms.layers]
         norms = []
         for index in range(arch.layers):
-            prefix = arch.layer_prefix(index)
-            names = [n for n in source.files if n.startswith(prefix) and n.endswith("norm.weight")]
-            norms.append({name.removeprefix(prefix): source.get(name).float() for name in names})
-        return cls(arch, Transforms(r1, 0, layers), norms, source.get(FINAL_NORM).float())
+            prefix, names = arch.layer_prefix(index), norm_shapes(arch.kinds[index])
+            norms.append({name: source.get(prefix + name).float() for name in names})
+        return cls(arch, Transforms(r1, 0, layers), norms, source.get(arch.names.norm).float())
 
     def write(self, folder: Path) -> BasisFile:
         """Writes the file, and returns what config.json says of it."""
@@ -133,7 +132,7 @@ class Basis:
             stored = load_file(file)
         except (SafetensorError, OSError) as error:
             raise RotQuantError(f"{file}: not a safetensors file ({error}); download it again") from error
-        return replace(from_tensors(file, stored, architecture(config)), sha256=stated.sha256)
+        return replace(from_tensors(file, stored, describe(config)), sha256=stated.sha256)
 
 
 def compact(layer: LayerTransforms) -> Tensors:
@@ -159,9 +158,8 @@ def from_tensors(file: Path, stored: Tensors, arch: Architecture) -> Basis:
             raise RotQuantError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {wanted}")
         if tensor.dtype != (torch.int32 if name.endswith(".order") else torch.float32) or not tensor.isfinite().all():
             raise RotQuantError(f"{file}: {name} holds NaN or infinite values, or is not of the dtype of a basis")
-    needed = [name for name in allowed if name.endswith((*(f"{norm}.weight" for norm in NORMS.values()), FINAL))]
-    for name in needed:
-        if name not in stored:
+    for name in allowed:
+        if name.endswith(".weight") and name not in stored:
             raise RotQuantError(f"{file}: {name} is missing")
     matrix, layers, norms = stored.get(f"{PREFIX}r1"), [], []
     for index in range(arch.layers):
@@ -170,7 +168,7 @@ def from_tensors(file: Path, stored: Tensors, arch: Architecture) -> Basis:
         norms.append({name: tensor for name, tensor in own.items() if name.endswith(".weight")})
         layer = LayerTransforms.from_tensors({name: tensor for name, tensor in own.items() if name in FOLDED})
         if layer.r2 is not None:
-            layer.r2 = layer.r2.expand(arch.kv_heads, -1, -1)
+            layer.r2 = layer.r2.expand(arch.kinds[index].attention.kv_heads, -1, -1)
         if layer.order is not None:
             layer.order = check_order(f"{file}: {prefix}order", layer.order.long())
         layers.append(layer)
@@ -182,23 +180,33 @@ FINAL = f"{PREFIX}norm.weight"
 
 
 def shapes(arch: Architecture) -> dict[str, list[tuple[int, ...]]]:
-    """Every tensor that a basis of a model may hold, with its shapes."""
-    hidden, d = arch.hidden_size, arch.head_dim
+    """Every tensor that a basis of a model may hold, with its shapes. Those that end in `.weight` it must hold."""
+    hidden = arch.hidden_size
     found: dict[str, list[tuple[int, ...]]] = {f"{PREFIX}r1": [(hidden, hidden)], FINAL: [(hidden,)]}
-    layer: dict[str, list[tuple[int, ...]]] = {f"{norm}.weight": [(hidden,)] for norm in NORMS.values()}
-    layer |= {f"self_attn.{x}_norm.weight": [(d,)] for x in "qk"}
-    layer |= {
-        "r2": [(1, d, d), (arch.kv_heads, d, d)],
-        "s_attn": [(hidden,)],
-        "s_mlp": [(hidden,)],
-        "s_ov": [(arch.kv_heads * d,)],
-        "s_ud": [(arch.intermediate_size,)],
-        "s_qk": [(1, d // 2), (arch.kv_heads, d // 2)],
-        "order": [(arch.intermediate_size,)],
-    }
-    for index in range(arch.layers):
-        found |= {f"{PREFIX}layers.{index}.{name}": shape for name, shape in layer.items()}
+    for index, kind in enumerate(arch.kinds):
+        own = norm_shapes(kind) | transform_shapes(kind)
+        found |= {f"{PREFIX}layers.{index}.{name}": shape for name, shape in own.items()}
     return found
+
+
+def norm_shapes(kind: Layer) -> dict[str, list[tuple[int, ...]]]:
+    a = kind.attention
+    heads = [norm for norm in (a.query_norm, a.key_norm) if norm]
+    found: dict[str, list[tuple[int, ...]]] = {f"{norm}.weight": [(kind.hidden,)] for norm in kind.norms.values()}
+    return found | {f"{norm}.weight": [(a.head_dim,)] for norm in heads}
+
+
+def transform_shapes(kind: Layer) -> dict[str, list[tuple[int, ...]]]:
+    a, d = kind.attention, kind.attention.head_dim
+    return {
+        "r2": [(1, d, d), (a.kv_heads, d, d)],
+        "s_attn": [(kind.hidden,)],
+        "s_mlp": [(kind.hidden,)],
+        "s_ov": [(a.kv_heads * d,)],
+        "s_ud": [(kind.mlp.width,)],
+        "s_qk": [(1, a.qk_factors), (a.kv_heads, a.qk_factors)],
+        "order": [(kind.mlp.width,)],
+    }
 
 
 def check_order(where: str, order: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from rotquant.basis import Basis
 from rotquant.checkpoint import DTYPES, Source, fetch, save_tensors, save_text
 from rotquant.errors import RotQuantError
-from rotquant.models import EMBEDDING, LM_HEAD, read_config
+from rotquant.models import read_config
 from rotquant_kernels import convention
 
 KEY = "rotquant_basis"  # in the config.json of a draft that was turned: sha256 of the basis it was turned for
@@ -157,11 +157,11 @@ def own_tables(tensors: dict[str, Tensor], basis: Basis, base: Path) -> dict[str
     dtype, inverse = tensors[FC].dtype, basis.matrix.double().T
     source, out = Source(base), {}
     if not any("embed_tokens" in name for name in tensors):
-        out["embed_tokens.weight"] = (source.get(EMBEDDING).double() @ inverse).to(dtype)
+        out["embed_tokens.weight"] = (source.get(basis.arch.names.embedding).double() @ inverse).to(dtype)
     if not any("lm_head" in name for name in tensors):
         gain = basis.gain.double()
         unscaled = torch.where(gain == 0, 0, 1 / gain)  # what a gain of 0 hid from lm_head cannot be had back
-        weight = head(source) @ inverse * unscaled
+        weight = head(source, basis.arch.names.head) @ inverse * unscaled
         if "d2t" in tensors:  # a smaller vocabulary: how far each of its tokens is from the original's
             weight = weight[torch.arange(len(tensors["d2t"])) + tensors["d2t"]]
         out["lm_head.weight"] = weight.to(dtype)
@@ -173,9 +173,9 @@ def own_tables(tensors: dict[str, Tensor], basis: Basis, base: Path) -> dict[str
     return out
 
 
-def head(source: Source) -> Tensor:
-    """lm_head of a checkpoint, float64 [vocab, hidden]."""
-    if LM_HEAD in source.files:
-        return source.get(LM_HEAD).double()
-    packed, scale = source.get("lm_head.weight_packed"), source.get("lm_head.weight_scale").double()
-    return convention.unpack_int32(packed, 8, int(source.get("lm_head.weight_shape")[1])).double() * scale
+def head(source: Source, name: str) -> Tensor:
+    """lm_head of a checkpoint, whose weight has this name where it is not packed; float64 [vocab, hidden]."""
+    if name in source.files:
+        return source.get(name).double()
+    packed, scale = source.get(f"{name}_packed"), source.get(f"{name}_scale").double()
+    return convention.unpack_int32(packed, 8, int(source.get(f"{name}_shape")[1])).double() * scale

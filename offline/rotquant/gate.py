@@ -1,7 +1,7 @@
 """The equivalence gate: before anything is quantized, the folded model must compute what the original does.
 
 Both run over one short calibration sequence in float32, side by side: the original as transformers loads and runs it
-from the files, its whole forward pass, the folded one as `decoder.Decoder` on the tensors that will be quantized. The
+from the files, its whole forward pass, the folded one as `models.decoder` on the tensors that will be quantized. The
 hidden states are compared after each layer (h R1 against h'), so that an error names its layer, and the
 logits at the end. What transformers honours and the decoder does not, in config.json or in the files, fails here.
 """
@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, cat, nn
 
 from rotquant.checkpoint import Source
-from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, rotary
+from rotquant.models import Architecture
+from rotquant.models.decoder import decoders, rms_norm
 from rotquant.original import original_model
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def check_equivalence(
         layer_done(index)
 
     with original_model(source) as model:
-        for index, layer in enumerate(model.model.layers):
+        for index, layer in enumerate(model.get_decoder().layers):
             layer.register_forward_hook(lambda layer, _, output, index=index: follow(index, layer, output))
         logits = model(tokens[None], use_cache=False).logits[0]
     return compare("logits", logits, folded.logits())
@@ -57,25 +57,26 @@ class Folded:
 
     def __init__(self, source: Source, arch: Architecture, fold: Fold, tokens: Tensor) -> None:
         self.source, self.arch, self.fold = source, arch, fold
-        cos, sin = rotary(arch.config, len(tokens))
-        self.decoder = Decoder(arch, cos[0], sin[0])
-        self.hidden = fold.embedding(source.get(EMBEDDING)[tokens]).float()
+        self.decoders = decoders(arch, len(tokens))
+        self.hidden = fold.embedding(source.get(arch.names.embedding)[tokens]).float() * arch.embedding_scale
 
     def step(self, index: int) -> Tensor:
         """float32 [T, hidden] after layer `index`."""
-        tensors = self.fold.layer(self.source.layer(self.arch.layer_prefix(index)), index)
-        equal = {name: tensor.float() for name, tensor in tensors.items()}
-        linear = float_linear(equal, self.fold.transforms.layers[index])
-        self.hidden = self.decoder.layer(equal, self.hidden, linear)
+        decoder = self.decoders[index]
+        tensors = decoder.kind.split(self.source.layer(self.arch.layer_prefix(index)))
+        equal = {name: tensor.float() for name, tensor in self.fold.layer(tensors, index).items()}
+        linear = decoder.float_linear(equal, self.fold.transforms.layers[index])
+        self.hidden = decoder.layer(equal, self.hidden, linear)
         return self.hidden
 
     def logits(self) -> Tensor:
         """float32 [T, vocab]; the head is folded in slices of the vocabulary to bound memory."""
-        gain = self.source.get(FINAL_NORM)
-        found = []
-        for rows in self.source.get(EMBEDDING if self.arch.tied else LM_HEAD).split(ROWS):
+        arch, names, found = self.arch, self.arch.names, []
+        gain = self.source.get(names.norm)
+        for rows in self.source.get(names.embedding if arch.tied else names.head).split(ROWS):
             folded, folded_gain = self.fold.head(rows, gain)
-            found.append(self.decoder.norm(self.hidden, folded_gain.float()) @ folded.float().T)
+            normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
+            found.append(normed @ folded.float().T)
         return cat(found, dim=1)
 
 

@@ -30,7 +30,7 @@ from rotquant.checkpoint import Source, fetch
 from rotquant.content import check_content
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
-from rotquant.models import read_config
+from rotquant.models import Architecture, read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
 from rotquant.sizes import check_sizes
 from rotquant.targets import check_targets
@@ -58,14 +58,15 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     if not claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None)):
         raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
     source = Source(folder)
-    check_sizes(config, source)
-    model, checkpoint = _build(folder, config, dtype)
+    arch = check_sizes(config, source)
+    model, checkpoint = _build(folder, arch, dtype)
     _fill(model, source, torch.device(device))
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-        if checkpoint.kv is not None and name.endswith(".self_attn"):
-            module.rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
+    for index, kind in enumerate(arch.kinds):
+        name = arch.layer_prefix(index) + kind.attention.module
+        model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -175,13 +176,11 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 # ---- building ---------------------------------------------------------------------------------------
 
 
-def _build(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, CheckpointFormat]:
+def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
-    check_targets(checkpoint, config.num_hidden_layers)
+    config = arch.config
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
     with _one_line(folder / "config.json"), _parameters_on_meta():

@@ -23,9 +23,7 @@ from rotquant.calibrate import check_tokenizer
 from rotquant.checkpoint import DTYPES, Source
 from rotquant.errors import RotQuantError
 from rotquant.json_files import read_object, short
-from rotquant.models import EMBEDDING, LM_HEAD, Architecture, expected_shapes, read_architecture
-
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+from rotquant.models import Architecture, Names, expected_shapes, read_architecture
 
 
 def read_original(folder: Path) -> tuple[Architecture, Source]:
@@ -37,15 +35,16 @@ def read_original(folder: Path) -> tuple[Architecture, Source]:
         RotQuantError: naming the file, and the field or tensor.
     """
     arch, source = read_architecture(folder), Source(folder)
-    found = len({match[1] for name in source.files if (match := LAYER.match(name))})
+    layer, names = re.compile(re.escape(arch.names.layers) + r"(\d+)\."), arch.names
+    found = len({match[1] for name in source.files if (match := layer.match(name))})
     if found != arch.layers:
         raise RotQuantError(
             f"{folder}/config.json: num_hidden_layers is {arch.layers}, but the weights are of {found} layers"
         )
-    arch = dataclasses.replace(arch, tied=arch.tied and LM_HEAD not in source.files)
+    arch = dataclasses.replace(arch, tied=arch.tied and names.head not in source.files)
     shapes = expected_shapes(arch.config)
     if not arch.tied:
-        shapes[LM_HEAD] = (arch.vocab_size, arch.hidden_size)
+        shapes[names.head] = (arch.vocab_size, arch.hidden_size)
     source.check(shapes)
     if (folder / "adapter_config.json").exists():
         raise RotQuantError(f"{folder}/adapter_config.json: the folder holds an adapter too; merge it, or move it away")
@@ -96,7 +95,7 @@ def original_model(source: Source) -> Iterator[PreTrainedModel]:
     Raises:
         RotQuantError: transformers cannot load it, or does not take every tensor that the files hold.
     """
-    dtype = DTYPES[source.dtypes[EMBEDDING]]  # the files' own: then nothing is copied
+    dtype = DTYPES[source.dtypes[Names().embedding]]  # the files' own: then nothing is copied
     model, unused = load_transformers(source.folder, dtype)
     if unused:
         raise RotQuantError(f"{source.folder}: transformers does not use the tensor {min(unused)}; it would be lost")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
-from rotquant.models import LINEARS, Architecture
+from rotquant.models import Architecture
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -227,7 +226,7 @@ def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RotQuantError(f"{file}: truncated or not a safetensors file ({error})") from error
-    shapes, factors = dict(linear_shapes(arch)), {}
+    shapes, factors = dict(arch.linears()), {}
     for name, tensor in sorted(stored.items()):
         linear, factor = split_name(name)
         if linear not in shapes:
@@ -255,16 +254,6 @@ def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict
     if not factors:
         raise RotQuantError(f"{file}: holds no tensor")
     return factors
-
-
-def linear_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Full name of every linear of the decoder layers, with (outputs, inputs)."""
-    hidden, wide = arch.hidden_size, arch.intermediate_size
-    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    shapes = (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (wide, hidden), (wide, hidden)
-    for index in range(arch.layers):
-        for linear, shape in zip(LINEARS, (*shapes, (hidden, wide)), strict=True):
-            yield arch.layer_prefix(index) + linear, shape
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -10,19 +10,21 @@ from typing import Any
 
 from rotquant.checkpoint import Source
 from rotquant.errors import RotQuantError
-from rotquant.models import EMBEDDING
+from rotquant.models import Architecture, describe
 
 
-def check_sizes(config: Any, source: Source) -> None:
+def check_sizes(config: Any, source: Source) -> Architecture:
     """Compares the sizes that config.json states with the first layer's tensors and the embeddings.
 
     Args:
         config: transformers' config of one of `rotquant.models`.
+    Returns:
+        its architecture.
     Raises:
         RotQuantError: naming the field.
     """
     where = f"{source.folder}/config.json"
-    heads, dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    heads = config.num_attention_heads
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     for field in (*sizes, "num_key_value_heads", "max_position_embeddings"):
         value = getattr(config, field, None)
@@ -30,22 +32,8 @@ def check_sizes(config: Any, source: Source) -> None:
             raise RotQuantError(f"{where}: {field} is {value!r}, expected a positive whole number")
     if heads % config.num_key_value_heads:
         raise RotQuantError(f"{where}: num_key_value_heads is {config.num_key_value_heads}, with {heads} heads")
-    dim = config.hidden_size // heads if dim is None else dim
-    layers = {name.split(".")[2] for name in source.files if name.startswith("model.layers.")}
-    for field, stated, stored in (
-        ("num_hidden_layers", config.num_hidden_layers, len(layers)),
-        ("vocab_size", config.vocab_size, rows(source, EMBEDDING)),
-        ("hidden_size", config.hidden_size, source.shapes.get(EMBEDDING, (0, 0))[-1]),
-        ("intermediate_size", config.intermediate_size, rows(source, "model.layers.0.mlp.up_proj")),
-        ("num_attention_heads times head_dim", heads * dim, rows(source, "model.layers.0.self_attn.q_proj")),
-        (
-            "num_key_value_heads times head_dim",
-            config.num_key_value_heads * dim,
-            rows(source, "model.layers.0.self_attn.k_proj"),
-        ),
-    ):
-        if stored and stated != stored:
-            raise RotQuantError(f"{where}: {field} is {stated}, the tensors are made for {stored}")
+    arch = describe(config, where)
+    check_shapes(where, arch, source)
     if config.hidden_act != "silu":
         raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
     if config.return_dict is not True:
@@ -54,6 +42,31 @@ def check_sizes(config: Any, source: Source) -> None:
     eps = config.rms_norm_eps
     if not isinstance(eps, float) or not 0 < eps < 1 or not math.isfinite(eps):
         raise RotQuantError(f"{where}: rms_norm_eps is {eps!r}, expected a small positive number")
+    return arch
+
+
+def check_shapes(where: str, arch: Architecture, source: Source) -> None:
+    """Compares the architecture with the embeddings and the first layer's tensors."""
+    kind, names, a = arch.kinds[0], arch.names, arch.kinds[0].attention
+    layers = {name.removeprefix(names.layers).split(".")[0] for name in source.files if name.startswith(names.layers)}
+    table = source.shapes.get(names.embedding, (0, 0))
+    found = [
+        ("num_hidden_layers", arch.layers, len(layers)),
+        ("vocab_size", arch.vocab_size, table[0]),
+        ("hidden_size", arch.hidden_size, table[-1]),
+    ]
+    holders = {part: name for name, parts in kind.stored.items() for part in parts}
+    for field, part in (
+        ("intermediate_size", kind.mlp.up),
+        ("num_attention_heads times head_dim", a.query),
+        ("num_key_value_heads times head_dim", a.key),
+    ):
+        own, whole = kind.shapes[part][0], kind.stored_shape(holders[part])[0]
+        stored = rows(source, arch.layer_prefix(0) + holders[part])
+        found.append((field, own, stored and stored - (whole - own)))
+    for field, stated, stored in found:
+        if stored and stated != stored:
+            raise RotQuantError(f"{where}: {field} is {stated}, the tensors are made for {stored}")
 
 
 def check_rope(where: str, rope: dict[str, Any]) -> None:

@@ -12,23 +12,19 @@ from compressed_tensors.transform import TransformArgs
 
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, covers, matches
-from rotquant.models import LINEARS
-
-MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
+from rotquant.models import Architecture
 
 
-def check_targets(checkpoint: CheckpointFormat, layers: int) -> None:
-    """Compares the names in config.json with the modules of a model of the known shape (`rotquant.models`).
+def check_targets(checkpoint: CheckpointFormat, arch: Architecture) -> None:
+    """Compares the names in config.json with the modules of the model.
 
-    Args:
-        layers: decoder layers of the model.
     Raises:
         RotQuantError: a name or pattern that matches no module, or says two things of one.
     """
-    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
-        raise RotQuantError(f"config.json: num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
-    linears = [f"model.layers.{i}.{name}" for i in range(layers) for name in LINEARS] + ["lm_head"]
-    attentions = [f"model.layers.{i}.self_attn" for i in range(layers)]
+    layers = [(arch.layer_prefix(i), kind) for i, kind in enumerate(arch.kinds)]
+    linears = [prefix + name for prefix, kind in layers for name in kind.stored]
+    linears.append(arch.names.head.removesuffix(".weight"))
+    attentions = [prefix + kind.attention.module for prefix, kind in layers]
     _check_schemes(checkpoint, linears)
     quantized = {name for name in linears if checkpoint.linear(name) is not None}
     _check_transforms(checkpoint, quantized, attentions)

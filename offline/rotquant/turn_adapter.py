@@ -48,11 +48,12 @@ def turn(adapter: LoRAAdapter, basis: Basis) -> LoRAAdapter:
     fold = basis.fold
     factors: dict[str, Tensor] = {}
     for index in range(basis.arch.layers):
-        prefix = basis.arch.layer_prefix(index)
-        own = adapter.layer(prefix)
+        prefix, kind = basis.arch.layer_prefix(index), basis.arch.kinds[index]
+        own = kind.split(adapter.layer(prefix))
         if own:
             folded = fold.layer(basis.norms[index] | own, index)
-            factors |= {prefix + name: folded[name].float() for name in own}
+            turned = kind.join({name: folded[name].float() for name in own})
+            factors |= {prefix + name: factor for name, factor in turned.items()}
     return replace(adapter, config=adapter.config | {BASIS: basis.sha256}, factors=factors)
 
 

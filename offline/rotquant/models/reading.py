@@ -1,56 +1,22 @@
-"""The architectures that rotquant knows, and what it must know about them.
-
-Llama, Mistral, Qwen2 and Qwen3 are one shape: pre-norm decoder layers, RMSNorm, rotary grouped-query
-attention, SiLU-gated MLP; they differ in biases and in Qwen3's norms on queries and keys.
-"""
+"""From a model folder to its architecture, and what transformers itself says about it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rotquant.config_fields import ARCHITECTURES as ARCHITECTURES
-from rotquant.config_fields import NO_WINDOW, check_fields, check_values
 from rotquant.errors import RotQuantError
 from rotquant.json_files import read_object, short
+from rotquant.models.architecture import Architecture, Names
+from rotquant.models.config_fields import NO_WINDOW, check_fields, check_values
+from rotquant.models.registry import BY_CLASS
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a model, and the config they come from.
-
-    tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
-    """
-
-    config: PreTrainedConfig
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    eps: float
-    tied: bool
-
-    def layer_prefix(self, index: int) -> str:
-        return f"model.layers.{index}."
+MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -75,8 +41,33 @@ def _check_values(file: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise RotQuantError(f"{file}: no valid JSON: {short(error)}") from error
     names = raw.get("architectures") if isinstance(raw, dict) else None
-    if isinstance(names, list) and names[:1] and names[0] in list(ARCHITECTURES):
+    if isinstance(names, list) and names[:1] and names[0] in list(BY_CLASS):
         check_values(str(file), raw)
+
+
+def is_known(config: PreTrainedConfig) -> bool:
+    """Whether some family describes the class that a config names."""
+    return bool(set((config.architectures or [])[:1]) & BY_CLASS.keys())
+
+
+def describe(config: PreTrainedConfig, where: str = "config.json", class_name: str | None = None) -> Architecture:
+    """The architecture of a config.
+
+    Args:
+        class_name: of transformers' model, where it is not the first entry of the config's `architectures`.
+    Raises:
+        RotQuantError: a class that no family describes, or a config that does not describe a model of it.
+    """
+    names = [class_name] if class_name else config.architectures or []
+    if not names or names[0] not in BY_CLASS:
+        raise RotQuantError(f"{where}: architectures is {names}, supported are {', '.join(BY_CLASS)}")
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise RotQuantError(f"{where}: num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
+    try:
+        return BY_CLASS[names[0]].describe(config)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RotQuantError(f"{where}: not a config of {names[0]}: {type(error).__name__}: {error}") from error
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -91,30 +82,20 @@ def read_architecture(folder: Path) -> Architecture:
     config = read_config(folder)
     if uses_sliding_window(config):
         raise RotQuantError(f"{where}: sliding_window is {config.sliding_window}, {NO_WINDOW}")
-    return architecture(config)
-
-
-def architecture(config: PreTrainedConfig) -> Architecture:
-    """The sizes that a config names; checks nothing."""
-    heads = config.num_attention_heads
-    return Architecture(
-        config=config,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        eps=config.rms_norm_eps,
-        tied=bool(config.tie_word_embeddings),
-    )
+    found = describe(config, where)
+    # A window that holds every context is none, and vLLM shall not see one.
+    return replace(found, served={**found.served, "sliding_window": None}) if states_window(config) else found
 
 
 def uses_sliding_window(config: PreTrainedConfig) -> bool:
     """True where some layer attends to a window only: also by a default that config.json does not show."""
     kinds = getattr(config, "layer_types", None) or []
-    return bool(getattr(config, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
+    short = states_window(config) and config.sliding_window < config.max_position_embeddings
+    return short or any(kind != "full_attention" for kind in kinds)
+
+
+def states_window(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "sliding_window", None))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -131,12 +112,17 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     model = skeleton(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop(LM_HEAD, None)
+        shapes.pop(Names().head, None)
     return shapes
 
 
-def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, d]."""
-    kind: Any = type(skeleton(config).model.rotary_emb)
-    embedding = kind(config=config)
+def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, channels].
+
+    None for a model that has none.
+    """
+    found: Any = skeleton(config).get_decoder().rotary_emb
+    if found is None:
+        return None
+    embedding = type(found)(config=config)
     return embedding(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])

@@ -12,10 +12,12 @@ one of the two knows nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rotquant.errors import RotQuantError
 from rotquant.json_files import short
+from rotquant.models.config_rules import Rule
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 # Keys beside rope_type, type and rope_theta; `?` where a key may be left out.
@@ -31,11 +33,12 @@ TYPES: dict[str, tuple[str, ...]] = {
 LEAST = {"factor": 1.0, "rope_theta": 2.0}  # of other keys: above 0
 
 
-def check_rope(where: str, raw: dict[str, Any]) -> None:
+def check_rope(where: str, raw: dict[str, Any], more: Mapping[str, Rule]) -> None:
     """Refuses rotary settings that the two readers take differently.
 
     Args:
         where: the file, for messages; raw: the content of config.json.
+        more: keys beside those of the type that the architecture has, and what is expected of them.
     Raises:
         RotQuantError: naming the field.
     """
@@ -49,12 +52,14 @@ def check_rope(where: str, raw: dict[str, Any]) -> None:
         settings = raw[name]
         if not isinstance(settings, dict):
             raise RotQuantError(f"{where}: {name} is {short(repr(settings), 60)}, expected is an object or null")
-        _check_settings(where, name, settings, raw)
+        _check_settings(where, name, settings, raw, more)
         if theta is not None and settings.get("rope_theta", theta) != theta:
             raise RotQuantError(f"{where}: rope_theta is {theta}, but {name}.rope_theta is {settings['rope_theta']}")
 
 
-def _check_settings(where: str, name: str, settings: dict[str, Any], raw: dict[str, Any]) -> None:
+def _check_settings(
+    where: str, name: str, settings: dict[str, Any], raw: dict[str, Any], more: Mapping[str, Rule]
+) -> None:
     kind = settings.get("rope_type", settings.get("type", "default"))
     if not isinstance(kind, str) or kind not in TYPES:
         raise RotQuantError(
@@ -69,6 +74,10 @@ def _check_settings(where: str, name: str, settings: dict[str, Any], raw: dict[s
             raise RotQuantError(f"{where}: {name}.{key} is missing, and rope_type {kind!r} needs it")
     for key, value in settings.items():
         if key in ("rope_type", "type"):
+            continue
+        if key in more:
+            if expected := more[key](value):
+                raise RotQuantError(f"{where}: {name}.{key} is {short(repr(value), 60)}, expected is {expected}")
             continue
         if key == "partial_rotary_factor" and type(value) in (int, float) and value == 1:
             continue

@@ -7,96 +7,21 @@ one of them honours makes what is served differ from what was measured, and noth
     OFF        changes what is computed in one of the readers; accepted with the values that change nothing
     HARMLESS   training, generation, metadata: neither reader computes a logit with it
 
-Any other field is refused. What vLLM's classes of an architecture have is stated in ARCHITECTURES.
+Any other field is refused. What an architecture has of its own is stated in its family's file (`config_rules.Known`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from rotquant.config_rope import ROPE_FIELDS, check_rope
 from rotquant.errors import RotQuantError
 from rotquant.json_files import short
+from rotquant.models.config_rope import ROPE_FIELDS, check_rope
+from rotquant.models.config_rules import Known, Rule, boolean, number, one_of, texts, tokens, whole
+from rotquant.models.registry import BY_CLASS, KNOWN_BY_CLASS
 
 Fields = dict[str, Any]
-Rule = Callable[[Any], str | None]  # what is expected of a value, None where it is as expected
-
-
-@dataclass(frozen=True)
-class Known:
-    """What transformers' and vLLM's classes of one architecture share.
-
-    biases: the values of attention_bias and mlp_bias that mean the same in both. Llama: biases at q, k, v and o, and at
-        gate, up and down. Mistral: vLLM's class would make them, transformers' has none. Qwen2: q, k and v always,
-        whatever the field. Qwen3: vLLM's o_proj has none, and the stored one would be dropped.
-    own_head_dim: False where vLLM takes hidden_size / num_attention_heads whatever head_dim says.
-    window_switch: the config class clears sliding_window unless use_sliding_window is true.
-    """
-
-    model_type: str
-    attention_bias: tuple[bool, ...]
-    mlp_bias: tuple[bool, ...] = (False,)
-    own_head_dim: bool = True
-    window_switch: bool = False
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Known("llama", attention_bias=(False, True), mlp_bias=(False, True)),
-    "MistralForCausalLM": Known("mistral", attention_bias=(False,)),
-    "Qwen2ForCausalLM": Known("qwen2", attention_bias=(False, True), own_head_dim=False, window_switch=True),
-    "Qwen3ForCausalLM": Known("qwen3", attention_bias=(False,), window_switch=True),
-}
-
-
-# ---- rules ------------------------------------------------------------------------------------------
-
-
-def whole(low: int, high: int, *, null: bool = False) -> Rule:
-    def rule(value: Any) -> str | None:
-        if (value is None and null) or (type(value) is int and low <= value <= high):
-            return None
-        return f"a whole number from {low} to {high}" + (" or null" if null else "")
-
-    return rule
-
-
-def number(low: float, high: float, *, null: bool = False, above: bool = False) -> Rule:
-    """low <= value <= high, or low < value where `above`."""
-
-    def rule(value: Any) -> str | None:
-        if value is None and null:
-            return None
-        if type(value) in (int, float) and math.isfinite(value) and low <= value <= high and (value > low or not above):
-            return None
-        return f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}"
-
-    return rule
-
-
-def boolean(value: Any) -> str | None:
-    return None if type(value) is bool else "true or false"
-
-
-def one_of(*values: str) -> Rule:
-    def rule(value: Any) -> str | None:
-        return None if isinstance(value, str) and value in values else " or ".join(map(repr, values))
-
-    return rule
-
-
-def texts(value: Any) -> str | None:
-    fine = value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-    return None if fine else "a list of strings, or null"
-
-
-def tokens(value: Any) -> str | None:
-    listed = value if isinstance(value, list) else [value]
-    fine = value is None or all(type(one) is int and one >= -1 for one in listed)
-    return None if fine else "a token id, a list of them, or null"
 
 
 DTYPE = one_of("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16")
@@ -218,28 +143,32 @@ def check_fields(where: str, raw: Fields) -> None:
     check_values(where, raw)
     if raw.get("hidden_act", "silu") != "silu":
         raise RotQuantError(f"{where}: hidden_act is {short(repr(raw['hidden_act']), 60)}, supported is 'silu'")
-    if raw.get("sliding_window") and (raw.get("use_sliding_window") or not known.window_switch):
-        raise RotQuantError(f"{where}: sliding_window is {raw['sliding_window']}, {NO_WINDOW}")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+    window, longest = raw.get("sliding_window"), raw.get("max_position_embeddings", 2**31)
+    if window and (raw.get("use_sliding_window") or not (known.window_switch or window >= longest)):
+        raise RotQuantError(f"{where}: sliding_window is {window}, {NO_WINDOW}")
+    if any(kind not in known.attention_layers for kind in raw.get("layer_types") or []):
         raise RotQuantError(f"{where}: layer_types has layers other than 'full_attention', {NO_WINDOW}")
-    for name in raw:
-        if name in OFF:
+    for name, value in raw.items():
+        if name in known.fields:
+            if expected := known.fields[name](value):
+                raise RotQuantError(f"{where}: {name} is {short(repr(value), 60)}, expected is {expected}")
+        elif name in OFF:
             _refuse_off(where, name, raw)
-        elif name not in KNOWN and name not in HARMLESS and name not in ROPE_FIELDS:
+        elif name not in KNOWN and name not in HARMLESS | known.harmless and name not in ROPE_FIELDS:
             raise RotQuantError(
                 f"{where}: {short(name, 60)} is a field that rotquant does not know, and it may change what the model"
                 " computes; remove it if it does not"
             )
     check_relations(where, raw, known)
-    check_rope(where, raw)
+    check_rope(where, raw, known.rope)
 
 
 def check_architecture(where: str, raw: Fields) -> Known:
     names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(BY_CLASS):
         found = short(repr(names or []), 80)
-        raise RotQuantError(f"{where}: architectures is {found}, supported are {', '.join(ARCHITECTURES)}")
-    known = ARCHITECTURES[names[0]]
+        raise RotQuantError(f"{where}: architectures is {found}, supported are {', '.join(BY_CLASS)}")
+    known = KNOWN_BY_CLASS[names[0]]
     if raw.get("model_type") != known.model_type:
         raise RotQuantError(
             f"{where}: model_type is {short(repr(raw.get('model_type')), 60)}, but {known.model_type!r} belongs to"
