@@ -184,6 +184,15 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
         evaluate(str(model), text, seq_len=64)
 
 
+@pytest.mark.parametrize("prefix", ["4", "x\ny"])
+def test_a_tokenizer_that_its_library_dies_of(model, prefix):
+    edit = json.loads((model / "tokenizer.json").read_text())
+    edit["model"]["continuing_subword_prefix"] = prefix
+    (model / "tokenizer.json").write_text(json.dumps(edit))
+    with pytest.raises(RotQuantError, match=r"tokenizer.json: model.continuing_subword_prefix is"):
+        read_original(model)
+
+
 # ---- what travels -----------------------------------------------------------------------------------
 
 TRAVELS = (

@@ -33,7 +33,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here
+    except BaseException as error:  # many kinds; what panics in the tokenizers library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         reason = short(f"{type(error).__name__}: {error}", 200)
         raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
 
@@ -54,10 +56,25 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     files = tokenizer_files(folder)
     for file in files:
         if file.suffix == ".json":
-            read_object(file)
+            _check_prefix(file, read_object(file))
     if files:
         tokenizer: Any = read_tokenizer(folder)
         check_tokens(torch.tensor(list(tokenizer.get_vocab().values()) or [0]), tokenizer, folder, vocab_size)
+
+
+def _check_prefix(file: Path, data: dict[str, Any]) -> None:
+    """Refuses merges that lack the prefix that they are to have: the tokenizers library aborts the process there."""
+    model = data.get("model")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not prefix or not isinstance(model, dict):
+        return
+    for merge in model.get("merges") or []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not str(parts[-1]).startswith(str(prefix)):
+            raise RotQuantError(
+                f"{file}: model.continuing_subword_prefix is {short(repr(prefix), 60)}, which merges such as"
+                f" {short(repr(merge), 60)} do not have"
+            )
 
 
 def check_tokens(ids: Tensor, tokenizer: Any, folder: Path, vocab_size: int) -> None:
