@@ -29,8 +29,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Raises:
-        RotQuantError: none there.
+        RotQuantError: none there, or one that cannot be read.
     """
+    for file in tokenizer_files(folder):
+        if file.suffix == ".json":
+            _check_prefix(file, read_object(file))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:  # many kinds; what panics in the tokenizers library is no Exception
@@ -53,11 +56,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     Raises:
         RotQuantError: naming the token and its file.
     """
-    files = tokenizer_files(folder)
-    for file in files:
-        if file.suffix == ".json":
-            _check_prefix(file, read_object(file))
-    if files:
+    if tokenizer_files(folder):
         tokenizer: Any = read_tokenizer(folder)
         check_tokens(torch.tensor(list(tokenizer.get_vocab().values()) or [0]), tokenizer, folder, vocab_size)
 
