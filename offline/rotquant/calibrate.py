@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,22 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     for file in tokenizer_files(folder):
         if file.suffix == ".json":
             _check_prefix(file, read_object(file))
+    with _readable(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some faults show only here
+    return tokenizer
+
+
+@contextmanager
+def _readable(where: object) -> Iterator[None]:
+    """Says in one line what a tokenizer dies of: many kinds; a panic of the tokenizers library is no Exception."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except BaseException as error:  # many kinds; what panics in the tokenizers library is no Exception
+        yield
+    except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         reason = short(f"{type(error).__name__}: {error}", 200)
-        raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
+        raise RotQuantError(f"{where}: no tokenizer that transformers can read: {reason}") from error
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json")
@@ -155,7 +166,8 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, where: 
         RotQuantError: fewer than seq_len tokens.
     """
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with _readable(where):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(prefix)
     count = len(ids) // step
     if count == 0:
@@ -168,7 +180,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, where: 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer begins every sequence with BOS (Llama does, Qwen does not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def calibration_tokens(
