@@ -84,6 +84,11 @@ CONFIGS: dict[str, Config] = {
                           tie_word_embeddings=True, vocab_size=49152, rope_scaling=None),
     "SmolLM2-135M-Instruct": llama(576, 1536, 30, 9, 3, pad_token_id=2, rope_interleaved=False, rope_theta=100000,
                                    **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+    "SmolLM2-135M-Instruct, read from GGUF": llama(
+        576, 1536, 30, 9, 3, pad_token_id=2, unk_token_id=0, tie_word_embeddings=True, vocab_size=49152,
+        _model_name_or_path="Smollm2 135M 8k Lc100K Mix1 Ep2",
+        rope_parameters={"rope_theta": 1e5, "rope_type": "default"},
+    ),
     "Yi-6B": llama(4096, 11008, 32, 32, 4, pad_token_id=0, rope_theta=5000000.0, vocab_size=64000, rope_scaling=None),
     "Yi-34B-200K": llama(7168, 20480, 60, 56, 8, max_position_embeddings=200000, rope_theta=10000000.0,
                          vocab_size=64000, pad_token_id=0),
