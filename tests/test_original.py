@@ -16,7 +16,7 @@ from rotquant import gate, hub
 from rotquant.checkpoint import INDEX, SINGLE, Source
 from rotquant.companions import copy_companions, travelling
 from rotquant.errors import RotQuantError
-from rotquant.evaluate import evaluate
+from rotquant.evaluate import evaluate, text_windows
 from rotquant.fold import Fold
 from rotquant.initial import initial_transforms
 from rotquant.original import original_model, read_original
@@ -199,6 +199,14 @@ def test_faults_that_show_when_text_is_read(model):
     (model / "tokenizer.json").write_text(json.dumps(edit))
     with pytest.raises(RotQuantError, match="no tokenizer that transformers can read"):
         read_original(model)
+
+
+def test_sizes_are_checked_before_the_tokenizer_is_read(tmp_path):
+    """Its reader parses config.json too, and Qwen's config class makes a list of num_hidden_layers."""
+    folder = source_model(tmp_path / "m", "qwen3")
+    edit_config(folder, "num_hidden_layers", value=10**12)
+    with pytest.raises(RotQuantError, match="num_hidden_layers is 1000000000000, expected is"):
+        text_windows(HELDOUT, folder, 64)
 
 
 def test_eval_of_settings_that_transformers_cannot_run(model):

@@ -133,9 +133,10 @@ def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = No
         raise RotQuantError(f"{text}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RotQuantError(f"{text}: not a readable UTF-8 text ({error})") from error
+    vocab_size = read_config(folder).get_text_config().vocab_size  # first: the tokenizer's reader takes any config.json
     tokenizer = read_tokenizer(folder)
     found = windows(content, tokenizer, seq_len, str(text))
-    check_tokens(found, tokenizer, folder, read_config(folder).get_text_config().vocab_size)
+    check_tokens(found, tokenizer, folder, vocab_size)
     return found if tokens is None else found[: max(1, tokens // seq_len)]
 
 
