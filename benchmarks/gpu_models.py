@@ -15,9 +15,10 @@ from transformers import AutoConfig
 
 from rotquant import export
 from rotquant.checkpoint import INDEX, save_tensors, save_text
+from rotquant.companions import copy_companions
 from rotquant.demo import DATA
 from rotquant.initial import initial_transforms
-from rotquant.models import LM_HEAD, expected_shapes, read_architecture, read_config
+from rotquant.models import Names, expected_shapes, read_architecture, read_config
 from rotquant.recipe import Recipe, load_recipe
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
 
@@ -37,7 +38,7 @@ def recipe() -> Recipe:
 def write_config(shape: str, checkpoint: str, folder: Path) -> None:
     """Everything but the weights: config.json and the demo model's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    export.copy_companions(DATA / "demo", folder)
+    copy_companions(DATA / "demo", folder)
     AutoConfig.for_model(**(COMMON | ALL_SHAPES[shape])).save_pretrained(folder)
     if checkpoint == "dummy":
         return
@@ -45,7 +46,7 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
     if checkpoint == "rotquant":
         transforms = initial_transforms(chosen, arch, 1, seed=0)
         quantization = export.quantization_config(chosen, arch, transforms)
-        export.write_config(folder, folder, arch, quantization, export.extension(chosen, transforms, "full", {}))
+        export.write_config(folder, folder, arch, quantization, export.extension(chosen, transforms, "full", None, {}))
         return
     config = json.loads((folder / "config.json").read_text())
     weights = export.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}
@@ -60,7 +61,7 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
 def random_tensors(name: str, shape: tuple[int, ...], checkpoint: str) -> dict[str, Tensor]:
     """What the checkpoint holds for one tensor of the model."""
     head_bits = recipe().lm_head.bits if checkpoint == "rotquant" else 16
-    bits = 4 if name.endswith("_proj.weight") else head_bits if name == LM_HEAD else 16
+    bits = 4 if name.endswith("_proj.weight") else head_bits if name == Names().head else 16
     if name.endswith("norm.weight"):
         return {name: torch.ones(shape, dtype=torch.bfloat16)}
     if bits == 16:

@@ -21,9 +21,10 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 
 from rotquant.checkpoint import Source, fetch, save_tensors, save_text
+from rotquant.companions import copy_companions
 from rotquant.demo import DATA
-from rotquant.export import copy_companions, write_index
-from rotquant.models import EMBEDDING, LM_HEAD, expected_shapes
+from rotquant.export import write_index
+from rotquant.models import Names, expected_shapes
 from rotquant.pipeline import quantize
 from rotquant.progress import Progress, say
 from rotquant.weights import rtn
@@ -61,6 +62,7 @@ COMMON: dict[str, Any] = {
 STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
+EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
 LAYER = re.compile(r"model\.layers\.\d+\.")
 

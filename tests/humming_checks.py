@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from humming.device import DeviceInfo, current_device
 from humming.transform import transform_humming_bias, transform_humming_weight, transform_humming_weight_scale
 from humming.tune import get_heuristics_config
 
-from rotquant_kernels import convention
-from rotquant_kernels.cuda import humming, layout
+from rotquant_kernels import convention, cuda
+from rotquant_kernels.cuda import gemm, humming, layout
 
 GPUS = {80: ("A100", 108, 163), 86: ("A10", 72, 99), 89: ("L40S", 142, 99), 90: ("H200", 132, 227)}
 
@@ -54,7 +55,7 @@ def codes_of(bits: int, channels: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
 def test_our_words_are_those_of_humming(gpu, weight_bits, act_bits):
     """Its transform of the weights, columns permuted as `rows` permutes the activations, gives our words."""
-    layer = humming.Layer(256, 384, weight_bits, act_bits, True)
+    layer = humming.Layer(256, 384, weight_bits, act_bits, True, True)
     config, reason = humming.configuration(layer, gpu)
     assert reason == ""
     assert config.a_dtype.num_bits == (4 if (gpu, act_bits) in ((80, 4), (86, 4), (89, 4)) else 8)
@@ -65,11 +66,14 @@ def test_our_words_are_those_of_humming(gpu, weight_bits, act_bits):
         use_flat_weight=config.use_flat_weight, use_ldmatrix_dequant=config.use_ldmatrix_dequant,
     )  # fmt: skip
     ours = layout.pack_weight(convention.pack_int32(codes, weight_bits), weight_bits, layer.columns, 1)
-    words, _ = layout.unpack(ours, weight_bits, layer.columns, layer.channels, 1)
+    words, _, none = layout.unpack(ours, weight_bits, layer.columns, layer.channels, 1)
+    assert none is None
     assert torch.equal(words.view(torch.int32).view(256, -1), theirs)
     scale = torch.rand(256, 1).bfloat16()
     assert config.should_apply_bs_on_c
-    assert torch.equal(humming.permuted(scale[:, 0].float()).view(1, -1), transform_humming_weight_scale(scale, True))
+    prepared = layout.unpack(humming.with_scales(ours, scale.float()), weight_bits, layer.columns, layer.channels, 1)
+    assert torch.equal(prepared.words, words)
+    assert torch.equal(prepared.scales.view(1, -1), transform_humming_weight_scale(scale, True))
     assert torch.equal(humming.permuted(scale[:, 0]), transform_humming_bias(scale[:, 0]))
     assert humming.order(config, layer) == ("natural" if weight_bits == 8 else f"humming{config.a_dtype.num_bits}")
 
@@ -79,7 +83,7 @@ def test_humming_has_a_plan_for_our_layers(gpu):
     """Its tuning tables know tiles for every number of tokens, without split sums."""
     ComputeConfig(**json.loads(humming.COMPUTE))
     for channels, columns in ((6144, 4096), (4096, 14336)):
-        config, _ = humming.configuration(humming.Layer(channels, columns, 4, 4, False), gpu)
+        config, _ = humming.configuration(humming.Layer(channels, columns, 4, 4, True, False), gpu)
         plan = get_heuristics_config(layer_config=config, use_batch_invariant=True, gemm_type="dense")
         assert plan[0][0] == 0
         assert plan[-1][1] >= 1 << 20
@@ -88,11 +92,38 @@ def test_humming_has_a_plan_for_our_layers(gpu):
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
 def test_layers_that_do_not_fit_are_named(gpu):
-    x, scale, layer = torch.zeros(1, 384).bfloat16(), torch.ones(256, 1), humming.Layer(256, 384, 4, 4, False)
-    assert humming.misfit(x, scale, layer, True, False, gpu) == ""
-    assert "asymmetric" in humming.misfit(x, scale, layer, False, False, gpu)
-    assert "by group" in humming.misfit(x, torch.ones(256, 3), layer, True, False, gpu)
-    assert "low-rank" in humming.misfit(x, scale, layer, True, True, gpu)
-    assert "float16" in humming.misfit(x.half(), scale, layer, True, False, gpu)
-    assert "multiple of 256" in humming.misfit(x, scale, layer._replace(channels=300), True, False, gpu)
-    assert "multiple of 128" in humming.misfit(x, scale, layer._replace(columns=100), True, False, gpu)
+    layer, bf16 = humming.Layer(256, 384, 4, 4, True, False), torch.bfloat16
+    assert humming.misfit(layer, 1, False, bf16, gpu) == ""
+    assert "asymmetric" in humming.misfit(layer._replace(symmetric=False), 1, False, bf16, gpu)
+    assert "by group" in humming.misfit(layer, 3, False, bf16, gpu)
+    assert "low-rank" in humming.misfit(layer, 1, True, bf16, gpu)
+    assert "float16" in humming.misfit(layer, 1, False, torch.float16, gpu)
+    assert "multiple of 256" in humming.misfit(layer._replace(channels=300), 1, False, bf16, gpu)
+    assert "multiple of 128" in humming.misfit(layer._replace(columns=100), 1, False, bf16, gpu)
+
+
+@pytest.mark.parametrize("gpu", [89], indirect=True)
+def test_each_layer_is_decided_when_it_is_loaded(gpu, monkeypatch):
+    """Humming gets the symmetric one, its scales in order once and for all; the asymmetric one keeps its fused norm."""
+    monkeypatch.setattr(humming, "chosen", lambda: True)
+    monkeypatch.setattr(humming, "sm_of", lambda device: gpu)
+    weight = layout.pack_weight(convention.pack_int32(codes_of(4, 256, 384), 4), 4, 384, 1)
+    scale = torch.rand(256, 1)
+    got, kernel = cuda.offer_to_humming(weight, scale, (256, 384, 4, 4, True, False), False, torch.bfloat16)
+    assert kernel == "humming"
+    assert torch.equal(layout.unpack(got, 4, 384, 256, 1).scales, humming.permuted(scale[:, 0]))
+    for shape, rank, dtype in (((256, 384, 4, 4, False, False), False, torch.bfloat16),
+                               ((256, 384, 4, 4, True, False), True, torch.bfloat16),
+                               ((256, 384, 4, 4, True, False), False, torch.float32)):  # fmt: skip
+        same, kernel = cuda.offer_to_humming(weight, scale, shape, rank, dtype)
+        assert same is weight
+        assert kernel.startswith("triton (int8 tensor cores), not humming: ")
+    calls = []
+    monkeypatch.setitem(sys.modules, "humming.ops", SimpleNamespace(humming_gemm=lambda **given: calls.append(given)))
+    monkeypatch.setattr(humming, "locks", lambda device: None)
+    monkeypatch.setattr(humming.rows, "quantize_rows", lambda x, *rest: (x.to(torch.int8), None, None))
+    with pytest.raises(AttributeError):  # nothing came back from the stand-in
+        gemm.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, True, 1.0)
+    assert calls[0]["weight_scale"].data_ptr() == got.view(torch.bfloat16)[-256:].data_ptr()  # not a copy
+    with pytest.raises(ValueError, match="prepared for Humming, but activations are asymmetric"):
+        gemm.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, False, 1.0)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import empty_steps
 from rotquant_kernels import reference
 from rotquant_kernels.cuda import kv4
 from test_kv4_native import Batch, make_batch, randn, rows_to_write, strided
@@ -132,3 +133,8 @@ def test_extreme_sizes_stay_averages(query_size, value_size):
     reference.kv4_write(batch.keys[0], value, batch.cache, slots, 64, False, 1.0, 1.0)
     codes = reference.kv4_read(batch.cache, batch.table[0, :7].long(), 64, False)[1][:, :100]
     assert attend(batch).abs().max() <= 1.01 * codes.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_without_rows(dtype):
+    assert empty_steps.check(kv4.IMPLEMENTATIONS, dtype) == {"kv4_write", "kv4_attention"}

@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from rotquant.harden import harden
 from tiny_checkpoints import KINDS
@@ -14,21 +26,66 @@ from tiny_checkpoints import KINDS
 DATA = Path(__file__).parents[1] / "offline" / "rotquant" / "data"
 HELDOUT = DATA / "heldout.txt"
 SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
-VOCABULARY = 2048  # of the demo model's tokenizer
+VOCABULARY = 2056  # 2048 of the demo model's tokenizer, one that transformers adds for Qwen2, and some of no token
+# Families that differ from Llama in what a layer computes; sizes and scalars such that each difference matters.
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {
+            "hidden_size": 128, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+            "logits_scaling": 2.0, "num_local_experts": 0, "shared_intermediate_size": 176, "mamba_n_heads": 4,
+            "position_embedding_type": "rope", "layer_types": ["attention", "attention"],
+        },
+    ),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 128, "pad_token_id": None, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "ministral3": (
+        Ministral3Config,
+        Ministral3ForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 32,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
+}  # fmt: skip
 
 
 def source_model(
     folder: Path, kind: str, *, hardened: bool = False, shard_size: str = "200KB", dtype: torch.dtype = torch.float32,
     layers: int = 2, **config: Any,
 ) -> Path:  # fmt: skip
-    """Saves a random model of a kind of `tiny_checkpoints.KINDS` whose biases and norm gains matter."""
-    config_class, model_class, extra = KINDS[kind]
+    """Saves a random model of `tiny_checkpoints.KINDS` or of FAMILIES whose biases and norm gains matter."""
+    config_class, model_class, extra = (KINDS | FAMILIES)[kind]
     torch.manual_seed(3)
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
         "initializer_range": 0.1,
     }  # fmt: skip
+    if kind == "qwen2":  # vLLM's has heads of hidden_size / num_attention_heads, whatever head_dim says
+        sizes["hidden_size"] = 128
     model = model_class(config_class(**(sizes | extra | config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,13 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+import launch_gate
 from rotquant_kernels.cuda import rows
-from triton_compile import instructions, linear, quantize
+from stand_in_gpu import GPUS
+from triton_compile import KNOWS_NEWER_UNITS, compiled, instructions, linear
 
 # What an int8 product is made of; wgmma and tcgen05 want more than a few tokens to be worth their tiles.
 MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 WGMMA = "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"
-SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a block may have
+TCGEN05 = "tcgen05.mma.cta_group::1.kind::i8" if KNOWS_NEWER_UNITS else MMA
 NIBBLES = "0xF0F0F0F0"
 
 
@@ -26,8 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("arch", "tokens", "expected"), [
-    (80, 256, MMA), (89, 1, MMA), (90, 1, MMA), (90, 256, WGMMA), (100, 256, "tcgen05.mma.cta_group::1.kind::i8"),
-    (120, 256, MMA),
+    (80, 256, MMA), (89, 1, MMA), (90, 1, MMA), (90, 256, WGMMA), (100, 256, TCGEN05), (120, 256, MMA),
 ])  # fmt: skip
 def test_products_run_on_int8_tensor_cores(arch, tokens, expected):
     kernel = linear(arch, tokens)
@@ -36,7 +37,7 @@ def test_products_run_on_int8_tensor_cores(arch, tokens, expected):
     assert found["cp.async.cg.shared.global"] >= 4, "weights and codes are not copied ahead"
     assert not found["prmt.b32"], "nibbles are permuted, not only shifted and masked"
     assert kernel.asm["ptx"].count(NIBBLES) >= 2
-    assert kernel.metadata.shared <= SHARED[arch] * 1024
+    assert kernel.metadata.shared <= GPUS[arch][0] * 1024
     assert kernel.asm["cubin"][:4] == b"\x7fELF"
     assert not found["fma.rn.f32"], "the epilogue's products and sums are fused, which changes the last bit"
     assert found["cvt.rn.bf16x2.f32"] + found["cvt.rn.bf16.f32"] >= 1
@@ -59,16 +60,22 @@ def test_weights_reach_wgmma_through_registers():
 
 
 @pytest.mark.parametrize(
-    ("source", "columns", "block"), [("plain", 4096, 1), ("silu_mul", 14336, 512), ("rms_norm", 4096, 1)]
+    ("source", "columns", "block"),
+    [("plain", 4096, 0), ("silu_mul", 14336, 512), ("silu_mul", 18944, 512), ("rms_norm", 4096, 0)],
 )
 @pytest.mark.parametrize("arch", [80, 120])
 def test_rows_are_quantized_in_ieee_arithmetic(source, columns, block, arch):
-    kernel = quantize(arch, source, columns, block, symmetric=arch == 80)
+    launch = {
+        "plain": lambda: launch_gate.quantize(3, columns, block, symmetric=arch == 80),
+        "silu_mul": lambda: launch_gate.quantize(3, columns, block, True, symmetric=arch == 80),
+        "rms_norm": lambda: launch_gate.norm(3, columns, symmetric=arch == 80),
+    }[source]
+    kernel = compiled(arch, launch)
     found = instructions(kernel)
     assert found["div.rn.f32"] >= 2
     assert not any(name.startswith(("div.full", "div.approx", "fma.rn.f32", "fma.rn.ftz")) for name in found), found
-    assert kernel.metadata.shared <= SHARED[arch] * 1024
-    assert kernel.metadata.num_warps == rows.warps(kernel.src.constants[(kernel.src.fn.arg_names.index("WIDTH"),)])
+    assert kernel.metadata.shared <= GPUS[arch][0] * 1024
+    assert kernel.metadata.num_warps == (16 if columns > rows.LARGEST else rows.warps(1 << (columns - 1).bit_length()))
 
 
 def test_hopper_runs_the_int8_instruction(tmp_path):

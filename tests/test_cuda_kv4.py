@@ -8,69 +8,41 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+import launch_gate  # noqa: E402
 from own_process import passes_interpreted  # noqa: E402
 from rotquant_kernels import reference  # noqa: E402
-from rotquant_kernels.cuda import kv4, kv4_decode, kv4_prefill, kv4_write  # noqa: E402
+from rotquant_kernels.cuda import kv4  # noqa: E402
+from triton_compile import KNOWS_NEWER_UNITS, compiled  # noqa: E402
 
 MMA, WGMMA = r"mma\.sync\S*m16n8k32\S*\.s32\.s8\.s8", r"wgmma\.mma_async\S*\.s32\.s8\.s8"
 TCGEN05 = r"tcgen05\.mma\S*kind::i8"
+DECODE_90, DECODE_100 = (WGMMA, TCGEN05) if KNOWS_NEWER_UNITS else (MMA, MMA)
 H200 = kv4.Device(processors=132, least_rows=8)
-TYPES = {
-    "query": "*bf16", "out": "*bf16", "key": "*bf16", "value": "*bf16", "cache": "*u8", "query_start": "*i32",
-    "seq_lens": "*i32", "table": "*i32", "partial": "*fp32", "state": "*fp32", "slots": "*i64", "factor": "fp32",
-    "k_clip": "fp32", "v_clip": "fp32",
-}  # fmt: skip
-UNALIGNED = ("tokens", "sequences", "count")
 
 
 def test_kernels_meet_the_specification_in_the_interpreter():
     passes_interpreted("kv4_interpreted.py")
 
 
-def compiled(kernel, arch: int, constants: dict, **options) -> dict:
-    """PTX and metadata of a kernel, as a launch with aligned pointers and strides compiles it."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = dict.fromkeys(kernel.arg_names, "constexpr") | {name: TYPES.get(name, "i32") for name in names}
-    aligned = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in names
-        if name not in UNALIGNED and signature[name] != "fp32"
-    }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"enable_fp_fusion": True} | options
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    assert done.asm["cubin"]  # ptxas accepted it
-    return {"ptx": done.asm["ptx"], "shared": done.metadata.shared}
-
-
-def attention_constants(rows: int, splits: int) -> dict:
-    return kv4.common(128, 16, 128, False) | {
-        "HEADS": 32, "GROUP": 4, "ROWS": rows, "SPLITS": splits, "ASSEMBLER": True,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("arch", "instruction"), [(80, MMA), (89, MMA), (90, WGMMA), (100, TCGEN05), (120, MMA)])
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [(80, MMA), (89, MMA), (90, DECODE_90), (100, DECODE_100), (120, MMA)]
+)
 def test_decoding_runs_on_the_integer_matrix_unit(arch, instruction):
-    rows = 16 if arch == 100 else 8
-    made = compiled(kv4_decode.decode, arch, attention_constants(rows, 8), num_warps=4, num_stages=3)
-    assert re.search(instruction, made["ptx"])
-    assert "cp.async.cg" in made["ptx"]  # pages are fetched ahead, 16 bytes a thread
-    assert "0x0f0f0f0f" in made["ptx"]  # four nibbles with one instruction
-    assert made["shared"] <= 48 << 10  # several programs on a processor
+    made = compiled(arch, lambda: launch_gate.attend(3, 3))
+    assert re.search(instruction, made.asm["ptx"])
+    assert "cp.async.cg" in made.asm["ptx"]  # pages are fetched ahead, 16 bytes a thread
+    assert "0x0f0f0f0f" in made.asm["ptx"]  # four nibbles with one instruction
+    assert made.metadata.shared <= 48 << 10  # several programs on a processor
 
 
 def test_prefill_runs_on_the_integer_matrix_unit():
-    made = compiled(kv4_prefill.prefill, 90, attention_constants(64, 1), num_warps=4, num_stages=2)
-    assert re.search(WGMMA, made["ptx"])
-    assert made["shared"] <= 100 << 10
+    made = compiled(90, lambda: launch_gate.attend(700, 1))
+    assert re.search(WGMMA, made.asm["ptx"])
+    assert made.metadata.shared <= 100 << 10
 
 
 def test_writing_divides_exactly_and_fuses_nothing():
-    constants = kv4.common(128, 16, 128, False) | {"TOKENS": kv4.WRITE_TOKENS}
-    ptx = compiled(kv4_write.write, 90, constants, num_warps=4, enable_fp_fusion=False)["ptx"]
+    ptx = compiled(90, lambda: launch_gate.write(3, 8, 128, 128)).asm["ptx"]
     assert "div.rn.f32" in ptx
     assert not re.search(r"div\.(full|approx)|fma\.rn\.f32", ptx)
     assert re.search(r"(atom|red)\S*\.xor\.b32", ptx)

@@ -47,8 +47,26 @@ def test_kernels_register_for_cuda_alone_and_are_named(library):
     assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
 
 
+def test_an_import_leaves_cuda_alone():
+    """In a torch built for CUDA: the Triton kernels are there, but nothing asked the driver, so a fork may use it."""
+    show = """
+import torch
+torch.version.cuda = "13.0"
+def started(*arguments):
+    raise SystemExit("CUDA was started")
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    setattr(torch._C, name, started)
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = started
+import rotquant, rotquant_kernels as k
+print(k.kernel_of("int_linear", "cuda"), torch.cuda.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=False)
+    assert done.stdout == "triton (int8 tensor cores) False\n", done.stderr
+
+
 def test_a_gpu_without_triton_is_loud(monkeypatch, library):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "PYTORCH_NVML_BASED_CUDA_CHECK" in os.environ)
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match="Install triton"):
         cuda.load(library)
@@ -96,12 +114,17 @@ def test_fused_ops_hold_their_schemas_and_fakes():
         ops.quantized_linear(*quantized, packed.flatten(), scale, None, 4, True, torch.bfloat16)
 
 
-def test_who_reads_quantized_rows(library, monkeypatch):
-    assert ops.reads_quantized("cpu") is ("native" not in ops.kernel_of("int_linear"))
-    cuda.register(library)
-    assert ops.reads_quantized("cuda")
-    monkeypatch.setattr(humming, "chosen", lambda: True)
-    assert not ops.reads_quantized("cuda")
+def test_who_reads_quantized_rows():
+    """`humming_checks.py` has what a GPU decides."""
+    packed = convention.pack_int32(torch.zeros(64, 64, dtype=torch.int8), 4)
+    prepared = ops.prepare_linear(packed, torch.ones(64, 1), 4, 64, 4, True, False, False, torch.bfloat16)
+    assert torch.equal(prepared.weight, ops.prepare_weight(packed, 4, 64))
+    assert prepared.kernel == ops.kernel_of("int_linear")
+    assert prepared.reads_quantized is ("native" not in prepared.kernel)
+    weight = torch.zeros(3, dtype=torch.int32)  # without Humming the weight stays as it is
+    same, kernel = cuda.offer_to_humming(weight, torch.ones(64, 1), (64, 64, 4, 4, True, False), False, torch.bfloat16)
+    assert same is weight
+    assert kernel == cuda.kernel_of("quantized_linear")
 
 
 def test_norm_is_that_of_a_model():

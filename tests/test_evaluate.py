@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,11 +116,35 @@ def test_bad_input_is_named(checkpoint: Path, text: Path, tmp_path: Path, monkey
         ev.evaluate(str(checkpoint), text, seq_len=SEQ_LEN, engine="vllm")
 
 
+@pytest.mark.parametrize("fits", [512, 16])
+def test_vllm_builds_what_a_server_would(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+    """The model for its whole context, compiled; only requests are cut to what the cache holds."""
+    settings: dict[str, Any] = {}
+
+    def engine(model: str, **given: Any) -> Any:
+        settings.update(given)
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=fits))
+        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine))  # type: ignore[arg-type]
+    if fits <= SEQ_LEN:
+        with pytest.raises(RotQuantError, match="--seq-len 16: the KV cache holds sequences of 16 tokens"):
+            ev._vllm_engine(checkpoint, SEQ_LEN, None, False)
+    else:
+        ev._vllm_engine(checkpoint, SEQ_LEN, None, False)
+    assert settings.pop("max_num_seqs") == ev.VLLM_BATCH
+    assert settings == {
+        "max_model_len": -1, "enable_prefix_caching": False, "enforce_eager": False, "quantization": "rotquant",
+    }  # fmt: skip
+    monkeypatch.undo()
+
+
 def assert_engines_agree(checkpoint: Path, text: Path, tolerance: float = 0.005) -> None:
     """`rotquant eval` gives the same perplexity with the reference and through vLLM; stdout is JSON alone."""
     scores = {}
     for engine in ("torch", "vllm"):
         command = [sys.executable, "-m", "rotquant", "eval", str(checkpoint), "--text", str(text), "--engine", engine]
+        command += ["--enforce-eager"]  # compiling takes longer than the evaluation
         done = subprocess.run(
             [*command, "--tokens", "6000", "--seq-len", "512", "--json"], capture_output=True, text=True, check=False
         )

@@ -7,17 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drawn_transforms import everything
 from rotquant import fold as fold_module
 from rotquant.checkpoint import Source
-from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold, fold_layer
 from rotquant.gate import check_equivalence
-from rotquant.initial import initial_transforms, random_orthogonal
-from rotquant.models import EMBEDDING, LM_HEAD, expected_shapes, read_architecture, rotary
+from rotquant.initial import initial_transforms
+from rotquant.models import read_architecture
+from rotquant.models.decoder import decoders
+from rotquant.original import read_original
 from rotquant.recipe import load_recipe
 from rotquant.space import LayerTransforms
-from rotquant_kernels import Stage
 from source_models import source_model
 from tiny_checkpoints import KINDS
 
@@ -25,9 +26,8 @@ TOKENS = torch.arange(3, 51)
 
 
 def gate(folder, recipe="quarot", tp_max=1, change=lambda transforms: None):
-    arch, chosen = read_architecture(folder), load_recipe(recipe)
-    source = Source(folder)
-    source.check(expected_shapes(arch.config), [LM_HEAD])
+    chosen = load_recipe(recipe)
+    arch, source = read_original(folder)
     transforms = initial_transforms(chosen, arch, tp_max, seed=1)
     change(transforms)
     return check_equivalence(source, arch, Fold(arch, transforms), TOKENS, lambda _: None)
@@ -45,37 +45,6 @@ def test_with_every_bias_and_tp_blocks(tmp_path, kind):
     assert gate(source_model(tmp_path / "m", kind, **extra), tp_max=2) < 1e-4
 
 
-def everything(arch, random, qk_rows) -> LayerTransforms:
-    """Every transform of the design space at once, drawn at random."""
-
-    def factors(*size):
-        return torch.exp(0.5 * torch.randn(*size, generator=random, dtype=torch.float64))
-
-    def rotation(size):
-        return random_orthogonal(size, random)
-
-    def unit(size):
-        return torch.nn.functional.normalize(torch.randn(size, generator=random, dtype=torch.float64), dim=0)
-
-    hidden, wide = arch.hidden_size, arch.intermediate_size
-    kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
-    heads = torch.cat([rotation(arch.heads).flatten(), torch.eye(arch.head_dim, dtype=torch.float64).flatten()])
-    return LayerTransforms(
-        r2=torch.stack([rotation(arch.head_dim) for _ in range(arch.kv_heads)]),
-        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(arch.kv_heads * arch.head_dim),
-        s_ud=factors(wide), s_qk=factors(qk_rows, arch.head_dim // 2), order=torch.randperm(wide, generator=random),
-        inputs={
-            "attn": [Stage("kronecker", 8, kron), Stage("shift", hidden, unit(hidden))],
-            "o": [Stage("kronecker", arch.head_dim, heads)],
-            "mlp": [Stage("dense", 16, rotation(16) * factors(16)), Stage("reflection", hidden, unit(hidden))],
-            "down": [
-                Stage("hadamard", 16), Stage("shift", wide, unit(wide)),
-                Stage("permutation", wide, torch.randperm(wide, generator=random)), Stage("dense", 8, rotation(8)),
-            ],
-        },
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_transform_at_once_changes_nothing(tmp_path, kind):
     extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
@@ -83,8 +52,7 @@ def test_every_transform_at_once_changes_nothing(tmp_path, kind):
     arch, random = read_architecture(folder), torch.Generator().manual_seed(2)
 
     def change(transforms):
-        rows = 1 if kind == "qwen3" else arch.kv_heads
-        transforms.layers = [everything(arch, random, rows) for _ in transforms.layers]
+        transforms.layers = [everything(layer, random) for layer in arch.kinds]
 
     assert gate(folder, change=change) < 1e-4
 
@@ -94,32 +62,30 @@ PARTS = ("r2", "s_attn", "s_mlp", "s_ov", "s_ud", "s_qk", "order")
 
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory):
-    """Decoder, tensors and input of a layer, float32."""
+    """Decoder and tensors of a layer, and an input, float32."""
     folder = source_model(tmp_path_factory.mktemp("one") / "m", "qwen2")
     arch = read_architecture(folder)
-    cos, sin = rotary(arch.config, 12)
     tensors = Source(folder).layer(arch.layer_prefix(0))
     h = torch.randn(12, arch.hidden_size, generator=torch.Generator().manual_seed(1))
-    return arch, Decoder(arch, cos[0], sin[0]), tensors, h
+    return decoders(arch, 12)[0], tensors, h
 
 
 @settings(max_examples=25, deadline=None)
 @given(part=st.sampled_from([*PARTS, "attn", "o", "mlp", "down"]), seed=st.integers(0, 2**31))
 def test_each_identity_alone(layer, part, seed):
     """The algebra in `fold`'s docstring, one line at a time."""
-    arch, decoder, tensors, h = layer
-    full = everything(arch, torch.Generator().manual_seed(seed), arch.kv_heads)
+    decoder, tensors, h = layer
+    full = everything(decoder.kind, torch.Generator().manual_seed(seed))
     one = LayerTransforms(**{part: getattr(full, part)}) if part in PARTS else LayerTransforms(
         inputs={part: full.inputs[part]}
     )  # fmt: skip
-    expected = decoder.layer(tensors, h, float_linear(tensors))
-    folded = fold_layer(tensors, one, arch)
-    assert (decoder.layer(folded, h, float_linear(folded, one)) - expected).norm() < 1e-4 * expected.norm()
+    expected = decoder.layer(tensors, h, decoder.float_linear(tensors))
+    folded = fold_layer(tensors, one, decoder.kind)
+    assert (decoder.layer(folded, h, decoder.float_linear(folded, one)) - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_transforms_come_back_from_a_file(layer):
-    arch = layer[0]
-    made = everything(arch, torch.Generator().manual_seed(3), arch.kv_heads)
+    made = everything(layer[0].kind, torch.Generator().manual_seed(3))
     made = replace(made, clips={"attn": 0.9, "key": 0.8}, weight_clips={"mlp.up_proj": torch.rand(3, 1)})
     back = LayerTransforms.from_tensors(made.tensors())
     assert back.clips == made.clips
@@ -129,9 +95,9 @@ def test_transforms_come_back_from_a_file(layer):
 
 
 def test_folding_passes_gradients(layer):
-    arch, _, tensors, _ = layer
-    scale = torch.ones(arch.intermediate_size, requires_grad=True)
-    folded = fold_layer(tensors, LayerTransforms(s_ud=scale), arch)
+    decoder, tensors, _ = layer
+    scale = torch.ones(decoder.kind.mlp.width, requires_grad=True)
+    folded = fold_layer(tensors, LayerTransforms(s_ud=scale), decoder.kind)
     folded["mlp.down_proj.weight"].square().sum().backward()
     assert torch.allclose(scale.grad, -2 * tensors["mlp.down_proj.weight"].square().sum(0), rtol=1e-4)
 
@@ -155,7 +121,7 @@ def test_embeddings_are_rotated_and_not_centred(tmp_path):
     folder = source_model(tmp_path / "m", "llama")
     arch, recipe = read_architecture(folder), load_recipe("quarot")
     fold = Fold(arch, initial_transforms(recipe, arch, 1, seed=1))
-    weight = Source(folder).get(EMBEDDING)
+    weight = Source(folder).get(arch.names.embedding)
     rotation = fold.r1.rows(torch.eye(arch.hidden_size, dtype=torch.float64))
     assert torch.allclose(fold.embedding(weight) @ rotation.T, weight.double(), atol=1e-10)
 

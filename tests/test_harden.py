@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rotquant.errors import RotQuantError
 from rotquant.harden import harden, harden_folder
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -178,7 +179,7 @@ def test_powers_of_two_are_exact_in_bf16() -> None:
 
 def test_refuses_what_it_does_not_know() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
-    with pytest.raises(ValueError, match="gpt2"):
+    with pytest.raises(RotQuantError, match="GPT2LMHeadModel"):
         harden(model)
     with pytest.raises(ValueError, match="positive"):
         harden(tiny("llama"), strength=0.0)

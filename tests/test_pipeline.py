@@ -44,7 +44,7 @@ def test_the_output_is_a_complete_model_folder(tmp_path):
     shards = {f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)}
     assert names == shards | {
         "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja", "README.md",
+        "tokenizer_config.json", "chat_template.jinja", "README.md", "rotquant_basis.safetensors",
     }  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     assert not config["tie_word_embeddings"]
@@ -61,6 +61,7 @@ def test_the_output_is_a_complete_model_folder(tmp_path):
     source = Source(out)
     assert source.dtypes["model.embed_tokens.weight"] == "BF16"
     assert "model.layers.0.mlp.down_proj.R4_input.weight" in source.files
+    assert {file.name for file in source.files.values()} == shards  # the basis is no weight
 
 
 def test_portable_loads_in_plain_transformers(tmp_path):

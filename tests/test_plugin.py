@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,13 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import vllm_serving as serving
+from lora_adapters import edit_adapter, merged, write_adapter
 from online_extras import everything
 from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import Transform
+from rotquant.pipeline import quantize
+from rotquant.turn_adapter import turn_folder
 from rotquant_kernels import online_stage
+from served_adapters import read_as_served, serve_with
+from source_models import source_model
 from vllm_fixtures import (
     Spec,
     edited,
@@ -135,6 +142,42 @@ def test_lora_keeps_separate_ops(child: Child, base: Path, served: serving.Serve
     assert got.tokens == served.tokens
 
 
+def test_lora_of_the_original(child: Child, tmp_path: Path) -> None:
+    """Turned as it is loaded, or before: what the merged original computes. Others are refused, the engine lives on."""
+    folder = source_model(tmp_path / "m", "qwen2", hidden_size=128, intermediate_size=256, head_dim=32)
+    fine = ["weights.bits=8", "activations.bits=8", "activations.clip=1", "kv.bits=16", "lm_head.bits=8"]
+    scales = ["scales.norms=smooth", "scales.values=smooth", "scales.up=smooth", "scales.order=true"]
+    out = quantize(str(folder), tmp_path / "out", recipe="quarot", settings=fine + scales, samples=4, seq_len=64)
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    patterns = {"use_rslora": True, "rank_pattern": {"k_proj": 6}, "alpha_pattern": {"up_proj": 3}}
+    own = write_adapter(tmp_path / "own", original, size=0.5, **patterns)
+    turned = turn_folder(own, out, tmp_path / "turned")
+    for name, config in (("other", {"rotquant_basis": "0" * 64}), ("dora", {"use_dora": True})):
+        edit_adapter(shutil.copytree(turned, tmp_path / name), config=config)
+    large = write_adapter(tmp_path / "large", original, r=16)
+    adapters = [None, own, tmp_path / "other", tmp_path / "dora", large, turned, None]
+    before, first, other, dora, rank, second, after = child(serve_with, out, adapters, PROMPTS)
+    assert "other/adapter_config.json: rotquant_basis: this adapter was turned for another checkpoint" in other
+    assert "use_dora is True" in dora
+    assert "has rank 16, and the server takes up to 8: serve with --max-lora-rank 16" in rank
+    logprobs = []
+    for model in (original, merged(original, own)):
+        logits = [model(torch.tensor([prompt])).logits[0, :-1].double().log_softmax(-1) for prompt in PROMPTS]
+        logprobs.append([x.gather(1, torch.tensor(p[1:])[:, None])[:, 0] for p, x in zip(PROMPTS, logits, strict=True)])
+    plain, adapted = (torch.cat(found).detach() for found in logprobs)
+    apart = (adapted - plain).norm()
+    for found, expected in ((before, plain), (first, adapted), (second, adapted), (after, plain)):
+        assert (torch.cat(found) - expected).norm() < 0.1 * apart
+    assert (torch.cat(first) - torch.cat(second)).norm() < 1e-2 * apart
+
+
+def test_lora_without_a_basis(child: Child, tmp_path: Path, base: Path) -> None:
+    """A checkpoint that keeps no basis refuses adapters; those of other models are vLLM's own business."""
+    with pytest.raises(RotQuantError, match=r"rotquant.basis is missing: .* quantize the original again"):
+        child(read_as_served, base, tmp_path)
+    assert child(read_as_served, write_plain(tmp_path / "plain", BASE), tmp_path) is None
+
+
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:
     folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
     got, expected = (child(serving.serve, path, PROMPTS, swap=EXACT) for path in (folder, base))
@@ -175,14 +218,15 @@ def test_cache_holds_more_tokens(child: Child, tmp_path: Path, head_dim: int, ra
 
 def test_proof_names_what_runs(served: serving.Served) -> None:
     block = served.log[served.log.index("rotquant start-up check") :].splitlines()
-    rows = {line.split()[0]: line for line in block[2:7]}
-    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention"]
+    rows = {line.split()[0]: line for line in block[2:9]}
+    assert list(rows) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attention", "rotary", "decoder"]
     assert "W4 A4" in rows["qkv_proj"]
     assert re.search(r"W4 A4 +silu_mul +R4 hadamard 128", rows["down_proj"])
     assert "rms_norm" not in rows["qkv_proj"]  # the native GEMM does not read quantized rows
     assert "R3 hadamard 64" in rows["attention"]
-    assert block[7] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
-    assert block[8] == "  not quantized: lm_head (1)"
+    assert re.search(r"rotary +2 +vLLM +float32 +- +positions to 256 +0\.00%", block[7])
+    assert block[9] == "  KV cache: 272 bytes a token, 1024 in bfloat16 (3.76x)"
+    assert block[10] == "  not quantized: lm_head (1)"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +250,30 @@ def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where
 def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where} on kernel"):
         child(serving.serve, extended, PROMPTS, swap=swap)
+
+
+def test_rounded_float32_products_are_refused(child: Child, base: Path, extended: Path, served: serving.Served) -> None:
+    """Where they serve: chains of transforms are plain torch; the base checkpoint has none of them."""
+    with pytest.raises(RotQuantError, match=r"online transforms are float32 products.*FLOAT32_MATMUL_PRECISION"):
+        child(serving.serve_with_rounded_products, extended, PROMPTS)
+    got = child(serving.serve_with_rounded_products, base, PROMPTS, logprobs=False)
+    assert len(got.tokens) == len(served.tokens)
+
+
+def test_a_batch_changes_no_bit(child: Child, tmp_path: Path) -> None:
+    """Logits of a prompt alone and among others, prefilled whole and beside sequences that decode."""
+    folder = write_checkpoint(tmp_path / "model", replace(BASE, int8_head=True, extras=everything()))
+    options = {"enable_prefix_caching": False, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 256}
+    together, alone = (child(serving.serve, folder, PROMPTS, max_num_seqs=n, **options) for n in (len(PROMPTS), 1))
+    assert together.tokens == alone.tokens
+    assert all(torch.equal(*pair) for pair in zip(together.prompt_logprobs, alone.prompt_logprobs, strict=True))
+
+
+@pytest.mark.parametrize(("on_cpu", "why"), [(True, "written in Triton.*same bits in every batch"), (False, "on GPUs")])
+def test_batch_invariant_mode_is_refused(child: Child, base: Path, on_cpu: bool, why: str) -> None:
+    with pytest.raises(RotQuantError, match=f"^VLLM_BATCH_INVARIANT=1: .*{why}"):
+        child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "1"}, base, on_cpu=on_cpu)
+    assert child(serving.quantization_with, {"VLLM_BATCH_INVARIANT": "0"}, base, on_cpu=on_cpu) == "rotquant"
 
 
 def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
@@ -250,9 +318,15 @@ def foreign(kind: str) -> dict[str, Any]:
     return config
 
 
+def make_foreign(config: dict[str, Any], kind: str) -> None:
+    """Turns config.json into that of another tool."""
+    del config["rotquant"]
+    config["quantization_config"] = foreign(kind)
+
+
 @pytest.mark.parametrize("kind", ["W4A16", "FP8"])
 def test_leaves_other_checkpoints_alone(child: Child, base: Path, tmp_path: Path, kind: str) -> None:
-    folder = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign(kind)))
+    folder = edited(base, tmp_path / "other", lambda config: make_foreign(config, kind))
     assert child(serving.quantization_of, folder, None) == "compressed-tensors"
     with pytest.raises(RotQuantError, match=r"--quantization rotquant: this checkpoint .quant_method 'compressed-ten"):
         child(serving.quantization_of, folder, "rotquant")
@@ -415,5 +489,5 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
 def test_other_vllm_versions(child: Child, base: Path, tmp_path: Path, version: str) -> None:
     with pytest.raises(RotQuantError, match=f"runs in vLLM 0.28 to 0.33, this is vLLM {version}"):
         child(serving.quantization_under, version, base, None)
-    other = edited(base, tmp_path / "other", lambda config: config.update(quantization_config=foreign("W4A16")))
+    other = edited(base, tmp_path / "other", lambda config: make_foreign(config, "W4A16"))
     assert child(serving.quantization_under, version, other, None) == "compressed-tensors"

@@ -3,19 +3,25 @@
 import json
 from contextlib import suppress
 from functools import partial
+from itertools import product
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_adapters import attach, write_adapter
 from rotquant import load
 from rotquant.calibrate import read_tokenizer, windows
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import model_losses
 from rotquant.journal import Slot
 from rotquant.learn import plan
+from rotquant.learn.register import SERVES, optimisers
+from rotquant.learn.rotations import surrogate
 from rotquant.pipeline import quantize
-from rotquant.recipe import load_recipe, shipped
+from rotquant.recipe import Activations, KVCache, Surrogate, load_recipe, shipped
+from rotquant.turn_adapter import turn_folder
 from source_models import HELDOUT, file_hashes, source_model
 from tiny_checkpoints import KINDS
 
@@ -23,6 +29,7 @@ QUICK = {"samples": 4, "seq_len": 64}
 SHORT = ("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1", "learn.surrogate.steps=5")
 # 8-bit weights and activations: what is left to differ is a wrong fold, stage, shift or branch.
 FINE = ("weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16")
+OBJECTIVES = get_args(Surrogate.model_fields["objective"].annotation)
 RECIPES = [name for name, _ in shipped()]
 
 
@@ -44,16 +51,27 @@ def logits(model, folder):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_computes_the_same_function(tmp_path, recipe):
-    """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly."""
+    """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly.
+
+    Also with a LoRA adapter of the model, turned by what the checkpoint keeps of its basis.
+    """
     from transformers import AutoModelForCausalLM
 
     kind = list(KINDS)[RECIPES.index(recipe) % len(KINDS)]
     folder = sized(kind, tmp_path / "m", head_dim=32)
-    made = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
-    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=made, **QUICK)
-    expected = logits(AutoModelForCausalLM.from_pretrained(folder).eval(), folder)
-    distance = (logits(load(out), folder) - expected).norm() / expected.norm()
+    changed = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=changed, **QUICK)
+    original, made = AutoModelForCausalLM.from_pretrained(folder).eval(), load(out)
+    expected = logits(original, folder)
+    distance = (logits(made, folder) - expected).norm() / expected.norm()
     assert distance < 0.1, distance
+    adapter = write_adapter(tmp_path / "adapter", original, size=0.5)
+    attach(original, adapter)
+    attach(made, turn_folder(adapter, out, tmp_path / "turned"))
+    adapted = logits(original, folder)
+    distance = (logits(made, folder) - adapted).norm() / adapted.norm()
+    assert distance < 0.15, distance  # the adapter adds no rounding, but moves what is rounded
+    assert (adapted - expected).norm() > 0.3 * adapted.norm()
 
 
 @pytest.mark.parametrize(("recipe", "kind"), [("ruquant-ft", "qwen2"), ("flatquant", "llama"), ("frtq", "qwen3")])
@@ -151,6 +169,30 @@ def test_the_sink_counts_in_gptq(tmp_path):
     assert "model-00002-of-00004.safetensors" not in same
 
 
+PAIRS = list(product(OBJECTIVES, SERVES))
+
+
+@pytest.mark.parametrize(("objective", "optimiser"), PAIRS)
+@pytest.mark.parametrize("quantizer", [Activations(), KVCache()])
+def test_every_pair_of_objective_and_optimiser_learns_or_is_refused(objective, optimiser, quantizer):
+    """At load, not after the rows were collected."""
+    chosen = [f"learn.surrogate.{key}" for key in (f"objective={objective}", f"optimiser={optimiser}", "steps=2")]
+    if objective not in SERVES[optimiser]:
+        with pytest.raises(RotQuantError, match=f"optimiser {optimiser} cannot learn objective {objective}: take "):
+            load_recipe("quarot", chosen)
+        return
+    options = load_recipe("quarot", [*chosen, "learn.surrogate.polish=1"]).learn.surrogate
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    found = surrogate(rows, torch.eye(16, dtype=torch.float64), options, quantizer)
+    assert torch.allclose(found.mT @ found, torch.eye(16, dtype=torch.float64), atol=1e-4)
+
+
+def test_the_register_is_what_learning_has():
+    """Every objective that recipes know is served, and by what the register says."""
+    assert {name for served in SERVES.values() for name in served} == set(OBJECTIVES)
+    assert {name for name in OBJECTIVES if optimisers(name) == ["procrustes"]} == {"clip", "corner", "uniform"}
+
+
 @pytest.mark.parametrize("weights", ["all", "one"])
 def test_whose_weights_smoothing_looks_at(tmp_path, weights):
     """A large channel of k_proj changes the scales behind the first norm, unless only q_proj counts."""
@@ -176,7 +218,13 @@ def test_whose_weights_smoothing_looks_at(tmp_path, weights):
         ("best", "learn.surrogate.steps=0", "learn.surrogate.steps"),
         ("best", "rotations.r1=none", "rotations.r1 is none, and the recipe learns it"),
         ("flatquant", "rotations.r2=none", "rotations.r2 is none, and the recipe learns it"),
-        ("frtq", "weights.rank=4096", "rank 4096"),
+        ("frtq", "weights.rank=4096", "weights.rank 4096 is above"),
+        ("flatquant", "learn.blockwise.learns=[]", "learn.blockwise.learns is .*, and this recipe has none of these"),
+        ("best", "learn.end_to_end={learns: [online]}", "learn.end_to_end.learns is .*none of these"),
+        ("baseq", "online.attn=[shift, shift]", "attn has more than one shift"),
+        ("baseq", "online.block=24", "online: block 24 is not a power of two"),
+        ("best", "learn.surrogate.targets=[]", "learn.surrogate.targets"),
+        ("best", "weights=[", "--set weights=.: the value is not valid YAML"),
     ],
 )
 def test_refusals_name_the_key(tmp_path, recipe, setting, message):

@@ -1,4 +1,4 @@
-"""vLLM without the plugin: `portable` loads, `full` is refused instead of served wrongly."""
+"""vLLM without the plugin: `portable` loads, `full` is refused instead of served wrongly, as is the flag."""
 
 import os
 import subprocess
@@ -7,15 +7,16 @@ import sys
 SCRIPT = """
 import sys
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 23)
+options = {"quantization": sys.argv[2]} if sys.argv[2:] else {}
+llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 23, **options)
 out = llm.generate(["def "], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
 print("TOKENS", len(out[0].outputs[0].token_ids))
 """
 
 
-def without_plugin(checkpoint):
+def without_plugin(checkpoint, *flag):
     environment = os.environ | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint), *flag]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
@@ -30,3 +31,11 @@ def test_full_is_refused(demo):
     assert run.returncode != 0
     assert "TOKENS" not in run.stdout
     assert "num_bits=4" in run.stderr  # vLLM names the KV scheme that it does not run
+
+
+def test_the_flag_is_refused(demo):
+    """As on a node without the plugin, or one whose VLLM_PLUGINS leaves it out."""
+    run = without_plugin(demo.portable, "rotquant")
+    assert run.returncode != 0
+    assert "Quantization method" in run.stderr
+    assert "`quantization` argument (rotquant)" in run.stderr

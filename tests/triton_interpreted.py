@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import empty_steps
 from rotquant_kernels import convention, fused, reference
 from rotquant_kernels.cuda import gemm, layout, rows
 from test_linear_native import activations, gate_up, linear_case, same
@@ -42,6 +43,19 @@ def test_quantized_rows_are_the_references_bit_for_bit(seed, m, shape, dtype, bi
     assert same(rows.transform_rows(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
 
 
+@pytest.mark.parametrize(("k", "block"), [(18944, 512), (24576, 8192), (32768, 32768), (70000, 0)])
+def test_rows_that_go_through_a_program_in_parts_are_the_references_too(k, block):
+    """Blocks within a part, as large as a part, and over several; more rows than programs."""
+    turn = ("hadamard" if block else "none", block, None)
+    x, both = inputs(5, k, block, torch.float16), gate_up(2, k, block, torch.float16)
+    for bits, symmetric in ((4, False), (8, True)):
+        settings = (*turn, bits, symmetric, 0.9)
+        assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
+        assert all_same(rows.quantize_rows(both, *settings, True), reference.quantize_rows(both, *settings, True))
+    rotated = reference.transform_rows(x, *turn)
+    assert same(rows.transform_rows(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+
+
 @few
 @given(SEEDS, st.sampled_from([(1, 5), (9, 8), (3, 77), (130, 1), (64, 64), (70, 3000)]), st.sampled_from([4, 8]))
 def test_the_layout_holds_every_code_and_every_sum(seed, shape, bits):
@@ -61,7 +75,8 @@ def test_the_layout_holds_every_code_and_every_sum(seed, shape, bits):
 
 @few
 @given(SEEDS, st.sampled_from([1, 3, 17, 33, 70]),
-       st.sampled_from([(64, 0, 1), (100, 4, 1), (77, 0, 1), (512, 256, 4), (192, 64, 2), (96, 32, 3), (2048, 0, 8)]),
+       st.sampled_from([(64, 0, 1), (100, 4, 1), (77, 0, 1), (512, 256, 4), (192, 64, 2), (96, 32, 3), (2048, 0, 8),
+                        (192, 0, 2), (480, 0, 3)]),
        st.sampled_from([1, 63, 130]), st.sampled_from([torch.float32, torch.float16]), st.sampled_from([4, 8]),
        st.sampled_from([4, 8]), st.booleans(), st.booleans())  # fmt: skip
 def test_linear_is_the_reference_bit_for_bit(seed, m, shape, n, dtype, w_bits, a_bits, symmetric, with_bias):
@@ -180,7 +195,7 @@ def test_wrong_arguments_are_refused_by_name():
     for place, wrong, word in (
         (0, x[:, :32].contiguous(), "does not divide 32"),
         (1, packed, "prepare_weight"),
-        (2, scale[:60], "prepare_weight"),
+        (2, torch.ones(200, 1), "prepare_weight"),
         (2, scale.double(), "weight_scale must be float32"),
         (3, scale[:3, 0], "bias"),
         (4, 8, "prepare_weight"),
@@ -197,11 +212,11 @@ def test_wrong_arguments_are_refused_by_name():
         layout.pack_weight(packed, 4, 72, 1)
     with pytest.raises(ValueError, match="multiple of 32"):
         layout.pack_weight(packed, 4, 64, 4)
-    with pytest.raises(ValueError, match="70000 columns"):
-        rows.quantize_rows(torch.zeros(1, 70000), "none", 0, None, 4, True, 1.0)
+    with pytest.raises(ValueError, match="norm of 40000 columns"):
+        rows.rms_norm_quantize(torch.zeros(1, 40000), None, torch.ones(40000), 1e-5, 4, True, 1.0)
 
 
-@pytest.mark.parametrize("columns", [32, 384])
+@pytest.mark.parametrize("columns", [32, 384, 16416])
 def test_codes_for_humming_are_the_same_in_its_order(columns):
     x = inputs(5, columns, 7, torch.float16)
     codes, *rest = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9)
@@ -211,3 +226,9 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
     assert torch.equal(eight, pairs.flatten(1))
     four = rows.quantize_rows(x, "hadamard", 32, None, 4, True, 0.9, order="humming4")[0]
     assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_without_rows(dtype):
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS}
+    assert empty_steps.check(kernels, dtype) >= {"quantize_rows", "int_linear", "rms_norm_quantize", "quantized_linear"}

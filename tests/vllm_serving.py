@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,16 @@ import torch
 from torch import Tensor
 
 from rotquant_kernels import convention, fused, online, ops, reference
+
+DEFAULTS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 1 << 23,
+    "max_model_len": 256,
+    "block_size": 32,
+    "disable_log_stats": False,
+}
 
 
 @dataclass
@@ -59,16 +70,7 @@ def serve(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
-    defaults = {
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 1 << 23,
-        "max_model_len": 256,
-        "block_size": 32,
-        "disable_log_stats": False,
-    }
-    arguments: Any = defaults | options
+    arguments: Any = DEFAULTS | options
     parameters = SamplingParams(
         max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0 if logprobs else None
     )
@@ -156,8 +158,7 @@ def swapped(how: str) -> Iterator[None]:
     honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
     # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
     norms: dict[str, Any] = {
-        "reads_quantized": lambda device: True,
-        "prepare_weight": lambda packed, *_: packed.clone(),
+        "prepare_linear": lambda packed, *_: ops.Prepared(packed.clone(), ops.kernel_of("int_linear"), True),
         "int_linear": reference.int_linear,
         "kv4_attention": reference.kv4_attention,
     }
@@ -190,6 +191,53 @@ def engine_config(folder: Path, **options: Any) -> Any:
 
     defaults = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256}
     return EngineArgs(str(folder), **(defaults | options)).create_engine_config()
+
+
+def load_only(folder: Path, **options: Any) -> None:
+    """Builds and loads the model as a worker does, start-up check included, without an engine around it."""
+    loaded_log(folder, **options)
+
+
+def loaded_log(folder: Path, **options: Any) -> str:
+    """`load_only`; gives vLLM's log."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.model_executor.model_loader import get_model
+
+    config = engine_config(folder, **options)
+    # vLLM's CPU worker replaces what needs an accelerator.
+    cache = mock.patch.object(torch.accelerator, "empty_cache")
+    with captured_log() as log, set_current_vllm_config(config), cache:
+        if not torch.distributed.is_initialized():
+            store = Path(tempfile.mkdtemp()) / "store"
+            init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+        get_model(vllm_config=config)
+    return "\n".join(log)
+
+
+def loaded_with_eps(folder: Path, eps: float) -> None:
+    """`load_only` of a vLLM whose norms take another epsilon than config.json's."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    build = RMSNorm.__init__
+
+    def other(self: Any, hidden: int, eps_of_config: float = 0, *args: Any, **more: Any) -> None:
+        build(self, hidden, *args, **more | {"eps": eps})
+
+    with mock.patch.object(RMSNorm, "__init__", other):
+        load_only(folder)
+
+
+def of_first_stage(folder: Path) -> dict[str, bool]:
+    """For names of a checkpoint, whether the first of two pipeline stages leaves them to the other."""
+    from vllm_rotquant import compat, intake
+
+    stage, missing = torch.nn.Module(), compat.MISSING_LAYERS[0]()
+    stage.model, stage.lm_head = torch.nn.Module(), missing
+    stage.model.layers = torch.nn.ModuleList([torch.nn.Module(), missing])
+    names = ("model.layers.0.norm.weight", "model.layers.1.norm.weight", "lm_head.weight")
+    return {name: intake.in_another_stage(stage, name) for name in names}
 
 
 def quantization_of(folder: Path, flag: str | None) -> str | None:
@@ -235,6 +283,25 @@ def format_of(folder: Path, prefix: str, renamed: dict[str, str] | None = None, 
     if renamed:
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=renamed))
     return config.format.attention(prefix) if attention else config.linear_format(prefix)
+
+
+def quantization_with(environment: dict[str, str], folder: Path, on_cpu: bool = True) -> str | None:
+    """`quantization_of` with environment variables, as a GPU would see it or not."""
+    from vllm_rotquant import compat
+
+    with mock.patch.dict(os.environ, environment), mock.patch.object(compat, "on_cpu", return_value=on_cpu):
+        return quantization_of(folder, None)
+
+
+def serve_with_rounded_products(*arguments: Any, **options: Any) -> Served:
+    """`serve` where float32 products of matrices keep 8 bits, as under VLLM_FLOAT32_MATMUL_PRECISION=medium."""
+    honest = torch.Tensor.__matmul__
+
+    def rounding(a: Tensor, b: Tensor) -> Tensor:
+        return honest(*(x.bfloat16().float() if x.dtype == torch.float32 else x for x in (a, b)))
+
+    with mock.patch.object(torch.Tensor, "__matmul__", rounding):
+        return serve(*arguments, **options)
 
 
 def quantization_under(version: str, folder: Path, flag: str | None) -> str | None:

@@ -7,7 +7,14 @@ checkpoint with 16-bit activations and without its rotations.
 
 from __future__ import annotations
 
-SUPPORTED_VLLM = ((0, 28), (0, 34))  # from, up to and not including
+import socket
+from typing import Any
+
+# From, up to and not including; `run.py` and `rotquant doctor` read it here. A version belongs in it when
+# tests/test_vllm_api.py holds the plugin against its record (tools/record_vllm_api.py) and the plugin's tests pass in
+# it: in its build for CPUs, or in its Python sources on the extension modules of an older one (tools/graft_vllm.py).
+# A patch release is taken to be like its release.
+SUPPORTED_VLLM = ((0, 28), (0, 34))
 
 
 def register() -> None:
@@ -25,8 +32,8 @@ def register() -> None:
     if reason is None:
         try:
             from vllm_rotquant.config import RotQuantConfig as Config
-        except ImportError as error:
-            reason = f"rotquant's vLLM plugin does not import ({error}): reinstall rotquant"
+        except Exception as error:  # vLLM would stop, whatever model it serves
+            reason = broken(error)
     if reason is not None:
         from vllm_rotquant.refusal import refusing_config
 
@@ -49,6 +56,44 @@ def unsupported_vllm() -> str | None:
         f"rotquant {version()} runs in vLLM {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is vLLM "
         f"{vllm.__version__}: install a vLLM of that range, or another rotquant"
     )
+
+
+def broken(error: Exception) -> str:
+    """What a user is told where the plugin does not import."""
+    line = " ".join(str(error).split())
+    return f"rotquant's vLLM plugin does not import ({line}): reinstall rotquant; `rotquant doctor` examines it"
+
+
+def restored(sender: str, state: dict[str, Any]) -> Any:
+    """The quantization config of a server in one of its workers, from the pickle that vLLM sends there.
+
+    Args:
+        sender: version of rotquant that made it.
+    Raises:
+        RotQuantError: this process does not have the same rotquant, or it does not work.
+    """
+    from rotquant.errors import RotQuantError
+
+    if sender != version():
+        raise RotQuantError(
+            f"this worker ({socket.gethostname()}) has rotquant {version()}, the server's first process has {sender}: "
+            "install the same version on every node"
+        )
+    reason = unsupported_vllm()
+    if reason is None:
+        try:
+            from vllm_rotquant.config import RotQuantConfig
+        except Exception as error:
+            reason = broken(error)
+    if reason is not None:
+        raise RotQuantError(f"worker on {socket.gethostname()}: {reason}")
+    return RotQuantConfig.from_state(state)
+
+
+def vllm_requirement() -> str:
+    """The supported versions as pip wants them."""
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED_VLLM)
+    return f"vllm>={low},<{high}"
 
 
 def version() -> str:

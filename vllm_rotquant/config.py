@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from rotquant.basis import Basis
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
-from vllm_rotquant import compat
+from rotquant.models import describe, is_known
+from rotquant.targets import check_targets
+from vllm_rotquant import boundary, compat, restored, settings, version
+from vllm_rotquant.adapters import basis_of
+from vllm_rotquant.environment import refuse_batch_invariance
+from vllm_rotquant.features import Checkpoint, check
+from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.proof import Proof
 
 # vLLM writes these two into the dict of a compressed-tensors checkpoint.
@@ -36,18 +43,31 @@ class RotQuantConfig(QuantizationConfig):
         self.extension: dict[str, Any] = {}
         self.head_dim = 0
         self.format: CheckpointFormat | None = None
+        self.names: Names | None = None
         self.proof = Proof()
+        self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The proof holds layers of this process.
-        return self.__dict__ | {"proof": Proof()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Plain data: nothing of rotquant is imported before `restored` has looked at it. The proof is of one process.
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("proof", "format", "names")}
+        return restored, (version(), kept)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RotQuantConfig:
+        """The config of a pickle; see `vllm_rotquant.restored`."""
+        config = cls.__new__(cls)
+        config.__dict__ |= state
+        config.proof, config.format, config.names = Proof(), None, None
+        if config.head_dim:  # vLLM has called `maybe_update_config`
+            config._parse()
+        return config
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> Any:
         """ "rotquant" for a compressed-tensors W4A4 checkpoint, with or without `--quantization rotquant`."""
-        if claims(hf_quant_cfg):
+        if claims(hf_quant_cfg, getattr(hf_config, "rotquant", None)):
             if user_quant == "compressed-tensors":
                 compat.logger.warning(
                     "--quantization compressed-tensors: vLLM's own path runs this W4A4 checkpoint with 16-bit "
@@ -76,13 +96,20 @@ class RotQuantConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
+        refuse_batch_invariance()
         text = hf_config.get_text_config()
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.extension = copy.deepcopy(getattr(hf_config, "rotquant", None) or {})
-        self._parse()
+        if getattr(text, "dual_chunk_attention_config", None):
+            raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
+        self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
+        checkpoint = self._parse()
+        if is_known(hf_config):  # their module names are known
+            check_targets(checkpoint, describe(hf_config))
 
-    def _parse(self) -> None:
+    def _parse(self) -> CheckpointFormat:
         self.format = CheckpointFormat(self.quantization_config, self.extension, self.head_dim)
+        self.names = Names(self.format)
+        return self.format
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames the modules that the format names, for models that vLLM builds under other names."""
@@ -107,24 +134,85 @@ class RotQuantConfig(QuantizationConfig):
         from vllm_rotquant.linear import RotQuantLinearMethod
 
         assert self.format is not None
+        assert self.names is not None
+        self.proof.begin(self.defaults)
+        self._begin()
         if isinstance(layer, compat.RoutedExperts):
             raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
         if isinstance(layer, compat.AttentionLayerBase):
             if not isinstance(layer, compat.Attention):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run {type(layer).__name__} layers")
-            kv = self.format.attention(prefix.removesuffix(".attn"))
+            name = self.names.own(prefix.removesuffix(".attn"))
+            self.names.built.add(name)
+            kv = self.format.attention(name)
+            if kv is None:
+                compat.let_attention_use_amx()
             return KVCacheMethod(self, kv, prefix) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                return RotQuantLinearMethod(linear, prefix, self.proof)
+                return RotQuantLinearMethod(linear, prefix, self.proof, len(self._parts(prefix)))
             self.proof.unquantized.add(prefix)
-            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else None
+            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(self.proof)
         if isinstance(layer, compat.VocabParallelEmbedding):
+            name = self.names.own(prefix)
+            self.names.built.add(name)
             targets = [t for scheme in self.format.schemes for t in scheme.targets]
-            if any(matches(prefix, target, "Embedding") for target in targets):
+            if any(matches(name, target, "Embedding") for target in targets):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
+            return Embedding(self.proof)
         return None
+
+    def _begin(self) -> None:
+        """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""
+        if self.proof.when_loaded is not None or self.proof.done:
+            return
+        assert self.format is not None
+        head = self.format.linear("lm_head")
+        stated = self.format.extension.basis
+        asked = compat.asked()
+        checkpoint = Checkpoint(
+            rotated=lambda: self.basis() is not None,
+            basis_sha256=stated.sha256 if stated else None,
+            kv4=self.format.kv is not None,
+            packed_head=head is not None,
+        )
+        check(asked, checkpoint)
+        self.proof.model = "the draft model" if asked.is_draft else ""
+        self.proof.when_loaded = self._loaded
+
+    def _loaded(self, model: Any) -> None:
+        """Holds what config.json says against what was built, and puts the boundary's turns in."""
+        assert self.names is not None
+        layers = compat.vllm_config().model_config.hf_text_config.num_hidden_layers
+        self.names.check_all_built(compat.holds_some_layers(), layers)
+        asked = compat.asked()
+        basis = self.basis() if asked.pools or asked.prompt_embeds else None
+        if basis is None:
+            return
+        if asked.pools and not asked.classifier_tokens:  # whose weights are rows of lm_head, and so turned as well
+            boundary.restore_outputs(model, basis)
+        if asked.prompt_embeds:
+            boundary.turn_inputs(model, basis)
+
+    def basis(self) -> Basis | None:
+        """What turns between the original and this checkpoint, None where the residual stream is not rotated.
+
+        Raises:
+            RotQuantError: it is, and the checkpoint does not say how.
+        """
+        assert self.format is not None
+        extension = self.format.extension
+        rotations = (extension.provenance.get("recipe") or {}).get("rotations") or {}
+        if extension.basis is None and rotations.get("r1", "none") == "none":
+            return None
+        found = basis_of(compat.vllm_config())
+        return None if found.matrix is None else found
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint's layers that vLLM runs as the one of this name."""
+        assert self.names is not None
+        return parts_of(self.names.own(prefix), self.packed_modules_mapping)
 
     def linear_format(self, prefix: str) -> LinearFormat | None:
         """Format of the layer `prefix`, which may be several checkpoint layers in one (qkv_proj, gate_up_proj).
@@ -133,8 +221,9 @@ class RotQuantConfig(QuantizationConfig):
             RotQuantError: where the parts of a fused layer differ.
         """
         assert self.format is not None
-        parent, _, name = prefix.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
+        assert self.names is not None
+        parts = self._parts(prefix)
+        self.names.built.update(parts)
         formats = {part: self.format.linear(part) for part in parts}
         first = formats[parts[0]]
         for part, other in formats.items():
@@ -158,3 +247,16 @@ class RotQuantConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+class Embedding(compat.UnquantizedEmbeddingMethod):
+    """vLLM's own method. A pipeline stage may hold an embedding or lm_head and no layer of rotquant; the proof must
+    come to its end there as well, since the other ranks wait for its word."""
+
+    def __init__(self, proof: Proof) -> None:
+        super().__init__()
+        self.proof = proof
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.proof.loaded(layer)

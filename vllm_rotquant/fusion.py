@@ -48,6 +48,12 @@ class Holders:
         holder = None if module is None else self._holders.get(module)
         return holder and holder()
 
+    def outermost(self, module: torch.nn.Module) -> Any:
+        """The whole model that `module` is in."""
+        while (holder := self.of(module)) is not None:
+            module = holder
+        return module
+
 
 class QuantizingNorm(torch.nn.Module):
     """An RMSNorm that quantizes for the linear layer behind it; keeps the name of the norm's weight."""
@@ -77,7 +83,7 @@ def fuse(layers: Iterable[Any], holders: Holders) -> None:
         if compat.silu_mul_before(layer, holder) and not online.split(stages)[0]:
             holder.act_fn, method.silu_mul = torch.nn.Identity(), True
         name = compat.norm_before(layer, decoder)
-        if name and not stages and not method.format.rank and ops.reads_quantized(layer.weight_packed.device.type):
+        if name and not stages and not method.format.rank and method.reads_quantized:
             method.norm = QuantizingNorm(getattr(decoder, name), method.format)
             setattr(decoder, name, method.norm)
             norms += 1

@@ -17,6 +17,7 @@ from rotquant.errors import RotQuantError
 from rotquant.format import KVFormat
 from rotquant_kernels import ops, reference
 from vllm_rotquant import compat
+from vllm_rotquant.warmup import warm_attention
 
 if TYPE_CHECKING:
     from vllm_rotquant.config import RotQuantConfig
@@ -38,6 +39,11 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        kinds = {}
+        for layer in compat.built_layers(vllm_config, layer_names):
+            kinds[layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype, layer.impl.kv.rotate] = layer
+        for layer in kinds.values():
+            warm_attention(layer, kv_cache_spec.block_size, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> compat.AttentionCGSupport:
@@ -96,18 +102,16 @@ class KV4Impl(compat.AttentionImpl):
             raise NotImplementedError("the 4-bit KV cache does not quantize its output")
         if attn_metadata is None:
             return output.zero_()
-        ops.kv4_attention(
-            query,
-            kv_cache,
-            attn_metadata.query_start,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            output,
-            self.scale,
-            self.kv.rotate,
-            self.kv.symmetric,
-        )
+        step = attn_metadata
+        self.attend(query, kv_cache, step.query_start, step.seq_lens, step.block_table, output)
         return output
+
+    def attend(
+        self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor
+    ) -> None:
+        """Fills output [T, heads, d]; see `reference.kv4_attention`."""
+        kv = self.kv
+        ops.kv4_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, kv.rotate, kv.symmetric)
 
 
 class KV4Backend(compat.AttentionBackend):

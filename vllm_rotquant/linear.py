@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
 from rotquant_kernels import convention, online, ops
-from vllm_rotquant import compat, low_rank, rotation
+from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.proof import Proof
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
@@ -27,9 +27,11 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof) -> None:
-        self.format, self.prefix, self.proof = linear, prefix, proof
+    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof, pieces: int = 1) -> None:
+        """`pieces`: layers of the checkpoint that vLLM runs as this one."""
+        self.format, self.prefix, self.proof, self.pieces = linear, prefix, proof, pieces
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
+        self.ready = False  # loaded, and in the form that serves
 
     def create_weights(
         self,
@@ -41,21 +43,36 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Declares the tensors of the checkpoint (compressed-tensors' `pack-quantized`) on the layer."""
-        inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
+        """Declares the tensors of the checkpoint on the layer."""
+        inputs = input_size_per_partition
         self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
+        self.all_inputs = input_size
         self.dummy = compat.weights_are_dummy()
         # Only a row-parallel layer splits its inputs; its ranks' outputs are summed.
         first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
         self.adds_correction = first == 0
         self._check_shard(inputs, input_size)
-        if isinstance(layer, compat.ParallelLMHead) and compat.lora_is_on():
-            raise RotQuantError(
-                f"{self.prefix} is quantized, and vLLM's LoRA wants it in full precision: leave --enable-lora out, or "
-                "quantize again without lm_head"
-            )
-        loader, bits, group = attributes["weight_loader"], self.format.weight_bits, self.format.group_size
-        per_word = 32 // bits
+        if compat.lora_is_on():
+            compat.load_adapters_with(adapters.reader)
+            if isinstance(layer, compat.ParallelLMHead):  # vLLM's LoRA takes the device and dtype of the head from it
+                layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
+        self.all_inputs, self.parts, self.loader = input_size, output_partition_sizes, attributes["weight_loader"]
+        if self.pieces < len(self.parts):  # a layer that the checkpoint, too, holds as one
+            self._check_one_piece(sum(self.parts), output_size)
+            self.parts = [sum(self.parts)]
+        self.span = slice(first, first + inputs)
+        self.declare(layer)
+        self.names = tuple(name for name, _ in layer.named_parameters())
+        self.proof.expect(layer)
+
+    def declare(self, layer: torch.nn.Module) -> None:
+        """Gives a module the parameters of the checkpoint's tensors (compressed-tensors' `pack-quantized`).
+
+        Args:
+            layer: the layer while a model is built, a bare module when its weights are loaded anew (`reload`).
+        """
+        inputs, outputs, loader = self.inputs, sum(self.parts), self.loader
+        group, per_word = self.format.group_size, 32 // self.format.weight_bits
         packed = compat.PackedvLLMParameter(
             data=torch.full((outputs, -(-inputs // per_word)), UNLOADED, dtype=torch.int32),
             input_dim=1,
@@ -75,11 +92,16 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_packed", packed)
         layer.register_parameter("weight_scale", scale)
         layer.register_parameter("weight_shape", shape)
-        span, parts = slice(first, first + inputs), output_partition_sizes
-        transforms, rank = self.format.transforms, self.format.rank
-        rotation.expect_tensors(layer, self.prefix, transforms, input_size, span, parts, loader)
-        low_rank.expect_factors(layer, self.prefix, rank, input_size, span, parts, params_dtype)
-        self.proof.expect(layer)
+        transforms, rank, dtype = self.format.transforms, self.format.rank, self.dtype
+        rotation.expect_tensors(layer, self.prefix, transforms, self.all_inputs, self.span, self.parts, loader)
+        low_rank.expect_factors(layer, self.prefix, rank, self.all_inputs, self.span, self.parts, dtype)
+
+    def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
+        if self.format.rank and outputs < all_outputs:
+            raise RotQuantError(
+                f"{self.prefix}: this build of rotquant does not split the low-rank branch of a layer that the "
+                "checkpoint holds in one piece: use --tensor-parallel-size 1"
+            )
 
     def _check_shard(self, inputs: int, all_inputs: int) -> None:
         """Refuses a split of the inputs over ranks that would cut a word, a group or a transform's block."""
@@ -95,25 +117,62 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                 )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Checks that everything was loaded and brings the weights into the kernel's layout."""
+        """Checks that everything was loaded and brings the weights into the kernel's layout.
+
+        vLLM may call it again for weights that it has not touched, as under sleep mode: nothing is left to do then.
+        """
+        if self.ready:
+            return
         if self.dummy:
             self._fill_at_random(layer)
+        self.check_loaded(layer)
+        self.proof.keep(layer, layer.weight_packed.data)
+        self.biased = getattr(layer, "bias", None) is not None
+        self.prepare(layer)
+        self.ready = True
+        self.proof.loaded(layer)
+
+    def check_loaded(self, layer: Any) -> None:
+        """Refuses weights that the checkpoint left out, in part or as a whole.
+
+        Args:
+            layer: what was declared, with what was loaded into it.
+        """
         unloaded = (layer.weight_packed == UNLOADED).all(dim=1)
         for name, missing in (("weight_packed", unloaded), ("weight_scale", layer.weight_scale.isnan().any(dim=1))):
             if missing.any():
                 raise RotQuantError(
                     f"{self.prefix}.{name} is missing from the checkpoint ({int(missing.sum())} of {len(missing)} rows)"
                 )
+        if not self.dummy and int(layer.weight_shape[1]) != self.all_inputs:
+            shape = layer.weight_shape.tolist()
+            raise RotQuantError(
+                f"{self.prefix}: weight_shape is {shape}, config.json asks for {self.all_inputs} inputs"
+            )
         low_rank.check_loaded(layer, self.prefix)
+        rotation.check_loaded(layer, self.prefix, self.format.transforms, self.dummy)
+
+    def prepare(self, layer: Any) -> None:
+        """Brings what was loaded into the form that serves."""
         packed, device = layer.weight_packed.data, layer.weight_packed.device
-        correction = rotation.take_tensors(layer, self.prefix, self.format.transforms, device, self.dummy)
+        correction = rotation.take_tensors(layer, self.format.transforms, device, self.dummy)
         layer.register_buffer("shift_correction", correction if self.adds_correction else None, persistent=False)
-        self.proof.keep(layer, packed)
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
-        prepared = ops.prepare_weight(packed, self.format.weight_bits, self.inputs, layer.weight_scale.shape[1])
-        layer.weight_packed = Parameter(prepared, requires_grad=False)
+        layer.weight_packed = Parameter(self._prepare(layer, packed), requires_grad=False)
         del layer.weight_shape
-        self.proof.loaded(layer)
+
+    def _prepare(self, layer: Any, packed: Tensor) -> Tensor:
+        """The weight in the layout of the layer's kernel, which is chosen here."""
+        linear = self.format
+        bias = layer.shift_correction is not None or self.biased
+        before, _ = online.split(rotation.stages(layer, linear.transforms))
+        settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
+        dtype = torch.float32 if before else self.dtype
+        try:
+            weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
+        except ValueError as error:  # what the kernels of this device do not read
+            raise RotQuantError(f"{self.prefix}: {error}") from None
+        return weight
 
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""

@@ -7,8 +7,9 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 
 from __future__ import annotations
 
-import os
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,17 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat
+from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
-from vllm_rotquant import compat, rotation
+from vllm_rotquant import agreement, compat, rotation
+from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.fusion import Holders, fuse
+from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
+from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.reload import Reload
+from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
     float_attention,
@@ -51,12 +58,33 @@ class Proof:
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
         self.holders: Holders | None = None
+        self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
+        self.settings: Any = None  # vLLM's, of this model
+        self.ranks: agreement.Ranks | None = None
+        self.identity: Callable[[], dict[str, str]] = dict
+        self.strict = True
         self.done = False
+        self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
+        self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
+
+    def begin(self, defaults: Mapping[str, Any]) -> None:
+        """A model is being built. All its ranks come here: before their first layer they agree on what they run.
+
+        Args:
+            defaults: `settings.from_environment` of the server's first process.
+        """
+        if self.ranks is None:
+            self.ranks, settings = agreement.begin(defaults)
+            self.strict = settings.strict
+            self.identity = agreement.checkpoint_facts(compat.checkpoint_folder())
 
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
-        if self.holders is None and not compat.lora_is_on():
-            self.holders = Holders()
+        if self.holders is None:
+            self.holders, self.lora = Holders(), compat.lora_is_on()
+        self.settings = self.settings or compat.model_settings()
+        self.intake = self.intake or Intake()
+        self.intake.expect(layer)
         self.layers.append(layer)
         self.pending.add(id(layer))
 
@@ -71,12 +99,40 @@ class Proof:
         self.pending.discard(id(layer))
         if not self.pending and not self.done:
             self.done = True
+            assert self.ranks is not None
             try:
-                if self.holders is not None:
-                    fuse((layer for layer in self.layers if not isinstance(layer, compat.Attention)), self.holders)
-                run_checks(self)
+                with self.ranks.verdict(self.identity):
+                    self._finish(layer)
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
+
+    def _finish(self, last: Any) -> None:
+        """What is left to do once this rank's layers are loaded: `last` is the layer that was loaded last."""
+        if not self.layers:  # a pipeline stage without layers of rotquant
+            compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
+            return
+        assert self.intake is not None
+        assert self.holders is not None
+        self.intake.built()
+        linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
+        readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
+        if self.when_loaded is not None:
+            self.when_loaded(self.holders.outermost(last))
+        if not self.lora:
+            fuse(linears, self.holders)
+        run_checks(self, readings)
+        warm_linears(layer for layer, _ in self.packed.values())
+        Reload(self).install(self.layers)
+
+    @contextmanager
+    def again(self, layers: list[Any]) -> Iterator[None]:
+        """Runs the check at the end of a block in which the weights of `layers` are loaded anew, and kept by `keep`."""
+        self.layers, self.done = layers, False
+        try:
+            yield
+            run_checks(self, [])
+        finally:
+            self.layers, self.packed, self.done = [], {}, True
 
 
 @dataclass
@@ -92,6 +148,7 @@ class Row:
     error: float
     limit: float
     where: str
+    meaning: str = "so the model would write wrong text. Please report it with the table above"
 
     @property
     def passed(self) -> bool:
@@ -103,9 +160,11 @@ class Row:
 
 
 @torch.inference_mode()
-def run_checks(proof: Proof) -> None:
+def run_checks(proof: Proof, readings: list[Row]) -> None:
     """Checks one layer of each kind and logs the report.
 
+    Args:
+        readings: from `reading_rows`, of the model before it was fused.
     Raises:
         RotQuantError: on a mismatch, unless ROTQUANT_STRICT=0.
     """
@@ -113,26 +172,56 @@ def run_checks(proof: Proof) -> None:
     counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
+    rows += readings
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(rows, attention, proof.unquantized, dummy)
+    log_report(rows, proof, dummy)
     for row in rows:
         if not row.passed:
             message = (
                 f"rotquant's start-up check failed: {row.where} on kernel {row.kernel} is {row.error:.1%} away from "
-                f"the reference (limit {row.limit:.1%}), so the model would write wrong text. Please report it with "
-                "the table above; ROTQUANT_STRICT=0 serves all the same"
+                f"the reference (limit {row.limit:.1%}), {row.meaning}; ROTQUANT_STRICT=0 serves all the same"
             )
-            if os.environ.get("ROTQUANT_STRICT", "1") != "0":
+            if proof.strict:
                 raise RotQuantError(message)
             compat.logger.error(message)
 
 
-def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dummy: bool) -> None:
+@torch.inference_mode()
+def reading_rows(proof: Proof) -> list[Row]:
+    """Compares vLLM's model code with transformers' on the checkpoint's config.json (`reading`).
+
+    Raises:
+        RotQuantError: they build different layers.
+    """
+    assert proof.intake is not None
+    modules, settings = proof.intake.around(), proof.settings
+    config = compat.own_config(settings)
+    known = is_known(config)
+    decoders = [module for module in modules if known and compat.is_decoder(module)]
+    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
+    divisor = describe(config).logits_divisor if known else 1.0
+    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+        raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
+    rows = []
+    norms = [module.norm for module in modules if compat.has_final_norm(module)]
+    for reading in compare_readings(decoders, norms, config, settings.max_model_len, settings.dtype):
+        rows.append(
+            Row(
+                reading.what, reading.layers, "vLLM", str(settings.dtype).removeprefix("torch."), "-",
+                f"positions to {settings.max_model_len}", reading.error, reading.limit, reading.where, reading.meaning,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
+    attention: list[Any] = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"rotquant start-up check, tensor-parallel rank {compat.get_tensor_model_parallel_rank()}"]
+    of = f" of {proof.model}" if proof.model else ""
+    lines = [f"rotquant start-up check{of}, {rank_and_stage(proof.layers)}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
         symmetric = attention[0].quant_method.format.symmetric
@@ -141,7 +230,7 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dum
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
     else:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
-    kinds = Counter(name.rpartition(".")[2] for name in unquantized)
+    kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))
     if dummy:
@@ -149,6 +238,14 @@ def log_report(rows: list[Row], attention: list[Any], unquantized: set[str], dum
             "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS, no file was read. Speed and memory are "
             "those of the real model, what it writes is noise"
         )
+
+
+def rank_and_stage(layers: list[Any]) -> str:
+    """Which part of the model this rank runs."""
+    rank, (stage, stages) = compat.get_tensor_model_parallel_rank(), compat.pipeline_stage()
+    names = [str(layer.quant_method.prefix) for layer in layers]
+    held = f"{names[0]} to {names[-1]}" if names else "no layer of rotquant"
+    return f"tensor-parallel rank {rank}" + (f", pipeline stage {stage} (of {stages}): {held}" if stages > 1 else "")
 
 
 def sort_of(layer: Any) -> tuple[str, LinearFormat]:
@@ -171,6 +268,8 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     linear, inputs = method.format, method.inputs
     stages = rotation.stages(layer, linear.transforms)
     bias, correction = getattr(layer, "bias", None), layer.shift_correction
+    if linear.rank or split(stages)[0]:
+        refuse_rounded_products(method.prefix, packed.device)
     if method.norm is not None:
         given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps)
     elif method.silu_mul:
@@ -188,7 +287,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
     used += ["online_stage"] if split(stages)[0] else []
-    kernels = {ops.kernel_of(op, packed.device.type) for op in used}
+    kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
     group = f" g{linear.group_size}" if linear.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
@@ -213,7 +312,7 @@ def attention_row(layer: Any, count: int) -> Row:
         [trial(n, h, dim, dtype=layer.dtype, device=device, seed=seed + i) for i, n in enumerate(lengths)]
         for seed, h in ((1, layer.num_heads), (3, heads), (5, heads))
     )
-    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k.dtype) for k in key]
+    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     got = torch.cat(served_attention(layer, query, key, value))
     expected = torch.cat(

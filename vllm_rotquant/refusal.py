@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from rotquant.claim import claims
 from rotquant.errors import RotQuantError
-from rotquant.format import claims
 
 
 def refusing_config(reason: str) -> type[QuantizationConfig]:
@@ -25,7 +25,7 @@ def refusing_config(reason: str) -> type[QuantizationConfig]:
         def override_quantization_method(
             cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
         ) -> None:
-            wanted = user_quant != "compressed-tensors" and claims(hf_quant_cfg)
+            wanted = user_quant != "compressed-tensors" and claims(hf_quant_cfg, getattr(hf_config, "rotquant", None))
             if wanted or user_quant == "rotquant":
                 raise RotQuantError(reason)
 

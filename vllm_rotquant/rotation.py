@@ -93,8 +93,18 @@ def expect_tensors(
             layer.add_module(f"{transform.name}_output", output)
 
 
+def check_loaded(layer: Any, prefix: str, transforms: tuple[Transform, ...], dummy: bool) -> None:
+    """Refuses tensors of transforms that the checkpoint left out."""
+    for transform in transforms:
+        receiver_of(layer, transform).take(dummy)
+        if transform.kind == "shift":
+            name = f"{transform.name}_output.weight"
+            if layer.get_parameter(name).isnan().any():
+                raise RotQuantError(f"{prefix}.{name} is missing from the checkpoint, or has NaN in it")
+
+
 def take_tensors(
-    layer: torch.nn.Module, prefix: str, transforms: tuple[Transform, ...], device: torch.device, dummy: bool
+    layer: torch.nn.Module, transforms: tuple[Transform, ...], device: torch.device, dummy: bool
 ) -> Tensor | None:
     """Turns the loaded tensors into the buffers that `stages` reads and removes the receivers.
 
@@ -103,19 +113,20 @@ def take_tensors(
     """
     correction: Tensor | None = None
     for transform in transforms:
-        receiver = layer.get_submodule(f"{transform.name}_input")
-        assert isinstance(receiver, StoredInput)
-        tensor = receiver.take(dummy)
+        tensor = receiver_of(layer, transform).take(dummy)
         delattr(layer, f"{transform.name}_input")
         layer.register_buffer(buffer_name(transform), None if tensor is None else tensor.to(device), persistent=False)
         if transform.kind == "shift":
-            name = f"{transform.name}_output"
-            output = layer.get_parameter(f"{name}.weight").data
-            if output.isnan().any():
-                raise RotQuantError(f"{prefix}.{name}.weight is missing from the checkpoint, or has NaN in it")
+            output = layer.get_parameter(f"{transform.name}_output.weight").data.to(device)
             correction = output if correction is None else correction + output
-            delattr(layer, name)
+            delattr(layer, f"{transform.name}_output")
     return correction
+
+
+def receiver_of(layer: torch.nn.Module, transform: Transform) -> StoredInput:
+    receiver = layer.get_submodule(f"{transform.name}_input")
+    assert isinstance(receiver, StoredInput)
+    return receiver
 
 
 def buffer_name(transform: Transform) -> str:

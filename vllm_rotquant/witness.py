@@ -1,19 +1,41 @@
-"""The witness of the start-up proof: the same layers in float64, without the ops that serve."""
+"""The witness of the start-up proof: the same layers in float64, without the ops that serve.
+
+It computes on the CPU, and its products are numpy's. What a server does to torch (functions replaced, float32 products
+rounded to TF32 or bfloat16, default types and devices, as vLLM does on request) then changes what serves, which the
+proof shall see, and not the witness.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rotquant.format import KVFormat, LinearFormat
 from rotquant_kernels import Stage, convention, reference
 
+STRETCH = 1 << 24  # weights of a layer that are float64 at a time
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in float64 on the CPU."""
+    return x.detach().cpu().double()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of float64 matrices, [..., M, K] and [..., K, N]."""
+    return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    return torch.from_numpy(np.linalg.inv(matrix.numpy()))
+
 
 def distance(got: Tensor, expected: Tensor) -> float:
     """Size of the difference relative to the size of what was expected."""
-    return float((got.double() - expected).norm() / expected.norm())
+    return float((exact(got) - expected).norm() / expected.norm())
 
 
 def limit(dtype: torch.dtype, bits: int) -> float:
@@ -30,12 +52,11 @@ def trial(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) 
 
 
 def transformed(x: Tensor, stages: Sequence[Stage]) -> Tensor:
-    """The rows after a chain of online transforms, by dense products in float64."""
-    x = x.double()
+    """The rows after a chain of online transforms, by dense products; float64 on the CPU."""
+    x = exact(x)
     for kind, block, tensor in stages:
         if kind in ("hadamard", "dense", "kronecker"):
-            left, right = factors(kind, block, tensor, x)
-            x = torch.einsum("ij,...ik,kl->...jl", left, x.unflatten(-1, (-1, block)), right).flatten(-2)
+            x = kronecker(x, *factors(kind, block, tensor, x.shape[-1]))
         else:
             x = elementary(x, kind, block, tensor, inverse=False)
     return x
@@ -45,23 +66,28 @@ def restored(x: Tensor, stages: Sequence[Stage]) -> Tensor:
     """Inverse of `transformed`."""
     for kind, block, tensor in reversed(stages):
         if kind in ("hadamard", "dense", "kronecker"):
-            left, right = (torch.linalg.inv(factor) for factor in factors(kind, block, tensor, x))
-            x = torch.einsum("ij,...ik,kl->...jl", left, x.unflatten(-1, (-1, block)), right).flatten(-2)
+            left, right = factors(kind, block, tensor, x.shape[-1])
+            x = kronecker(x, None if left is None else inverse(left), inverse(right))
         else:
             x = elementary(x, kind, block, tensor, inverse=True)
     return x
 
 
-def factors(kind: str, block: int, tensor: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q, float64, of a stage that is x (P ⊗ Q); P is the unit matrix but for "kronecker"."""
-    outer = x.shape[-1] // block
-    unit = torch.eye(outer, dtype=torch.float64, device=x.device)
+def kronecker(x: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+    """x (P ⊗ Q): each row as a matrix X [outer, block] becomes Pᵀ X Q. P is None for the unit matrix."""
+    rows = product(x.unflatten(-1, (-1, len(right))), right)
+    return (rows if left is None else product(left.T, rows)).flatten(-2)
+
+
+def factors(kind: str, block: int, tensor: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor]:
+    """P, None for the unit matrix, and Q of a stage that is x (P ⊗ Q); P is another matrix only for "kronecker"."""
     if kind == "hadamard":
-        return unit, hadamard_matrix(block).to(x)
+        return None, exact(hadamard_matrix(block))
     assert tensor is not None
     if kind == "dense":
-        return unit, tensor.to(x)
-    left, right = tensor.to(x).split((outer * outer, block * block))
+        return None, exact(tensor)
+    outer = inputs // block
+    left, right = exact(tensor).split((outer * outer, block * block))
     return left.view(outer, outer), right.view(block, block)
 
 
@@ -69,13 +95,13 @@ def elementary(x: Tensor, kind: str, block: int, tensor: Tensor | None, inverse:
     """A permutation, reflection or shift, or its inverse, of float64 rows."""
     assert tensor is not None
     if kind == "permutation":
-        order = tensor.long()
+        order = tensor.long().cpu()
         return x.index_select(-1, order.argsort() if inverse else order)
     if kind == "reflection":
-        v = tensor.to(x)
-        return x - 2 * torch.einsum("...nk,k,l->...nl", x.unflatten(-1, (-1, block)), v, v).flatten(-2)
+        v, rows = exact(tensor), x.unflatten(-1, (-1, block))
+        return (rows - 2 * (rows * v).sum(-1, keepdim=True) * v).flatten(-2)
     assert kind == "shift"
-    return x + tensor.to(x) * (1 if inverse else -1)
+    return x + exact(tensor) * (1 if inverse else -1)
 
 
 def hadamard_matrix(block: int) -> Tensor:
@@ -98,12 +124,12 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     A chain with shifts is affine, A(c + x) = x M where A(c) = 0: rows are random around c, as real ones are, and
     x takes the sign. Rounding to `dtype` may turn a sign back where c is large, so there are rows to choose from.
     """
-    x = trial(4 * rows, inputs, dtype=torch.float32, device=device).double()
+    x = exact(trial(4 * rows, inputs, dtype=torch.float32, device=torch.device("cpu")))
     shifted = any(stage.kind == "shift" for stage in stages)
     center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
     x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
     good = sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
-    return x[good[:rows]]
+    return x[good[:rows]].to(device)
 
 
 def trial_gate_up(
@@ -111,8 +137,8 @@ def trial_gate_up(
 ) -> tuple[Tensor, Tensor]:
     """Gate and up [rows, 2 inputs] and silu(gate) * up as a model rounds it, whose extremes are as in `trial_rows`."""
     gate, up = (3 * trial(rows, inputs, dtype=dtype, device=device, seed=seed) for seed in (7, 8))
-    silu = torch.nn.functional.silu(gate.double()).to(dtype)
-    up = up * sign_of_extreme(transformed(silu * up, stages)).to(dtype)
+    silu = (gate.double() / (1 + (-gate.double()).exp())).to(dtype)
+    up = up * sign_of_extreme(transformed(silu * up, stages)).to(up)
     return torch.cat((gate, up), -1), silu * up
 
 
@@ -124,7 +150,8 @@ def trial_stream(rows: int, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     """
     x = trial(rows, 2, weight.shape[0], dtype=weight.dtype, device=weight.device, seed=9)
     total = (x[:, 0] + x[:, 1]).double()
-    normed = (total * (total.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(weight.dtype) * weight
+    mean = total.pow(2).sum(-1, keepdim=True) / weight.shape[0]
+    normed = (total * (mean + eps).rsqrt()).to(weight.dtype) * weight
     sign = sign_of_extreme(normed)
     return x * sign[:, None], normed * sign
 
@@ -148,14 +175,17 @@ def float_linear(
     """
     y = transformed(x, stages)
     scale, zero = convention.qparams(y, linear.act_bits, linear.act_symmetric, linear.act_clip)
-    rounded = convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero)
-    codes = convention.unpack_int32(packed, linear.weight_bits, x.shape[1])
-    weight = codes * scales.repeat_interleave(x.shape[1] // scales.shape[1], dim=1)
-    out = rounded.double() @ weight.double().t()
+    rounded = exact(convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero))
+    at_once, inputs = max(1, STRETCH // x.shape[1]), x.shape[1]
+    parts = []
+    for words, scale in zip(packed.split(at_once), scales.split(at_once), strict=True):
+        codes = convention.unpack_int32(words, linear.weight_bits, inputs)
+        parts.append(product(rounded, (exact(codes) * exact(scale).repeat_interleave(inputs // scale.shape[1], 1)).T))
+    out = torch.cat(parts, 1)
     down, up = low_rank
     if down is not None and up is not None:
-        out = out + y @ down.double() @ up.double()
-    return out if bias is None else out + bias.double()
+        out = out + product(product(y, exact(down)), exact(up))
+    return out if bias is None else out + exact(bias)
 
 
 def r3(kv: KVFormat) -> list[Stage]:
@@ -173,9 +203,10 @@ def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv:
     """
     rotation = r3(kv)
     group = query.shape[1] // key.shape[1]
-    k = convention.kv_fake_quantize(transformed(key, rotation), kv.symmetric, kv.k_clip).double()
-    v = convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip).double()
+    k = exact(convention.kv_fake_quantize(transformed(key, rotation), kv.symmetric, kv.k_clip))
+    v = exact(convention.kv_fake_quantize(exact(value), kv.symmetric, kv.v_clip))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = transformed(query, rotation).transpose(0, 1) @ k.mT * scale
+    scores = product(transformed(query, rotation).transpose(0, 1), k.mT) * scale
     hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+    weights = (scores - scores.amax(-1, keepdim=True)).masked_fill(hidden, float("-inf")).exp()
+    return product(weights / weights.sum(-1, keepdim=True), v).transpose(0, 1)

@@ -19,7 +19,7 @@ namespace rotquant {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The tier in use: the best of this machine, or what ROTQUANT_CPU_TIER names.
+// The tier in use: the best of this machine, or what `cpu_tier` was told.
 const Tier& tier();
 
 inline DType dtype_of(const Tensor& t, const char* what) {

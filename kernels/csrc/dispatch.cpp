@@ -1,4 +1,4 @@
-// Which tier runs: chosen once by what the processor can do, or by ROTQUANT_CPU_TIER.
+// Which tier runs: the best that the processor can do, until `cpu_tier` chooses another.
 #include "binding.h"
 
 namespace rotquant {
@@ -15,20 +15,17 @@ const Tier* find(const std::string& name) {
   if (avx2 && (name.empty() || name == tier_avx2.name)) return &tier_avx2;
 #endif
   if (name.empty() || name == tier_scalar.name) return &tier_scalar;
-  REQUIRE(false, "ROTQUANT_CPU_TIER=", name, " is not a tier of this machine: avx512, avx2 or scalar");
+  REQUIRE(false, "this machine has no kernels of the tier '", name, "': auto, avx512, avx2, scalar or reference");
 }
 
 const Tier*& chosen() {
-  static const Tier* current = [] {
-    const char* wanted = getenv("ROTQUANT_CPU_TIER");
-    return find(wanted ? wanted : "");
-  }();
+  static const Tier* current = find("");
   return current;
 }
 
-// Name of the tier in use; a name other than "" is chosen first (tests run all tiers in one process).
+// Name of the tier in use; a name other than "" is chosen first, "auto" is the best one.
 std::string cpu_tier(const std::string& name) {
-  if (!name.empty()) chosen() = find(name);
+  if (!name.empty()) chosen() = find(name == "auto" ? "" : name);
   return chosen()->name;
 }
 

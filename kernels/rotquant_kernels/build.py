@@ -6,12 +6,16 @@ standard library only; torch is asked for its headers and is never installed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +29,7 @@ X86 = {
     "tier_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
 NAME = "librotquant_cpu.so"
+LOCK_SECONDS = 600.0  # how long to wait for another process that compiles: ten times what it takes
 
 
 class BuildError(RuntimeError):
@@ -55,12 +60,63 @@ def sources() -> list[Path]:
 
 
 def fingerprint() -> str:
-    """Changes with the sources, the flags, the compiler and the processor's architecture."""
-    state = hashlib.sha256(repr((COMMON, X86, TARGET_VERSION, compiler(), platform.machine())).encode())
-    state.update(os.environ.get("CXXFLAGS", "").encode())
+    """Changes with the sources, the flags, $CXX and the processor's architecture.
+
+    Not with the compiler that is found: a machine without one finds what was compiled for it elsewhere.
+    """
+    state = hashlib.sha256(repr((COMMON, X86, TARGET_VERSION, platform.machine())).encode())
+    state.update(repr([os.environ.get(name, "") for name in ("CXX", "CXXFLAGS")]).encode())
     for file in sorted(SOURCES.glob("*")):
         state.update(file.name.encode() + file.read_bytes())
     return state.hexdigest()[:16]
+
+
+def compile_once(target: Path) -> Path:
+    """`compile_library` unless `target` is there; of processes that start together, the ranks of a server or the nodes
+    that share a home, one compiles and the others wait for it.
+
+    Raises:
+        BuildError: `target` cannot be written, or as `compile_library`.
+    """
+    if target.exists():
+        return target
+    compiler()  # a machine without one need not wait
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(target.parent / "lock"):
+            if not target.exists():
+                print("rotquant: compiling its CPU kernels (once, under a minute)", file=sys.stderr, flush=True)
+                compile_library(target)
+    except OSError as error:
+        raise BuildError(
+            f"{target} is not there and cannot be written ({error.strerror or error}): run `rotquant build` where "
+            "it can, or set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`. A process that is killed lets go of it; one that hangs is not waited for for ever,
+    nor is one on a file system without locks: then two compile, which costs time and is right all the same."""
+    import fcntl  # not on Windows, where setup.py reads this file
+
+    with open(path, "w") as file:
+        until, told = time.monotonic() + LOCK_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    break
+            except OSError:  # no locks here
+                break
+            if not told:
+                print("rotquant: another process compiles the CPU kernels, waiting", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(0.1)
+        yield
 
 
 def compile_library(target: Path) -> Path:

@@ -6,11 +6,15 @@ same schema for its own dispatch key and so wins; `kernel_of` tells which one ru
 
 from __future__ import annotations
 
+import os
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rotquant_kernels import cuda, fused, native, reference
 
+REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
     "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
@@ -31,10 +35,11 @@ OPS = {
 }
 
 _library = torch.library.Library("rotquant", "DEF")
+SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) for name in OPS}
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name, None) or getattr(fused, _name), "CompositeExplicitAutograd")
-native.load()
+    _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
+native.choose(os.environ.get(native.TIER) or "auto", SPECIFICATION)  # a wrong one is an error now, not when it is used
 cuda.load(_library)
 
 
@@ -131,17 +136,69 @@ def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> 
     return pack_weight(packed.contiguous(), bits, columns, groups)
 
 
-def reads_quantized(device: str) -> bool:
-    """Whether `quantized_linear` is as good as `int_linear` with weights prepared on a device.
+class Prepared(NamedTuple):
+    """A linear layer's weight as its kernel reads it, the kernel's name, and whether `quantized_linear` is as good as
+    `int_linear` with it: native CPU kernels know no other way into their GEMM than rows of floats, and Humming wants
+    codes in its own order."""
 
-    Native CPU kernels know no other way into their GEMM than rows of floats; Humming wants codes in its own order.
+    weight: Tensor
+    kernel: str
+    reads_quantized: bool
+
+
+def prepare_linear(
+    packed: Tensor, weight_scale: Tensor, bits: int, columns: int, act_bits: int, act_symmetric: bool, bias: bool,
+    low_rank: bool, dtype: torch.dtype,
+) -> Prepared:  # fmt: skip
+    """`prepare_weight` of a layer of which everything is known, so that the fastest kernel that fits can be chosen.
+
+    Args:
+        packed: int32 [N, words], see `prepare_weight`; weight_scale: float32 [N, G].
+        bias, low_rank: whether the layer has them; dtype: of the rows that it will be given.
     """
-    return kernel_of("int_linear", device) in ("reference (torch)", kernel_of("quantized_linear", device))
+    weight, device = prepare_weight(packed, bits, columns, weight_scale.shape[1]), packed.device.type
+    kernel = kernel_of("int_linear", device)
+    if device == "cuda" and kernel != REFERENCE:
+        shape = (packed.shape[0], columns, bits, act_bits, act_symmetric, bias)
+        weight, kernel = cuda.offer_to_humming(weight, weight_scale, shape, low_rank, dtype)
+        return Prepared(weight, kernel, kernel != cuda.HUMMING)
+    return Prepared(weight, kernel, kernel == REFERENCE)
+
+
+def distinct_tokens(device: str) -> tuple[int, ...]:
+    """Numbers of tokens that between them run every kernel of a linear layer and of a norm that any number runs.
+
+    Empty where nothing is compiled at run time.
+    """
+    if not kernel_of("quantized_linear", device).startswith("triton"):
+        return ()
+    from rotquant_kernels.cuda import gemm
+
+    return gemm.DISTINCT
+
+
+def distinct_batches(device: str, group: int, page: int) -> list[tuple[int, int]]:
+    """The same of attention over the 4-bit cache: batches of one sequence as (new tokens, pages of the table).
+
+    Args:
+        group: query heads of a KV head; page: tokens of a page.
+    """
+    if not kernel_of("kv4_attention", device).startswith("triton"):
+        return []
+    from rotquant_kernels.cuda import kv4
+
+    return kv4.distinct_batches(group, page)
 
 
 def kernel_of(op: str, device: str = "cpu") -> str:
     """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
     key = "CUDA" if device.startswith("cuda") else "CPU"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
-        return "reference (torch)"
-    return f"native ({torch.ops.rotquant.cpu_tier('')})" if key == "CPU" else cuda.kernel_of(op)
+    native_tier = native.tier() if key == "CPU" else ""
+    if native_tier == native.REFERENCE or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
+        return REFERENCE
+    return f"native ({native_tier})" if key == "CPU" else cuda.kernel_of(op)
+
+
+def choose_cpu_tier(tier: str) -> None:
+    """`native.choose`, to be called before weights are prepared."""
+    native.choose(tier, SPECIFICATION)

@@ -162,7 +162,7 @@ def int_linear(
         y = y + transform_rows(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 # ---- KV cache of 4 bits -------------------------------------------------------------------------------
@@ -333,12 +333,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: flo
     """
     batch, steps, heads, dim = query.shape
     kv_heads, length = keys.shape[1:3]
-    grouped = query.movedim(2, 1).reshape(batch, kv_heads, -1, dim)  # [B, kv_heads, group * T, d]
+    rows = heads // kv_heads * steps
+    grouped = query.movedim(2, 1).reshape(batch, kv_heads, rows, dim)  # [B, kv_heads, group * T, d]
     scores = (grouped @ keys.mT * scale).view(batch, heads, steps, length)
     last = ends[:, None] - steps + torch.arange(steps)  # [B, T], last visible position
     hidden = torch.arange(length) > last[:, :, None]
     weights = scores.masked_fill(hidden.unsqueeze(1).to(scores.device), float("-inf")).softmax(-1)
     # Positions past the end may hold anything, NaN included, and 0 * NaN is NaN.
     unwritten = (torch.arange(length) >= ends[:, None])[:, None, :, None].to(values.device)
-    mixed = weights.view(batch, kv_heads, -1, length) @ values.masked_fill(unwritten, 0)
+    mixed = weights.view(batch, kv_heads, rows, length) @ values.masked_fill(unwritten, 0)
     return mixed.view(batch, heads, steps, dim).movedim(1, 2)

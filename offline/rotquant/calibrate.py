@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rotquant.errors import RotQuantError
+from rotquant.json_files import read_object, short
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,53 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
-        reason = " ".join(str(error).split())[:200]
+        reason = short(f"{type(error).__name__}: {error}", 200)
         raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
+
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Refuses a tokenizer that cannot be read, or has ids that the model has no embedding for; none is fine.
+
+    Raises:
+        RotQuantError: naming the token and its file.
+    """
+    files = tokenizer_files(folder)
+    for file in files:
+        if file.suffix == ".json":
+            read_object(file)
+    if files:
+        tokenizer: Any = read_tokenizer(folder)
+        check_tokens(torch.tensor(list(tokenizer.get_vocab().values()) or [0]), tokenizer, folder, vocab_size)
+
+
+def check_tokens(ids: Tensor, tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    """Refuses token ids int64 that the model has no embedding for.
+
+    Raises:
+        RotQuantError: naming the token and its file.
+    """
+    largest = int(ids.max())
+    if largest >= vocab_size:
+        token = str(tokenizer.convert_ids_to_tokens(largest))
+        raise RotQuantError(
+            f"{_file_of(token, folder)}: token {short(repr(token), 60)} has id {largest}, but vocab_size of config.json"
+            f" is {vocab_size}; remove the token, or give the model more embeddings"
+        )
+
+
+def _file_of(token: str, folder: Path) -> Path:
+    """The file that a token stands in, the folder where it is in none."""
+    spelled = json.dumps(token), json.dumps(token, ensure_ascii=False)
+    files = [file for file in tokenizer_files(folder) if file.suffix == ".json"]
+    texts = ((file, file.read_text(encoding="utf-8", errors="ignore")) for file in files)
+    return next((file for file, text in texts if any(one in text for one in spelled)), folder)
 
 
 def default_text() -> str:

@@ -6,9 +6,8 @@ Only safetensors are read, never pickle. Nothing is loaded but the tensor asked 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -17,14 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
+from rotquant.json_files import read_object, short
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Everything of a model folder that is neither weights nor code: what a served model needs beside them.
-COPIED = (
-    "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 class Source:
@@ -42,27 +37,13 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         index = folder / INDEX
-        if index.is_file():
-            self._read_index(index)
-        elif (folder / SINGLE).is_file():
-            self._read_header(folder / SINGLE)
-        else:
-            raise RotQuantError(f"{folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
-
-    def _read_index(self, index: Path) -> None:
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RotQuantError(f"{index}: no valid JSON with a weight_map: {error}") from error
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard:
-                raise RotQuantError(f"{index}: weight_map names {shard!r}, which is not a file of this folder")
-            if not (self.folder / shard).is_file():
-                raise RotQuantError(f"{self.folder / shard}: shard named by {INDEX} is missing; download it again")
-            self._read_header(self.folder / shard)
-        for name, shard in weight_map.items():
-            if self.files.get(name) != self.folder / shard:
-                raise RotQuantError(f"{index}: weight_map puts {name} into {shard}, but it is not there")
+        present = [file.name for file in folder.glob("*.safetensors") if file.is_file()]
+        weight_map = read_weight_map(index) if index.is_file() else None
+        for name in weight_files(str(folder), present, weight_map):
+            self._read_header(folder / name)
+        for name, shard in (weight_map or {}).items():
+            if self.files.get(name) != folder / shard:
+                raise RotQuantError(f"{index}: weight_map puts {short(name, 100)} into {shard}, but it is not there")
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -74,8 +55,10 @@ class Source:
                     self.files[name] = file
                     self.shapes[name] = tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise RotQuantError(f"{file}: truncated or not a safetensors file ({error}); download it again") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise RotQuantError(
+                f"{file}: truncated or not a safetensors file ({short(error)}); download it again"
+            ) from error
 
     @staticmethod
     def names(file: Path) -> list[str]:
@@ -111,9 +94,12 @@ class Source:
         Raises:
             RotQuantError: NaN or infinite values.
         """
-        with safe_open(self.files[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        try:
+            with safe_open(self.files[name], framework="pt") as opened:
+                tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise RotQuantError(f"{self.files[name]}: {name} cannot be read: {short(error)}") from error
+        if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # not defined for 8-bit numbers
             raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 
@@ -126,13 +112,63 @@ class Source:
         """sha256 over the names and bytes of all files; identifies the source in the journal and the card."""
         total = hashlib.sha256()
         for file in sorted(set(self.files.values())):
-            with file.open("rb") as opened:
-                total.update(f"{file.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()};".encode())
+            total.update(f"{file.name}:{file_digest(file)};".encode())
         return total.hexdigest()
 
 
+def file_digest(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index of shards.
+
+    Raises:
+        RotQuantError: no such object in the file, or names of files that are none of its folder.
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RotQuantError(f"{index}: no weight_map, the object that names the shard of each tensor")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise RotQuantError(
+                f"{index}: weight_map names {short(repr(shard), 100)} for {short(name, 100)}, which is not a file of"
+                " this folder"
+            )
+    return weight_map
+
+
+def weight_files(where: str, present: Collection[str], weight_map: dict[str, str] | None) -> list[str]:
+    """The files that hold the weights, where a folder or repository has more than those.
+
+    transformers takes model.safetensors and leaves the index alone, vLLM takes what the index names: with both, two
+    readers would read two models. Other files (consolidated.safetensors, model.fp16.safetensors) neither takes.
+
+    Args:
+        where: for messages; present: names of all its safetensors files; weight_map: of the index, None without one.
+    Raises:
+        RotQuantError: none, both, or a shard that is missing.
+    """
+    shards = sorted(set((weight_map or {}).values()))
+    if SINGLE in present and shards not in ([], [SINGLE]):
+        raise RotQuantError(
+            f"{where}: two sets of weights: {SINGLE}, which transformers reads, and the shards of {INDEX}, which vLLM"
+            " reads; remove one"
+        )
+    if SINGLE in present:
+        return [SINGLE]
+    if not shards:
+        raise RotQuantError(f"{where}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    for shard in shards:
+        if shard not in present:
+            raise RotQuantError(f"{where}/{shard}: shard named by {INDEX} is missing; download it again")
+    return shards
+
+
 def fetch(model: str) -> Path:
-    """The local folder of a model: itself, or a snapshot of the hub id (safetensors and text files only).
+    """The local folder of a model: itself, or a snapshot of the hub id (see `hub`).
 
     Raises:
         RotQuantError: neither a folder nor a hub id that can be had.
@@ -141,13 +177,9 @@ def fetch(model: str) -> Path:
         return Path(model)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise RotQuantError(f"{model}: no such folder")
-    from huggingface_hub import snapshot_download
+    from rotquant.hub import download
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", *COPIED]))
-    except Exception as error:  # the hub's many exceptions all mean: not to be had
-        reason = " ".join(str(error).split())[:200]
-        raise RotQuantError(f"{model}: no local folder of that name, and the hub does not give it: {reason}") from error
+    return download(model)
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

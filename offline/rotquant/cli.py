@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_inspect(verbs)
     _add_compare(verbs)
+    _add_adapter(verbs)
+    _add_draft(verbs)
     _verb(verbs, "recipes", _recipes, "list the quantization recipes that come with rotquant", "rotquant recipes")
     doctor = _verb(
         verbs,
@@ -103,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
         more="Exit code 1 if something is wrong; each problem is listed with how to mend it.",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _verb(
+        verbs,
+        "build",
+        _build,
+        "compile the native CPU kernels now, for an image or for nodes without a compiler",
+        "rotquant build\n  XDG_CACHE_HOME=/opt/cache rotquant build      serve with the same XDG_CACHE_HOME",
+        more="Otherwise it happens on first use, into the same folder, which may be read-only from then on.",
+    )
     _add_demo(verbs)
     return top
 
@@ -172,6 +182,8 @@ def _add_eval(verbs: Verbs) -> None:
     add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
     add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
     add("--engine", default="torch", choices=["torch", "vllm"], help="torch: the reference; vllm: what is served")
+    add("--max-model-len", type=_positive, metavar="N", help="vllm: the server's flag (default: as without it)")
+    add("--enforce-eager", action="store_true", help="vllm: the server's flag; starts faster and rounds otherwise")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -235,6 +247,42 @@ def _add_compare(verbs: Verbs) -> None:
     add("--markdown", action="store_true", help="print the table in Markdown")
 
 
+def _add_draft(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "draft",
+        _draft,
+        "turn an EAGLE3 draft of the original model into the basis of a checkpoint",
+        "rotquant draft ./llama-eagle3 --base llama-w4 -o llama-w4-eagle3\n"
+        "  vllm serve llama-w4 --speculative-config \\\n"
+        '    \'{"method": "eagle3", "model": "llama-w4-eagle3", "num_speculative_tokens": 3}\'',
+        more="A draft reads the target's hidden states, which a rotated checkpoint has in another basis. Draft models\n"
+        "(with all their layers) and ngram read tokens only: serve them as they are.",
+    ).add_argument
+    add("draft", metavar="DRAFT", help="EAGLE3 draft of the original model, in safetensors: local folder or hub id")
+    add("--base", metavar="OUT", required=True, help="checkpoint that `rotquant quantize` made from that model")
+    add("-o", "--output", type=Path, required=True, metavar="TURNED", help="folder to write; must not exist")
+
+
+def _add_adapter(verbs: Verbs) -> None:
+    add = _verb(
+        verbs,
+        "adapter",
+        _adapter,
+        "turn a LoRA adapter of the original model into one of its quantized checkpoint",
+        "rotquant adapter ./my-lora --base llama-w4 -o my-lora-w4\n"
+        "  vllm serve llama-w4 --quantization rotquant --enable-lora --lora-modules mine=my-lora-w4",
+        more="A rotated checkpoint computes in another basis than its original, so an adapter that was trained on the\n"
+        "original has to be turned, too. The turn is exact, and needs neither the original nor calibration text.\n"
+        "`vllm serve` also turns an adapter of the original as it loads it: this verb does so once and for all.\n"
+        "ADAPTER is what PEFT writes: adapter_config.json and adapter_model.safetensors, LoRA on linear layers.\n"
+        "TURNED carries the checkpoint's hash, and is refused with any other checkpoint.",
+    ).add_argument
+    add("adapter", metavar="ADAPTER", help="PEFT LoRA adapter of the original model: local folder or hub id")
+    add("--base", metavar="OUT", required=True, help="checkpoint that `rotquant quantize` made from that model")
+    add("-o", "--output", metavar="TURNED", required=True, help="folder to write; must not exist")
+
+
 def _add_demo(verbs: Verbs) -> None:
     add = _verb(
         verbs,
@@ -294,7 +342,15 @@ def _quantize(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from rotquant.evaluate import evaluate
 
-    score = evaluate(args.model, args.text, tokens=args.tokens, seq_len=args.seq_len, engine=args.engine)
+    score = evaluate(
+        args.model,
+        args.text,
+        tokens=args.tokens,
+        seq_len=args.seq_len,
+        engine=args.engine,
+        max_model_len=args.max_model_len,
+        enforce_eager=args.enforce_eager,
+    )
     print(json.dumps(score.as_dict()) if args.json else score)
     return 0
 
@@ -339,6 +395,29 @@ def _compare(args: argparse.Namespace) -> int:
     return 1 if comparison.failed else 0
 
 
+def _draft(args: argparse.Namespace) -> int:
+    from rotquant.draft import turn_draft
+
+    output = turn_draft(args.draft, args.base, args.output)
+    settings = json.dumps({"method": "eagle3", "model": str(output), "num_speculative_tokens": 3})
+    print(
+        f"{output} is ready. Next:\n  vllm serve {shlex.quote(args.base)} --speculative-config {shlex.quote(settings)}"
+    )
+    return 0
+
+
+def _adapter(args: argparse.Namespace) -> int:
+    from rotquant.turn_adapter import turn_folder
+
+    output = turn_folder(args.adapter, args.base, args.output)
+    base, folder = shlex.quote(args.base), shlex.quote(str(output))
+    print(
+        f"{output} is ready. Next:\n"
+        f"  vllm serve {base} --quantization rotquant --enable-lora --lora-modules NAME={folder}"
+    )
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from rotquant.recipe import shipped
 
@@ -355,6 +434,16 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine()
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 1 if report.problems else 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from rotquant_kernels import build, native
+
+    try:
+        print(native.library())
+    except build.BuildError as error:
+        raise RotQuantError(str(error)) from error
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -162,7 +162,7 @@ def _vllm_platform(report: Report) -> str:
 
 
 def _plugin(report: Report) -> str:
-    from vllm_rotquant import unsupported_vllm
+    from vllm_rotquant import unsupported_vllm, vllm_requirement
 
     found = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "rotquant"]
     if not found:
@@ -175,7 +175,7 @@ def _plugin(report: Report) -> str:
         reason = f"the plugin does not load: {type(error).__name__}: {' '.join(str(error).split())}"
     allowed = os.environ.get("VLLM_PLUGINS")
     if reason:
-        report.problem(reason, 'pip install "vllm>=0.28,<0.34", then reinstall rotquant')
+        report.problem(reason, f'pip install "{vllm_requirement()}", then reinstall rotquant')
     if allowed is not None and "rotquant" not in allowed.split(","):
         report.problem(
             f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading rotquant", "unset VLLM_PLUGINS, or add rotquant to it"

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rotquant.calibrate import read_tokenizer, windows
+from rotquant.calibrate import check_tokens, read_tokenizer, windows
 from rotquant.checkpoint import fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import claims
 from rotquant.models import read_config
+from rotquant.original import load_transformers
 from rotquant.progress import Progress
 
 SEQ_LEN = 2048
@@ -68,8 +69,9 @@ class Score:
 
 
 def evaluate(
-    model: str, text: Path, *, tokens: int | None = None, seq_len: int | None = None, engine: str = "torch"
-) -> Score:
+    model: str, text: Path, *, tokens: int | None = None, seq_len: int | None = None, engine: str = "torch",
+    max_model_len: int | None = None, enforce_eager: bool = False,
+) -> Score:  # fmt: skip
     """Perplexity of a checkpoint, or of any Hugging Face causal language model.
 
     Args:
@@ -78,6 +80,8 @@ def evaluate(
         tokens: use about this many tokens of the text, None for all.
         seq_len: tokens in a window; None: 2048, or one less than the model's longest context.
         engine: "torch" (the reference ops; a GPU is used if there is one) or "vllm" (the served kernels).
+        max_model_len, enforce_eager: the flags of `vllm serve` by these names, for the engine "vllm". For longer
+            contexts it may build another rotary embedding; compiled code rounds less often between ops than eager.
     Raises:
         RotQuantError: no such model or text, text too short, window too long, vLLM missing or failing.
     """
@@ -91,9 +95,11 @@ def evaluate(
     started = time.monotonic()
     with Progress(f"{engine}: window", len(batch)) as progress:
         if engine == "vllm":
-            losses = vllm_losses(folder, batch, progress.step)
+            losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:
             losses = model_losses(load_any(folder), batch, progress.step)
+    if not losses.isfinite().all():
+        raise RotQuantError(f"{folder}: the model's logits are not finite on this text")
     nll = losses.double().mean().item()
     seconds = round(time.monotonic() - started, 2)
     return Score(model, engine, safe_exp(nll), nll, losses.numel(), len(batch), length, seconds)
@@ -103,7 +109,7 @@ def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = No
     """Token windows int64 [n, seq_len] of a text, at most about `tokens` tokens.
 
     Raises:
-        RotQuantError: naming the file that is missing, not UTF-8, or too short for one window.
+        RotQuantError: naming the file that is missing, not UTF-8 or too short for a window; a token without embedding.
     """
     try:
         content = text.read_text(encoding="utf-8")
@@ -111,7 +117,9 @@ def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = No
         raise RotQuantError(f"{text}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RotQuantError(f"{text}: not a readable UTF-8 text ({error})") from error
-    found = windows(content, read_tokenizer(folder), seq_len, str(text))
+    tokenizer = read_tokenizer(folder)
+    found = windows(content, tokenizer, seq_len, str(text))
+    check_tokens(found, tokenizer, folder, read_config(folder).get_text_config().vocab_size)
     return found if tokens is None else found[: max(1, tokens // seq_len)]
 
 
@@ -120,11 +128,11 @@ def load_any(folder: Path) -> PreTrainedModel:
     from rotquant.loading import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if claims(getattr(read_config(folder), "quantization_config", None)):
+    if is_ours(folder):
         return load(folder, device=device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    model, _ = load_transformers(folder, "auto")
     torch.nn.Module.to(model, device)
-    return model.eval()
+    return model
 
 
 def perplexity(model: PreTrainedModel, batch: Tensor) -> float:
@@ -158,14 +166,16 @@ def model_losses(model: PreTrainedModel, batch: Tensor, step: Step | None = None
     return torch.cat(losses)
 
 
-def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor:
+def vllm_losses(
+    folder: Path, batch: Tensor, step: Step | None = None, max_model_len: int | None = None, enforce_eager: bool = False
+) -> Tensor:
     """As `model_losses`, with the model served by an offline vLLM engine.
 
     Raises:
         RotQuantError: vLLM is not installed, or could not start with this model.
     """
     with _stdout_to_stderr(), _environment(VLLM_SETTINGS):
-        engine = _vllm_engine(folder, batch.shape[1])
+        engine = _vllm_engine(folder, batch.shape[1], max_model_len, enforce_eager)
         from vllm import SamplingParams
 
         ask = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -180,27 +190,42 @@ def vllm_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor
     return torch.stack(losses)
 
 
-def _vllm_engine(folder: Path, seq_len: int) -> Any:
-    """A small offline engine in this process."""
+def _vllm_engine(folder: Path, seq_len: int, max_model_len: int | None, enforce_eager: bool) -> Any:
+    """An offline engine in this process with the model that `vllm serve` would build.
+
+    -1 is vLLM's "auto": the model is built for its whole context, as by default, and only then is the length that
+    requests may have cut to what a small KV cache holds. The other settings change no number.
+    """
     try:
         from vllm import LLM
     except ImportError as error:
         raise RotQuantError(f"--engine vllm needs vLLM ({error}); `rotquant doctor` tells how to install it") from error
     settings: dict[str, Any] = {
-        "max_model_len": seq_len + 1,
-        "max_num_batched_tokens": max(1024, seq_len + 1),
+        "max_model_len": max_model_len or -1,
         "max_num_seqs": VLLM_BATCH,
         "enable_prefix_caching": False,  # a cached prefix has no log-probabilities
-        "enforce_eager": True,  # compiling takes longer than the evaluation
+        "enforce_eager": enforce_eager,
     }
-    if claims(getattr(read_config(folder), "quantization_config", None)):
+    if is_ours(folder):
         settings["quantization"] = "rotquant"
     try:
-        return LLM(str(folder), **settings)
+        engine = LLM(str(folder), **settings)
     except Exception as error:
         reason = " ".join(str(error).split())
         hint = "VLLM_LOGGING_LEVEL=INFO shows more"
         raise RotQuantError(f"vLLM could not start with {folder}: {reason} ({hint})") from error
+    fits = engine.llm_engine.vllm_config.model_config.max_model_len
+    if fits <= seq_len:  # vLLM adds one token to a prompt
+        raise RotQuantError(
+            f"--seq-len {seq_len}: the KV cache holds sequences of {fits} tokens; give it more room, on CPUs with "
+            "VLLM_CPU_KVCACHE_SPACE (GiB)"
+        )
+    return engine
+
+
+def is_ours(folder: Path) -> bool:
+    config = read_config(folder)
+    return claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from rotquant.calibrate import Calibrated
-from rotquant.checkpoint import COPIED, INDEX, save_text
+from rotquant.checkpoint import INDEX, save_text
+from rotquant.extension import BasisFile
 from rotquant.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.journal import Journal
 from rotquant.layerwise import stored_stage
-from rotquant.models import Architecture
+from rotquant.models import Architecture, Layer, Tensors
 from rotquant.recipe import Activations, KVCache, LMHead, OnlineStages, Recipe
-from rotquant.space import SITE_OF, SITES, Transforms
+from rotquant.space import Transforms
 from rotquant_kernels.reference import hadamard, kv_token_bytes
 
 R4_NAME = "R4"
@@ -66,14 +67,25 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
         }  # fmt: skip
     declared = {}
     if transforms.r3:
-        places = [{"targets": ["re:.*self_attn$"], "location": place} for place in ("q_attn", "k_cache")]
+        attention = patterns(kind.attention.module for kind in arch.kinds)
+        places = [{"targets": attention, "location": place} for place in ("q_attn", "k_cache")]
         declared["R3"] = {"type": "hadamard", "head_dim": transforms.r3, "apply": places}
     if block := transforms.r4_block:
-        place = {"targets": ["re:.*down_proj$"], "location": "input"}
+        place = {"targets": site_patterns(arch, "down"), "location": "input"}
         declared[R4_NAME] = {"type": "hadamard", "head_dim": block, "apply": [place]}
     if declared:
         config["transform_config"] = {"config_groups": declared}
     return config
+
+
+def patterns(modules: Iterable[str]) -> list[str]:
+    """Targets that match these modules in every layer, each once."""
+    return [f"re:.*{module}$" for module in dict.fromkeys(modules)]
+
+
+def site_patterns(arch: Architecture, site: str) -> list[str]:
+    """Targets that match the linears of a site, by the last part of their names."""
+    return patterns(name.rpartition(".")[2] for kind in arch.kinds for name in kind.stored_at(site))
 
 
 def own_stages(transforms: Transforms, site: str) -> dict[str, int]:
@@ -82,28 +94,31 @@ def own_stages(transforms: Transforms, site: str) -> dict[str, int]:
     return {f"{site.capitalize()}{i}": i for i in range(first, len(transforms.shared_chain(site)))}
 
 
-def input_transforms(transforms: Transforms) -> list[dict[str, Any]]:
+def input_transforms(arch: Architecture, transforms: Transforms) -> list[dict[str, Any]]:
     """`rotquant.input_transforms`: the online stages, those of a site in their order."""
     found = []
-    for site, linears in SITES.items():
-        targets = [f"re:.*{linear.rpartition('.')[2]}$" for linear in linears]
+    for site in arch.kinds[0].sites:
+        targets = site_patterns(arch, site)
         for name, i in own_stages(transforms, site).items():
             stage = transforms.shared_chain(site)[i]
             found.append({"name": name, "kind": stage.kind, "block": stage.block, "targets": targets})
     return found
 
 
-def layer_tensors(stored: dict[str, torch.Tensor], transforms: Transforms, index: int) -> dict[str, torch.Tensor]:
+def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: int) -> Tensors:
     """What a layer's shard holds: the quantizer's tensors under the checkpoint's names, and its online stages'."""
     out = {name: tensor for name, tensor in stored.items() if not name.endswith(".shift")}
     layer = transforms.layers[index]
-    for linear, site in SITE_OF.items():
+    for linear, parts in kind.stored.items():
+        site = kind.site_of[parts[0]]
         for name, i in own_stages(transforms, site).items():
             stage = layer.inputs[site][i]
             out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
             if stage.kind == "shift":
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
-    return out | (marker(transforms.r4_block, out["input_layernorm.weight"].dtype) if index == 0 else {})
+    if index == 0 and transforms.r4_block:
+        out |= marker(kind.mlp.down, transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
+    return out
 
 
 def scheme(targets: list[str], bits: int, group_size: int, activations: Activations) -> dict[str, Any]:
@@ -116,43 +131,54 @@ def scheme(targets: list[str], bits: int, group_size: int, activations: Activati
     return {"targets": targets, "format": "pack-quantized", "weights": weights, "input_activations": inputs}
 
 
-def marker(block: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """R4's matrix, stored once in layer 0.
+def marker(linear: str, block: int, dtype: torch.dtype) -> Tensors:
+    """R4's matrix before a linear, stored once in layer 0.
 
     Nothing needs it to run. An engine that would ignore the transform meets a tensor it does not know, and
     says so instead of computing garbage.
     """
-    if not block:
-        return {}
     matrix = hadamard(torch.eye(block, dtype=torch.float64), block)
-    return {f"mlp.down_proj.{R4_NAME}_input.weight": matrix.to(dtype)}
+    return {f"{linear}.{R4_NAME}_input.weight": matrix.to(dtype)}
 
 
-def extension(recipe: Recipe, transforms: Transforms, profile: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def extension(
+    recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str, basis: BasisFile | None,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
     clip = {"default": recipe.activations.clip}
     if recipe.lm_head.bits == 8:
         clip["lm_head"] = 1.0
-    for index, layer in enumerate(transforms.layers):
-        for linear, site in SITE_OF.items():
-            if site in layer.clips:
-                clip[f"model.layers.{index}.{linear}"] = layer.clips[site]
+    for index, (kind, layer) in enumerate(zip(arch.kinds, transforms.layers, strict=True)):
+        for linear, parts in kind.stored.items():
+            if kind.site_of[parts[0]] in layer.clips:
+                clip[arch.layer_prefix(index) + linear] = layer.clips[kind.site_of[parts[0]]]
     out: dict[str, Any] = {"format_version": FORMAT_VERSION, "profile": profile, "activation_clip": clip}
     if recipe.kv.bits == 4:
-        out["kv_clip"] = kv_clip(recipe, transforms)
-    if stages := input_transforms(transforms):
+        out["kv_clip"] = kv_clip(recipe, arch, transforms)
+    if stages := input_transforms(arch, transforms):
         out["input_transforms"] = stages
     if recipe.weights.rank:
-        targets = [f"re:.*{linear}$" for linear in SITE_OF]
-        out["low_rank"] = [{"rank": recipe.weights.rank, "targets": targets}]
-    return out | {"provenance": provenance}
+        out["low_rank"] = low_rank(recipe.weights.rank, arch)
+    return out | ({"basis": basis.model_dump()} if basis else {}) | {"provenance": provenance}
 
 
-def kv_clip(recipe: Recipe, transforms: Transforms) -> dict[str, Any]:
+def low_rank(rank: int, arch: Architecture) -> list[dict[str, Any]]:
+    """`rotquant.low_rank`: a linear that holds several has the branches of all of them."""
+    names: dict[int, list[str]] = {}
+    for kind in arch.kinds:
+        for linear, parts in kind.stored.items():
+            names.setdefault(rank * len(parts), []).append(linear)
+    return [{"rank": total, "targets": patterns(linears)} for total, linears in names.items()]
+
+
+def kv_clip(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:
     """Clip ratios of keys and values, and of the layers that have their own."""
     defaults = {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
     own = {
-        f"model.layers.{index}.self_attn": {name: layer.clips.get(name, defaults[name]) for name in defaults}
+        arch.layer_prefix(index) + arch.kinds[index].attention.module: {
+            name: layer.clips.get(name, defaults[name]) for name in defaults
+        }
         for index, layer in enumerate(transforms.layers)
         if defaults.keys() & layer.clips.keys()
     }
@@ -181,19 +207,13 @@ def write_config(
 ) -> None:
     """config.json; read back through `CheckpointFormat`, so that nothing is written that cannot be served."""
     config = json.loads((source / "config.json").read_text())
+    config.pop("auto_map", None)  # code of the original, which neither runs nor travels
+    config |= arch.served
     config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     config["rotquant"] = ext
     CheckpointFormat(quantization, ext, arch.head_dim)
     save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence."""
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> int:
@@ -242,13 +262,14 @@ def write_card(
     """README.md of the model: recipe, numbers, and the commands to use it."""
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
     kv, weights, act = recipe.kv, recipe.weights, recipe.activations
-    kv_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
-    kv4 = arch.layers * arch.kv_heads * kv_token_bytes(arch.head_dim, kv.symmetric)
+    heads = sum(kind.attention.kv_heads for kind in arch.kinds)
+    kv_bytes, kv4 = 2 * heads * arch.head_dim * 2, heads * kv_token_bytes(arch.head_dim, kv.symmetric)
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    online += [f"R4: block Hadamard {block} before down_proj"] if (block := transforms.r4_block) else []
+    down = arch.kinds[0].mlp.down.rpartition(".")[2]
+    online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
     online += [
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
-        for stage in input_transforms(transforms)
+        for stage in input_transforms(arch, transforms)
     ]
     online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
     text = CARD.format(

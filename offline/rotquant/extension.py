@@ -9,16 +9,20 @@ input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": [
                   as in `rotquant_kernels.online`, tensors as in `stored`
 low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
                   a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
+basis             {"file": "rotquant_basis.safetensors", "sha256": "..."}: what turns between the original's bases and
+                  the checkpoint's, see `basis`; not needed to run
 provenance        recipe, seed, calibration, versions; not needed to run
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rotquant.errors import RotQuantError
+from rotquant.schema import first_error
 from rotquant_kernels.online import KINDS
 
 FORMAT_VERSION = 1
@@ -88,26 +92,45 @@ class LowRank(Part):
     targets: Targets
 
 
+class BasisFile(Part):
+    """The basis sidecar: a file beside config.json, and the sha256 of its bytes."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    @field_validator("file")
+    @classmethod
+    def _lies_beside(cls, file: str) -> str:
+        if PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ValueError("the name of a .safetensors file in the folder of config.json")
+        return file
+
+
 class Extension(Part):
     """See the module's table."""
 
     format_version: int = FORMAT_VERSION
-    profile: str = "full"
+    profile: Literal["full", "portable"] = "full"
     activation_clip: dict[str, Ratio] = {}
     kv_clip: KVClip = KVClip()
     input_transforms: list[InputTransform] = []
     low_rank: list[LowRank] = []
+    basis: BasisFile | None = None
     provenance: dict[str, Any] = {}
 
 
-def read_extension(extension: dict[str, Any]) -> Extension:
+def read_extension(extension: Any) -> Extension:
     """Parses the dict `rotquant`, {} where there is none (a checkpoint of another tool).
 
     Raises:
         RotQuantError: naming the field that this build does not know or run.
     """
+    if not isinstance(extension, dict):
+        raise RotQuantError(f"config.json: rotquant is {extension!r}, expected a dict")
     version = extension.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise RotQuantError(f"config.json: rotquant.format_version is {version!r}, expected 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
         raise RotQuantError(
             f"config.json: rotquant.format_version is {version}, this build reads up to {FORMAT_VERSION}:"
             " update rotquant"
@@ -115,11 +138,4 @@ def read_extension(extension: dict[str, Any]) -> Extension:
     try:
         return Extension.model_validate(extension)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("rotquant", *first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise RotQuantError(
-                f"config.json: {where}: this build of rotquant does not run this feature; a newer one may"
-            ) from error
-        found = f" is {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-        raise RotQuantError(f"config.json: {where}{found}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise RotQuantError(f"config.json: {first_error(error, 'rotquant')}") from error

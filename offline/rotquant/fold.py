@@ -11,28 +11,37 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
                                               attention mixes tokens, not channels: both pass through it
     S_ud   W_up' = diag(s) W_up;  W_down' = W_down diag(1/s)        silu(gate) up is linear in up
     order  rows p of gate and up, columns p of down
-    S_qk   k diag(s), q diag(1/s), the same s in both channels of a RoPE pair: then it commutes with RoPE
+    S_qk   k diag(s), q diag(1/s), the same s in both channels of a RoPE pair: then it commutes with RoPE; any s in a
+           channel that RoPE leaves alone
     input  an online T before a linear (R4 among them): W' = W T⁻ᵀ                 x T (W T⁻ᵀ)ᵀ = x Wᵀ
     shift  x - b before a linear adds b Wᵀ to its output:                       (x - b) Wᵀ + b Wᵀ = x Wᵀ
     R3     nothing to fold: q R3 (k R3)ᵀ = q kᵀ, both online after RoPE
 
+Scalars on embeddings, queries, what a block writes, or logits are left where they are: every line commutes with them.
+
 In float64. Nothing is changed in place, so that learning can differentiate through it. A layer is a dict of tensors
-named as in the checkpoint, less `model.layers.N.`; `<linear>.shift` is b Wᵀ, where there is one.
+by the names of its `models.Layer`; `<linear>.shift` is b Wᵀ, where there is one.
+
+Every line above is W' = L W R: one factor on the outputs, one on the inputs. A low-rank change of a weight, W + B A,
+therefore folds as its two factors do, L (W + B A) R = W' + (L B) (A R). A layer may hold them as `<linear>.lora_A`
+[r, inputs] and `<linear>.lora_B` [outputs, r], with its weights or without them. They stand beside the online stages,
+not behind: A reads the x that the stages read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rotquant.models import Architecture
-from rotquant.space import SITES, LayerTransforms, Rotation, Transforms
+from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.architecture import Attention
+from rotquant.space import LayerTransforms, Rotation, Transforms
 from rotquant.transforms import kronecker
 from rotquant_kernels import Stage, reference
 
-WRITES = ("self_attn.o_proj", "mlp.down_proj")
-NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-Tensors = dict[str, Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 class Fold:
@@ -55,118 +64,131 @@ class Fold:
 
     def layer(self, tensors: Tensors, index: int) -> Tensors:
         """The folded tensors of decoder layer `index`, float64."""
-        out = {name: tensor.double() for name, tensor in tensors.items()}
+        out, kind = {name: tensor.double() for name, tensor in tensors.items()}, self.arch.kinds[index]
         if self.r1:
-            out = fold_r1(out, self.r1)
-        return fold_layer(out, self.transforms.layers[index], self.arch)
+            out = fold_r1(out, self.r1, kind)
+        return fold_layer(out, self.transforms.layers[index], kind)
 
 
-def fold_gains(tensors: Tensors) -> Tensors:
+def on_inputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the inputs of a linear in its last dimension."""
+    for name in (f"{linear}.weight", f"{linear}.lora_A"):
+        if name in out:
+            out[name] = change(out[name])
+
+
+def on_outputs(out: Tensors, linear: str, change: Change) -> None:
+    """Changes what holds the outputs of a linear in its first dimension; a bias has no other."""
+    for name in (f"{linear}.weight", f"{linear}.lora_B", f"{linear}.bias"):
+        if name in out:
+            out[name] = change(out[name])
+
+
+def fold_gains(tensors: Tensors, kind: Layer) -> Tensors:
     """The norms' gains into the weights that they feed, in the dtype of the tensors."""
     out = dict(tensors)
-    for site, norm in NORMS.items():
+    for site, norm in kind.norms.items():
         gain = out[f"{norm}.weight"]
-        for linear in SITES[site]:
-            out[f"{linear}.weight"] = out[f"{linear}.weight"] * gain
+        for linear in kind.sites[site]:
+            multiply_inputs(out, linear, gain)
         out[f"{norm}.weight"] = torch.ones_like(gain)
     return out
 
 
-def fold_r1(tensors: Tensors, r1: Rotation) -> Tensors:
+def fold_r1(tensors: Tensors, r1: Rotation, kind: Layer) -> Tensors:
     """The norms' gains and R1, in the dtype of the tensors."""
-    out = fold_gains(tensors)
-    for site in NORMS:
-        for linear in SITES[site]:
-            out[f"{linear}.weight"] = r1.rows(out[f"{linear}.weight"])
-    for linear in WRITES:
-        out[f"{linear}.weight"] = r1.columns(out[f"{linear}.weight"])
-        if f"{linear}.bias" in out:
-            out[f"{linear}.bias"] = r1.rows(out[f"{linear}.bias"])
+    out = fold_gains(tensors, kind)
+    for site in kind.norms:
+        for linear in kind.sites[site]:
+            on_inputs(out, linear, r1.rows)
+    for linear in kind.writes:
+        on_outputs(out, linear, r1.columns)
     return out
 
 
-def fold_layer(tensors: Tensors, t: LayerTransforms, arch: Architecture) -> Tensors:
+def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
     """Everything but R1, in the dtype of the tensors."""
     out = dict(tensors)
-    for site, scale in (("attn", t.s_attn), ("mlp", t.s_mlp)):
-        if scale is not None:
-            fold_norm_scale(out, site, scale)
+    for site in kind.norms:
+        if (scale := t.norm_scale(site)) is not None:
+            fold_norm_scale(out, kind, site, scale)
     if t.s_qk is not None:
-        fold_qk(out, t.s_qk, arch)
+        fold_qk(out, t.s_qk, kind.attention)
     if t.s_ov is not None:
-        fold_values_scale(out, t.s_ov, arch)
+        fold_values_scale(out, t.s_ov, kind.attention)
     if t.r2 is not None:
-        fold_r2(out, t.r2, arch)
+        fold_r2(out, t.r2, kind.attention)
     if t.s_ud is not None:
-        multiply_rows(out, "mlp.up_proj", t.s_ud)
-        out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"] / like(t.s_ud, out)
+        multiply_outputs(out, kind.mlp.up, t.s_ud)
+        divide_inputs(out, kind.mlp.down, t.s_ud)
     if t.order is not None:
-        fold_order(out, t.order)
+        fold_order(out, t.order, kind)
     for site, stages in t.inputs.items():
-        for linear in SITES[site]:
-            fold_stages(out, linear, stages)
+        for linear in kind.sites[site]:
+            if f"{linear}.weight" in out:
+                fold_stages(out, linear, stages)
     return out
 
 
-def like(factors: Tensor, out: Tensors) -> Tensor:
-    return factors.to(out["mlp.down_proj.weight"])
+def multiply_outputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_outputs(out, linear, lambda w: w * factors.to(w).view(-1, *(1,) * (w.dim() - 1)))
 
 
-def multiply_rows(out: Tensors, linear: str, factors: Tensor) -> None:
-    """Scales the outputs of a linear, its bias among them."""
-    factors = like(factors, out)
-    out[f"{linear}.weight"] = out[f"{linear}.weight"] * factors[:, None]
-    if f"{linear}.bias" in out:
-        out[f"{linear}.bias"] = out[f"{linear}.bias"] * factors
+def multiply_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_inputs(out, linear, lambda w: w * factors.to(w))
 
 
-def fold_norm_scale(out: Tensors, site: str, scale: Tensor) -> None:
-    scale = like(scale, out)
-    out[f"{NORMS[site]}.weight"] = out[f"{NORMS[site]}.weight"] * scale
-    for linear in SITES[site]:
-        out[f"{linear}.weight"] = out[f"{linear}.weight"] / scale
+def divide_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
+    on_inputs(out, linear, lambda w: w / factors.to(w))
 
 
-def fold_qk(out: Tensors, s_qk: Tensor, arch: Architecture) -> None:
-    """S_qk goes to q_norm and k_norm where the model has them: they come after the projections and hold no mixing."""
-    pairs = torch.cat((s_qk, s_qk), dim=-1)  # RoPE turns channel i into i + d / 2
-    if "self_attn.k_norm.weight" in out:
-        out["self_attn.k_norm.weight"] = out["self_attn.k_norm.weight"] * like(pairs[0], out)
-        out["self_attn.q_norm.weight"] = out["self_attn.q_norm.weight"] / like(pairs[0], out)
+def fold_norm_scale(out: Tensors, kind: Layer, site: str, scale: Tensor) -> None:
+    gain = out[f"{kind.norms[site]}.weight"]
+    out[f"{kind.norms[site]}.weight"] = gain * scale.to(gain)
+    for linear in kind.sites[site]:
+        divide_inputs(out, linear, scale)
+
+
+def fold_qk(out: Tensors, s_qk: Tensor, a: Attention) -> None:
+    """S_qk goes to the norms of queries and keys where the model has them: they come behind the linears, unmixed."""
+    paired, single = s_qk[:, : a.rotary // 2], s_qk[:, a.rotary // 2 :]
+    factors = torch.cat((paired, paired, single), dim=-1)  # RoPE turns channel i into i + rotary / 2
+    if a.key_norm and a.query_norm:
+        key, query = out[f"{a.key_norm}.weight"], out[f"{a.query_norm}.weight"]
+        out[f"{a.key_norm}.weight"] = key * factors[0].to(key)
+        out[f"{a.query_norm}.weight"] = query / factors[0].to(query)
         return
-    multiply_rows(out, "self_attn.k_proj", pairs.flatten())
-    multiply_rows(out, "self_attn.q_proj", per_query_head(1 / pairs, arch).flatten())
+    multiply_outputs(out, a.key, factors.flatten())
+    multiply_outputs(out, a.query, per_query_head(1 / factors, a).flatten())
 
 
-def per_query_head(per_kv_head: Tensor, arch: Architecture) -> Tensor:
+def per_query_head(per_kv_head: Tensor, a: Attention) -> Tensor:
     """[kv_heads, ...] to [heads, ...]: query heads h share KV head h // (heads / kv_heads)."""
-    return per_kv_head.repeat_interleave(arch.heads // arch.kv_heads, dim=0)
+    return per_kv_head.repeat_interleave(a.heads // a.kv_heads, dim=0)
 
 
-def fold_values_scale(out: Tensors, s_ov: Tensor, arch: Architecture) -> None:
-    multiply_rows(out, "self_attn.v_proj", s_ov)
-    per_head = per_query_head(s_ov.view(arch.kv_heads, arch.head_dim), arch).flatten()
-    out["self_attn.o_proj.weight"] = out["self_attn.o_proj.weight"] / like(per_head, out)
+def fold_values_scale(out: Tensors, s_ov: Tensor, a: Attention) -> None:
+    multiply_outputs(out, a.value, s_ov)
+    divide_inputs(out, a.output, per_query_head(s_ov.view(a.kv_heads, a.head_dim), a).flatten())
 
 
-def fold_r2(out: Tensors, r2: Tensor, arch: Architecture) -> None:
-    r2, size = like(r2, out), arch.head_dim
-    value = out["self_attn.v_proj.weight"].unflatten(0, (-1, size))  # [kv_heads, d, hidden]
-    out["self_attn.v_proj.weight"] = (r2.mT @ value).flatten(0, 1)
-    if "self_attn.v_proj.bias" in out:
-        bias = out["self_attn.v_proj.bias"].view(-1, 1, size)
-        out["self_attn.v_proj.bias"] = (bias @ r2).flatten()
-    output = out["self_attn.o_proj.weight"].unflatten(1, (-1, size)).transpose(0, 1)  # [heads, hidden, d]
-    rotated = output @ per_query_head(r2, arch)
-    out["self_attn.o_proj.weight"] = rotated.transpose(0, 1).flatten(1)
+def fold_r2(out: Tensors, r2: Tensor, a: Attention) -> None:
+    def values(w: Tensor) -> Tensor:
+        by_head = w.reshape(a.kv_heads, a.head_dim, -1)  # [kv_heads, d, hidden]; [kv_heads, d, 1] for a bias
+        return (r2.to(w).mT @ by_head).reshape(w.shape)
+
+    def mixed(w: Tensor) -> Tensor:
+        by_head = w.unflatten(1, (-1, a.head_dim)).transpose(0, 1)  # [heads, hidden, d]
+        return (by_head @ per_query_head(r2.to(w), a)).transpose(0, 1).flatten(1)
+
+    on_outputs(out, a.value, values)
+    on_inputs(out, a.output, mixed)
 
 
-def fold_order(out: Tensors, order: Tensor) -> None:
-    for linear in ("mlp.gate_proj", "mlp.up_proj"):
-        for name in (f"{linear}.weight", f"{linear}.bias"):
-            if name in out:
-                out[name] = out[name][order]
-    out["mlp.down_proj.weight"] = out["mlp.down_proj.weight"][:, order]
+def fold_order(out: Tensors, order: Tensor, kind: Layer) -> None:
+    for linear in (kind.mlp.gate, kind.mlp.up):
+        on_outputs(out, linear, lambda w: w[order])
+    on_inputs(out, kind.mlp.down, lambda w: w[:, order])
 
 
 def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:

@@ -12,12 +12,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
-from pydantic import ValidationError
 
+from rotquant.claim import claims as claims
 from rotquant.errors import RotQuantError
 from rotquant.extension import FORMAT_VERSION, Extension, read_extension
+from rotquant.schema import read_schema
 
 __all__ = ["FORMAT_VERSION", "CheckpointFormat", "KVFormat", "LinearFormat", "Transform", "claims", "matches"]
 
@@ -69,24 +70,6 @@ class KVFormat:
     rotate: int
 
 
-def claims(quantization_config: dict[str, Any] | None) -> bool:
-    """True for compressed-tensors' packed integer weights together with integer activations of 4 or 8 bits.
-
-    Stock engines run such a checkpoint with 16-bit activations, or not at all.
-    """
-    config = quantization_config or {}
-    groups = (config.get("config_groups") or {}).values()
-    if config.get("quant_method") != "compressed-tensors" or not groups:
-        return False
-    return all(isinstance(group, dict) and _packed_integers(group, config.get("format")) for group in groups)
-
-
-def _packed_integers(group: dict[str, Any], top_format: str | None) -> bool:
-    arguments = [group.get("weights") or {}, group.get("input_activations") or {}]
-    integers = all(a.get("type", "int") == "int" and a.get("num_bits") in (4, 8) for a in arguments)
-    return integers and (group.get("format") or top_format) == "pack-quantized"
-
-
 class CheckpointFormat:
     """Parsed and checked `quantization_config` and `rotquant` of a config.json.
 
@@ -100,30 +83,39 @@ class CheckpointFormat:
 
     def __init__(self, quantization_config: dict[str, Any], extension: dict[str, Any], head_dim: int) -> None:
         self.extension: Extension = read_extension(extension)
-        try:
-            config = QuantizationConfig.model_validate(
-                {k: v for k, v in quantization_config.items() if k != "transform_config"}
-            )
-            transforms = TransformConfig.model_validate(
-                quantization_config.get("transform_config") or {"config_groups": {}}
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RotQuantError(f"config.json: quantization_config.{where}: {first['msg']}") from error
+        config, transforms = read_schema(quantization_config)
         self.ignore: list[str] = list(config.ignore or [])
-        self.schemes: list[QuantizationScheme] = []
+        self.groups: dict[str, QuantizationScheme] = {}
         for name, scheme in config.config_groups.items():
             if isinstance(scheme, list):
                 refuse(f"quantization_config.config_groups.{name}", "a preset instead of a scheme")
             check_scheme(f"quantization_config.config_groups.{name}", scheme, quantization_config.get("format"))
-            self.schemes.append(scheme)
+            self.groups[name] = scheme
+        self.rotated = [a for s in transforms.config_groups.values() for a in s.apply if a.location != "input"]
         self.transforms, rotate = read_transforms(transforms, head_dim)
         for entry in self.extension.input_transforms:
             block = 0 if entry.kind == "shift" else entry.block
             args = TransformArgs(targets=entry.targets, location="input")
             self.transforms.append((args, Transform(entry.kind, block, entry.name)))
         self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)
+        if self.extension.profile == "portable":
+            self._expect_portable()
+
+    @property
+    def schemes(self) -> list[QuantizationScheme]:
+        return list(self.groups.values())
+
+    def _expect_portable(self) -> None:
+        """Refuses what the profile "portable" promises to leave out: all that stock engines would not run."""
+        ours = self.extension
+        clips = [ours.activation_clip.get("default", 1.0), *ours.activation_clip.values()]
+        inputs = [scheme.input_activations for scheme in self.schemes]
+        for what, there in (
+            ("online transforms", self.transforms), ("a kv_cache_scheme", self.kv), ("low_rank", ours.low_rank),
+            ("a clip ratio", min(clips) < 1), ("asymmetric activations", not all(a and a.symmetric for a in inputs)),
+        ):  # fmt: skip
+            if there:
+                raise RotQuantError(f"config.json: rotquant.profile is 'portable', but the checkpoint has {what}")
 
     def _kv(self, scheme: QuantizationArgs | None, head_dim: int, rotate: int) -> KVFormat | None:
         if scheme is None:
@@ -152,7 +144,7 @@ class CheckpointFormat:
         Raises:
             RotQuantError: config.json gives the layer what only a quantized one has, or one thing twice.
         """
-        scheme = self._scheme(name)
+        scheme = self.scheme(name)
         if scheme is None:
             self._expect_nothing(name)
             return None
@@ -176,7 +168,8 @@ class CheckpointFormat:
             rank=sum(ranks),
         )
 
-    def _scheme(self, name: str) -> QuantizationScheme | None:
+    def scheme(self, name: str) -> QuantizationScheme | None:
+        """The group of config.json that the linear layer with this full name belongs to, None where it has none."""
         if any(matches(name, target, "Linear") for target in self.ignore):
             return None
         # A target that names the module wins over one that names its class, as in compressed-tensors.

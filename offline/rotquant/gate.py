@@ -1,25 +1,27 @@
 """The equivalence gate: before anything is quantized, the folded model must compute what the original does.
 
-Both run over one short calibration sequence, streamed layer by layer in float32: the original as
-transformers' own modules, the folded one as `decoder.Decoder` on the tensors that will be quantized. The
+Both run over one short calibration sequence in float32, side by side: the original as transformers loads and runs it
+from the files, its whole forward pass, the folded one as `models.decoder` on the tensors that will be quantized. The
 hidden states are compared after each layer (h R1 against h'), so that an error names its layer, and the
-logits at the end.
+logits at the end. What transformers honours and the decoder does not, in config.json or in the files, fails here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, cat, nn
 
 from rotquant.checkpoint import Source
-from rotquant.decoder import Decoder, float_linear
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, rotary, skeleton
+from rotquant.models import Architecture
+from rotquant.models.decoder import decoders, rms_norm
+from rotquant.original import original_model
 
 TOLERANCE = 1e-4
+ROWS = 8192  # of the vocabulary, folded at a time
 
 
 def check_equivalence(
@@ -32,55 +34,60 @@ def check_equivalence(
     Returns:
         relative distance of the logits, ‖a - b‖ / ‖a‖.
     Raises:
-        RotQuantError: a distance above 1e-4, naming the layer; NaN or infinite weights.
+        RotQuantError: a distance above 1e-4, naming the layer; NaN or infinite weights; a model that transformers
+            cannot load.
     """
-    model = skeleton(arch.config).eval()
-    cos, sin = rotary(arch.config, len(tokens))
-    decoder = Decoder(arch, cos[0], sin[0])
-    embedding = source.get(EMBEDDING)[tokens]
-    original = embedding.float()
-    folded = fold.embedding(embedding).float()
-    for index in range(arch.layers):
-        tensors = source.layer(arch.layer_prefix(index))
-        original = original_layer(model.model.layers[index], tensors, original, (cos, sin))
-        equal = {name: tensor.float() for name, tensor in fold.layer(tensors, index).items()}
-        folded = decoder.layer(equal, folded, float_linear(equal, fold.transforms.layers[index]))
-        expected = fold.r1.rows(original.double()).float() if fold.r1 else original
-        compare(f"layer {index}", expected, folded)
+    folded = Folded(source, arch, fold, tokens)
+
+    def follow(index: int, layer: nn.Module, output: Any) -> None:
+        original = (output[0] if isinstance(output, tuple) else output)[0]
+        compare(f"layer {index}", fold.r1.rows(original.double()).float() if fold.r1 else original, folded.step(index))
+        layer.to("meta")  # lets the mapped files go
         layer_done(index)
-    return compare_logits(source, arch, fold, decoder, original, folded)
+
+    with original_model(source) as model:
+        for index, layer in enumerate(model.get_decoder().layers):
+            layer.register_forward_hook(lambda layer, _, output, index=index: follow(index, layer, output))
+        logits = model(tokens[None], use_cache=False).logits[0]
+    return compare("logits", logits, folded.logits())
 
 
-def compare_logits(
-    source: Source, arch: Architecture, fold: Fold, decoder: Decoder, original: Tensor, folded: Tensor
-) -> float:
-    """Relative distance of the logits; the head is folded in slices of the vocabulary to bound memory."""
-    gain, head = source.get(FINAL_NORM), source.get(EMBEDDING if arch.tied else LM_HEAD)
-    original = decoder.norm(original, gain.float())
-    expected, actual = [], []
-    for rows in head.split(8192):
-        folded_rows, folded_gain = fold.head(rows, gain)
-        expected.append(original @ rows.float().T)
-        actual.append(decoder.norm(folded, folded_gain.float()) @ folded_rows.float().T)
-    return compare("logits", torch.cat(expected, dim=1), torch.cat(actual, dim=1))
+class Folded:
+    """The folded model over one sequence of tokens [T], a layer at a time."""
 
+    def __init__(self, source: Source, arch: Architecture, fold: Fold, tokens: Tensor) -> None:
+        self.source, self.arch, self.fold = source, arch, fold
+        self.decoders = decoders(arch, len(tokens))
+        self.hidden = fold.embedding(source.get(arch.names.embedding)[tokens]).float() * arch.embedding_scale
 
-def original_layer(
-    module: torch.nn.Module, tensors: dict[str, Tensor], h: Tensor, cos_sin: tuple[Tensor, Tensor]
-) -> Tensor:
-    """transformers' layer on h [T, hidden], float32, causal."""
-    module.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    with torch.no_grad():
-        out = module(h[None], attention_mask=None, position_embeddings=cos_sin)
-    module.to("meta")
-    return (out[0] if isinstance(out, tuple) else out)[0]
+    def step(self, index: int) -> Tensor:
+        """float32 [T, hidden] after layer `index`."""
+        decoder = self.decoders[index]
+        tensors = decoder.kind.split(self.source.layer(self.arch.layer_prefix(index)))
+        equal = {name: tensor.float() for name, tensor in self.fold.layer(tensors, index).items()}
+        linear = decoder.float_linear(equal, self.fold.transforms.layers[index])
+        self.hidden = decoder.layer(equal, self.hidden, linear)
+        return self.hidden
+
+    def logits(self) -> Tensor:
+        """float32 [T, vocab]; the head is folded in slices of the vocabulary to bound memory."""
+        arch, names, found = self.arch, self.arch.names, []
+        gain = self.source.get(names.norm)
+        for rows in self.source.get(names.embedding if arch.tied else names.head).split(ROWS):
+            folded, folded_gain = self.fold.head(rows, gain)
+            normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
+            found.append(normed @ folded.float().T)
+        return cat(found, dim=1)
 
 
 def compare(what: str, expected: Tensor, actual: Tensor) -> float:
-    distance = ((expected - actual).norm() / expected.norm()).item()
+    if not expected.isfinite().all():
+        raise RotQuantError(f"equivalence gate: the original itself computes NaN or infinite values ({what})")
+    distance = ((expected - actual).norm() / expected.norm()).item() if expected.shape == actual.shape else float("inf")
     if not distance <= TOLERANCE:  # NaN counts as different
         raise RotQuantError(
             f"equivalence gate: {what} of the folded model differs from the original by {distance:.2e} (limit"
-            f" {TOLERANCE:.0e}): this architecture is not folded rightly; please report it. Nothing was written"
+            f" {TOLERANCE:.0e}): transformers computes something in this model that rotquant does not; please report"
+            " its config.json. Nothing was written"
         )
     return distance

@@ -14,6 +14,8 @@ q, k        (diag(1/s) q) . (diag(s) k) = q . k. RoPE turns channels i and i + h
             share one s, and then the scaling commutes with it. With q_norm and k_norm (Qwen3), whose outputs do not
             depend on the scale of their inputs, the factors go to the norms' gains, which all heads share.
 
+`models` says which linears these are. A layer's tensors are changed in place, as views of the model's parameters.
+
 A fold of the norm gains undoes the first step exactly, whatever its strength. The other three survive a rotation in
 part: a Hadamard transform spreads a channel's energy but cannot remove it, so `pair_strength` is much smaller.
 """
@@ -26,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+from rotquant.models import Layer, Tensors, describe
+from rotquant.models.architecture import Attention
+
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -52,54 +56,56 @@ def _power_of_two(strength: float) -> float:
     return 2.0 ** round(math.log2(strength))
 
 
-def _scale_rows(linear: nn.Linear, rows: torch.Tensor, factor: float) -> None:
+def _scale_rows(tensors: Tensors, linear: str, rows: Tensor, factor: float) -> None:
     """Scale outputs of a linear: weight rows, and the bias that is added to them."""
-    linear.weight[rows] *= factor
-    if linear.bias is not None:
-        linear.bias[rows] *= factor
+    for name in (f"{linear}.weight", f"{linear}.bias"):
+        if name in tensors:
+            tensors[name][rows] *= factor
 
 
-def _harden_norm(norm: nn.Module, fed: list[nn.Linear], picker: _Picker, factor: float) -> None:
-    gain = norm.weight
-    assert isinstance(gain, torch.Tensor)
+def _harden_norm(gain: Tensor, fed: list[Tensor], picker: _Picker, factor: float) -> None:
+    """`fed`: weights of the linears that the norm feeds."""
     channels = picker.pick(gain.numel())
     gain[channels] *= factor
-    for linear in fed:
-        linear.weight[:, channels] /= factor
+    for weight in fed:
+        weight[:, channels] /= factor
 
 
-def _harden_up_down(mlp: Any, picker: _Picker, factor: float) -> None:
-    channels = picker.pick(mlp.up_proj.weight.shape[0])
-    _scale_rows(mlp.up_proj, channels, factor)
-    mlp.down_proj.weight[:, channels] /= factor
+def _harden_up_down(tensors: Tensors, kind: Layer, picker: _Picker, factor: float) -> None:
+    channels = picker.pick(kind.mlp.width)
+    _scale_rows(tensors, kind.mlp.up, channels, factor)
+    tensors[f"{kind.mlp.down}.weight"][:, channels] /= factor
 
 
-def _harden_attention(attention: Any, picker: _Picker, factor: float, kv_heads: int, group: int) -> None:
-    """The v, o and the q, k pairs of one layer; `group` query heads share each key-value head."""
-    head_dim = attention.head_dim
-    for head in range(kv_heads):
+def _harden_attention(tensors: Tensors, attention: Attention, picker: _Picker, factor: float) -> None:
+    """The v, o and the q, k pairs of one layer."""
+    head_dim, pairs = attention.head_dim, attention.qk_factors
+    for head in range(attention.kv_heads):
         channels = picker.pick(head_dim)
-        _scale_rows(attention.v_proj, head * head_dim + channels, factor)
-        attention.o_proj.weight[:, _of_queries(head, group, head_dim, channels)] /= factor
-    if hasattr(attention, "k_norm"):
-        pairs = _paired(picker.pick(head_dim // 2), head_dim)
-        attention.k_norm.weight[pairs] *= factor
-        attention.q_norm.weight[pairs] /= factor
+        _scale_rows(tensors, attention.value, head * head_dim + channels, factor)
+        tensors[f"{attention.output}.weight"][:, _of_queries(head, attention, channels)] /= factor
+    if attention.key_norm and attention.query_norm:
+        both = _paired(picker.pick(pairs), attention)
+        tensors[f"{attention.key_norm}.weight"][both] *= factor
+        tensors[f"{attention.query_norm}.weight"][both] /= factor
         return
-    for head in range(kv_heads):
-        pairs = _paired(picker.pick(head_dim // 2), head_dim)
-        _scale_rows(attention.k_proj, head * head_dim + pairs, factor)
-        _scale_rows(attention.q_proj, _of_queries(head, group, head_dim, pairs), 1.0 / factor)
+    for head in range(attention.kv_heads):
+        both = _paired(picker.pick(pairs), attention)
+        _scale_rows(tensors, attention.key, head * head_dim + both, factor)
+        _scale_rows(tensors, attention.query, _of_queries(head, attention, both), 1.0 / factor)
 
 
-def _paired(channels: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """RoPE's pairs: channel i turns with channel i + head_dim/2."""
-    return torch.cat([channels, channels + head_dim // 2])
+def _paired(factors: Tensor, attention: Attention) -> Tensor:
+    """Channels of S_qk's factors: channel i turns with i + rotary/2, those that RoPE leaves alone have no other."""
+    half = attention.rotary // 2
+    turned, single = factors[factors < half], factors[factors >= half]
+    return torch.cat([turned, turned + half, single + half])
 
 
-def _of_queries(kv_head: int, group: int, head_dim: int, channels: torch.Tensor) -> torch.Tensor:
+def _of_queries(kv_head: int, attention: Attention, channels: Tensor) -> Tensor:
     """These head channels in every query head that reads the given key-value head."""
-    return torch.cat([query * head_dim + channels for query in range(kv_head * group, (kv_head + 1) * group)])
+    group, size = attention.heads // attention.kv_heads, attention.head_dim
+    return torch.cat([query * size + channels for query in range(kv_head * group, (kv_head + 1) * group)])
 
 
 @torch.no_grad()
@@ -116,22 +122,20 @@ def harden(
     strength: factor of the norm channels; pair_strength: factor of the up/down, v/o and q/k channels (both are rounded
     to a power of two); channels: share of the channels of each site that is scaled, drawn anew for every site.
     """
-    config = model.config
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"cannot harden a {config.model_type!r} model; supported: {', '.join(ARCHITECTURES)}")
+    arch = describe(model.config, class_name=type(model).__name__)
     picker = _Picker(seed, channels)
     factor, pair_factor = _power_of_two(strength), _power_of_two(pair_strength)
-    decoder = model.get_decoder()
-    group = config.num_attention_heads // config.num_key_value_heads
-    for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        _harden_norm(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], picker, factor)
-        _harden_norm(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], picker, factor)
-        _harden_up_down(mlp, picker, pair_factor)
-        _harden_attention(attention, picker, pair_factor, config.num_key_value_heads, group)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear) and head.weight is not embedding.weight:
-        _harden_norm(decoder.norm, [head], picker, factor)
+    tensors: Tensors = dict(model.named_parameters())
+    for index, kind in enumerate(arch.kinds):
+        prefix = arch.layer_prefix(index)
+        layer = kind.split({n.removeprefix(prefix): p.data for n, p in tensors.items() if n.startswith(prefix)})
+        for site, norm in kind.norms.items():
+            fed = [layer[f"{linear}.weight"] for linear in kind.sites[site]]
+            _harden_norm(layer[f"{norm}.weight"], fed, picker, factor)
+        _harden_up_down(layer, kind, picker, pair_factor)
+        _harden_attention(layer, kind.attention, picker, pair_factor)
+    if arch.names.head in tensors:  # named_parameters leaves out a head that is the embedding
+        _harden_norm(tensors[arch.names.norm], [tensors[arch.names.head]], picker, factor)
 
 
 def harden_folder(src: Path | str, dst: Path | str, **options: Any) -> None:

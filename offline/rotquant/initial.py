@@ -32,12 +32,13 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
     """
     check_sizes(recipe, arch, tp_max)
     rotations, layers = recipe.rotations, []
-    for index in range(arch.layers):
-        layer = LayerTransforms()
+    for index, kind in enumerate(arch.kinds):
+        layer, attention = LayerTransforms(), kind.attention
         if rotations.r2 != "none":
-            layer.r2 = r2_of(rotations.r2, arch.head_dim, generator(seed, f"r2.{index}")).expand(arch.kv_heads, -1, -1)
+            r2 = r2_of(rotations.r2, attention.head_dim, generator(seed, f"r2.{index}"))
+            layer.r2 = r2.expand(attention.kv_heads, -1, -1)
         if rotations.r4 != "none":
-            layer.inputs["down"] = [Stage("hadamard", power_of_two_factor(arch.intermediate_size // tp_max))]
+            layer.inputs["down"] = [Stage("hadamard", power_of_two_factor(kind.mlp.width // tp_max))]
         layers.append(layer)
     r3 = arch.head_dim if rotations.r3 != "none" and recipe.kv.bits < 16 else 0
     return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers)
@@ -52,8 +53,9 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
     for rotation in ("r1", "r2"):
         if getattr(recipe.rotations, rotation) == "none" and rotation in learned_rotations(recipe):
             raise RotQuantError(f"recipe {recipe.name}: rotations.{rotation} is none, and the recipe learns it")
-    if arch.intermediate_size % tp_max:
-        raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {arch.intermediate_size}")
+    for kind in arch.kinds:
+        if kind.mlp.width % tp_max:
+            raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {kind.mlp.width}")
     if recipe.rotations.r1 == "walsh" and arch.hidden_size % recipe.rotations.walsh_block:
         raise RotQuantError(
             f"config.json: hidden_size is {arch.hidden_size}, which rotations.walsh_block"

@@ -9,7 +9,6 @@ snapshots in a `Slot`. At the end the folder is renamed to OUT, so OUT is comple
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rotquant.checkpoint import save_tensors, save_text
+from rotquant.checkpoint import file_digest, save_tensors, save_text
 from rotquant.errors import RotQuantError
 from rotquant.signals import raise_dropped
 
@@ -182,8 +181,3 @@ class Slot:
         if time.monotonic() - self.saved >= SNAPSHOT_SECONDS:
             self.journal.keep(self.step, tensors() | {"done": torch.tensor(done)})
             self.saved = time.monotonic()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -13,12 +13,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from rotquant.decoder import Cache, Decoder, bias_of, float_linear, kv4_cache
-from rotquant.fold import NORMS
 from rotquant.format import KVFormat
-from rotquant.models import LINEARS
+from rotquant.models import Tensors
+from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
-from rotquant.space import SITE_OF, SITES, LayerTransforms, Transforms
+from rotquant.space import LayerTransforms, Transforms
 from rotquant.weights import gptq, low_rank, rtn
 from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
 
@@ -49,6 +48,18 @@ class PackedLinear:
             stored |= {f"{name}.low_rank_down": self.down.cpu(), f"{name}.low_rank_up": self.up.cpu()}
         return stored
 
+    @classmethod
+    def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
+        """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
+        first, rows = parts[0], sum(part.shape[0] for part in parts)
+        downs = [part.down for part in parts if part.down is not None]
+        ups = [part.up for part in parts if part.up is not None]
+        return cls(
+            torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts]),
+            (rows, first.shape[1]), first.bits,
+            torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
+        )  # fmt: skip
+
 
 def pack(codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None) -> PackedLinear:
     packed = convention.pack_int32(codes, bits)
@@ -59,15 +70,14 @@ class LayerQuantizer:
     """Quantizes decoder layers one at a time.
 
     Args:
-        recipe, transforms: what to do; decoder: how a layer computes; dtype: of the checkpoint.
+        recipe, transforms: what to do; decoders: how each layer computes; dtype: of the checkpoint.
     """
 
     def __init__(
-        self, recipe: Recipe, transforms: Transforms, decoder: Decoder, dtype: torch.dtype, device: str
+        self, recipe: Recipe, transforms: Transforms, decoders: list[Decoder], dtype: torch.dtype, device: str
     ) -> None:
-        self.recipe, self.transforms, self.decoder, self.dtype, self.device = (
-            recipe, transforms, decoder, dtype, device,
-        )  # fmt: skip
+        self.recipe, self.transforms, self.decoders = recipe, transforms, decoders
+        self.dtype, self.device = dtype, device
         self.errors: list[float] = []  # relative rounding error of each weight matrix
 
     def __call__(
@@ -81,22 +91,27 @@ class LayerQuantizer:
             the tensors to store, and the chain after the layer.
         """
         self.errors = []
-        self.layer = self.transforms.layers[index]
-        others = {n: t.to(self.dtype) for n, t in folded.items() if n.removesuffix(".weight") not in LINEARS}
+        self.layer, self.decoder = self.transforms.layers[index], self.decoders[index]
+        self.kind = self.decoder.kind
+        others = {n: t.to(self.dtype) for n, t in folded.items() if n.removesuffix(".weight") not in self.kind.linears}
         self.tensors = {n: t.to(self.device) for n, t in others.items()}
         self.stages = {site: [self._placed(stage) for stage in found] for site, found in self.layer.inputs.items()}
         self.done: dict[str, PackedLinear] = {}
-        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in LINEARS}
+        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in self.kind.linears}
         folded.clear()
         if chain is None:
-            for name in LINEARS:
+            for name in self.kind.linears:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
         else:
             chain = self._calibrate(weights, chain)
-        stored = dict(others)
-        for name, packed in self.done.items():
-            stored |= packed.tensors(name, self.dtype)
-        return stored, chain
+        return self._stored(others), chain
+
+    def _stored(self, others: Tensors) -> Tensors:
+        """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
+        stored = self.kind.join(others)
+        for name, parts in self.kind.stored.items():
+            stored |= PackedLinear.stacked([self.done[part] for part in parts]).tensors(name, self.dtype)
+        return stored
 
     def _placed(self, stage: Stage) -> Stage:
         """The stage as it will be served: its tensor as the checkpoint stores it."""
@@ -108,24 +123,25 @@ class LayerQuantizer:
 
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next."""
-        norm, gain1, gain2 = (self.decoder.norm, *(self.tensors[f"{n}.weight"] for n in NORMS.values()))
+        norm, attention, mlp = self.decoder.norm, self.kind.attention, self.kind.mlp
+        gain1, gain2 = (self.tensors[f"{block.norm}.weight"] for block in (attention, mlp))
         self.importance = self._importance(weights, chain)
         self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
-        mixed = torch.empty(*chain.shape[:2], weights["self_attn.o_proj"].shape[1], dtype=chain.dtype)
+        mixed = torch.empty(*chain.shape[:2], weights[attention.output].shape[1], dtype=chain.dtype)
         cache = self._cache()
         for i, h in enumerate(self._samples(chain)):
             mixed[i] = self.decoder.attention(self.tensors, norm(h, gain1), self.linear, cache).cpu()
         self._step(weights, "o", self._samples(mixed))
         after = torch.empty_like(chain)
         for i, (h, x2) in enumerate(zip(self._samples(chain), self._samples(mixed), strict=True)):
-            after[i] = (h + self.linear("self_attn.o_proj", x2)).cpu()
+            after[i] = self.decoder.add(h, self.linear(attention.output, x2)).cpu()
         del mixed
         self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(after)))
         x4 = (self.decoder.mlp_input(norm(h, gain2), self.linear) for h in self._samples(after))
         self._step(weights, "down", x4)
         for i, h in enumerate(self._samples(after)):
-            down = self.linear("mlp.down_proj", self.decoder.mlp_input(norm(h, gain2), self.linear))
-            after[i] = (h + down).cpu()
+            down = self.linear(mlp.down, self.decoder.mlp_input(norm(h, gain2), self.linear))
+            after[i] = self.decoder.add(h, down).cpu()
         return after
 
     def _importance(self, weights: dict[str, Tensor], chain: Tensor) -> list[Tensor] | None:
@@ -136,10 +152,11 @@ class LayerQuantizer:
         share = self.recipe.weights.attention_weight
         if not share:
             return None
-        known = self.tensors | {f"{name}.weight": weights[name] for name in SITES["attn"]}
+        known = self.tensors | {f"{name}.weight": weights[name] for name in self.kind.sites["attn"]}
         tensors = {name: tensor.float() for name, tensor in known.items()}
-        exact = float_linear(tensors, self.layer)
-        inputs = (self.decoder.norm(h, self.tensors["input_layernorm.weight"]).float() for h in self._samples(chain))
+        exact = self.decoder.float_linear(tensors, self.layer)
+        gain = self.tensors[f"{self.kind.attention.norm}.weight"]
+        inputs = (self.decoder.norm(h, gain).float() for h in self._samples(chain))
         return [(1 - share) + share * self.decoder.attention_received(tensors, x, exact) for x in inputs]
 
     def _samples(self, chain: Tensor) -> Iterator[Tensor]:
@@ -148,7 +165,7 @@ class LayerQuantizer:
     def _step(self, weights: dict[str, Tensor], site: str, inputs: Iterator[Tensor]) -> None:
         """Quantizes the linears of a site, which share these inputs."""
         if not self.recipe.weights.needs_inputs:
-            for name in SITES[site]:
+            for name in self.kind.sites[site]:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
             return
         hessian, drift = self._moments(site, inputs)
@@ -156,7 +173,7 @@ class LayerQuantizer:
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
         rounded = self._rounding(hessian)
-        for name in SITES[site]:
+        for name in self.kind.sites[site]:
             weight = weights.pop(name)
             if refit:
                 weight = refit(weight)
@@ -226,7 +243,7 @@ class LayerQuantizer:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """The served linear: the same op on the same packed weights."""
-        packed, site = self.done[name], SITE_OF[name]
+        packed, site = self.done[name], self.kind.site_of[name]
         return linear(
             x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.bits, self.stages.get(site, []),
             *self._activations(site), packed.down, packed.up,

@@ -27,10 +27,13 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint import Source, fetch
+from rotquant.content import check_content
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, KVFormat, claims
-from rotquant.models import read_config
+from rotquant.models import Architecture, read_config
 from rotquant.quant_linear import QuantLinear, StoredInput
+from rotquant.sizes import check_sizes
+from rotquant.targets import check_targets
 from rotquant_kernels import kv4_attention as run_kv4_attention
 from rotquant_kernels import kv4_write, reference
 
@@ -51,19 +54,40 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
         RotQuantError: not such a checkpoint, a feature this build lacks, or a bad file or tensor.
     """
     folder = fetch(str(path))
-    config = read_config(folder)
-    if not claims(getattr(config, "quantization_config", None)):
+    config = _config(folder)
+    if not claims(getattr(config, "quantization_config", None), getattr(config, "rotquant", None)):
         raise RotQuantError(f"{folder}/config.json: not a rotquant checkpoint (it has no int4 weights and activations)")
-    model, checkpoint = _build(config, dtype)
-    _fill(model, Source(folder), torch.device(device))
-    for name, module in model.named_modules():
+    source = Source(folder)
+    arch = check_sizes(config, source)
+    model, checkpoint = _build(folder, arch, dtype)
+    _fill(model, source, torch.device(device))
+    for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-        if checkpoint.kv is not None and name.endswith(".self_attn"):
-            module.rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
+    for index, kind in enumerate(arch.kinds):
+        name = arch.layer_prefix(index) + kind.attention.module
+        model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with _one_line(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    with _one_line(folder / "config.json"):
+        return read_config(folder)
+
+
+@contextmanager
+def _one_line(file: Path) -> Iterator[None]:
+    """Whatever transformers raises over a file, in one line."""
+    try:
+        yield
+    except RotQuantError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RotQuantError(f"{file}: transformers does not read it: {type(error).__name__}: {reason}") from error
 
 
 # ---- attention over a 4-bit KV cache ----------------------------------------------------------------
@@ -152,13 +176,14 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 # ---- building ---------------------------------------------------------------------------------------
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
+def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
+    config = arch.config
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
-    with _parameters_on_meta():
+    with _one_line(folder / "config.json"), _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, attn_implementation=implementation
         )
@@ -166,17 +191,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrai
         layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
         if layer_format is not None:
             model.set_submodule(name, QuantLinear(name, layer, layer_format))
-    _check_clips(model, checkpoint)
     return model, checkpoint
-
-
-def _check_clips(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
-    """Refuses a clip ratio of a module that is not there: nothing else would notice."""
-    extension, modules = checkpoint.extension, dict(model.named_modules())
-    for field, names in (("activation_clip", extension.activation_clip), ("kv_clip.layers", extension.kv_clip.layers)):
-        for name in names:
-            if name != "default" and name not in modules:
-                raise RotQuantError(f"config.json: rotquant.{field}.{name}: this model has no module of that name")
 
 
 @contextmanager
@@ -207,12 +222,15 @@ def _fill(model: PreTrainedModel, source: Source, device: torch.device) -> None:
         if owner is None:
             if not name.endswith("rotary_emb.inv_freq"):
                 raise RotQuantError(f"{file}: tensor {name} is not part of this model; without it the result is wrong")
-        elif isinstance(owner, QuantLinear) and leaf == "weight_shape":
-            _expect(file, name, "value", source.get(name).tolist(), [owner.out_features, owner.in_features])
+            continue
+        tensor = source.get(name)
+        check_content(f"{file}: tensor {name}", name, tensor)
+        if isinstance(owner, QuantLinear) and leaf == "weight_shape":
+            _expect(file, name, "value", tensor.tolist(), [owner.out_features, owner.in_features])
         elif isinstance(owner, StoredInput):
-            owner.load(f"{file}: tensor {name}", source.get(name), device)
+            owner.load(f"{file}: tensor {name}", tensor, device)
         else:
-            _assign(file, name, source.get(name), owner, leaf, device)
+            _assign(file, name, tensor, owner, leaf, device)
     _tie(model, source)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:

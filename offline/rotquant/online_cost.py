@@ -23,10 +23,9 @@ from typing import TypeAlias
 
 from rotquant.errors import RotQuantError
 from rotquant.format import CheckpointFormat, LinearFormat
-from rotquant.models import expected_shapes, read_config
+from rotquant.models import describe, read_config
 
 Stage: TypeAlias = tuple[str, int, int]  # kind, block, K
-SERVED_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True)
@@ -72,25 +71,24 @@ def online_cost(folder: Path) -> OnlineCost:
         RotQuantError: a config.json that this build does not run.
     """
     config = read_config(folder)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), head_dim)
-    del config.quantization_config
+    arch = describe(config, f"{folder}/config.json")
+    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
     served: set[tuple[str, tuple[Stage, ...]]] = set()
     gemm = total = 0
-    for name, shape in expected_shapes(config).items():
-        linear = checkpoint.linear(name.removesuffix(".weight")) if name.endswith("_proj.weight") else None
-        if linear is None:
-            continue
-        rows, width = shape
-        gemm += rows * width
-        total += linear.rank * (rows + width)
-        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        served.add((f"{parent}.{SERVED_WITH.get(leaf, leaf)}", tuple(stages(linear, width))))
+    for index, kind in enumerate(arch.kinds):
+        for name, parts in kind.stored.items():
+            linear = checkpoint.linear(arch.layer_prefix(index) + name)
+            if linear is None:
+                continue
+            rows, width = kind.stored_shape(name)
+            gemm += rows * width
+            total += linear.rank * (rows + width)
+            served.add((f"{index}.{kind.site_of[parts[0]]}", tuple(stages(linear, width))))
+        if checkpoint.kv and checkpoint.kv.rotate:
+            attention = kind.attention
+            numbers = (attention.heads + attention.kv_heads) * attention.head_dim
+            total += multiply_adds([("hadamard", checkpoint.kv.rotate, numbers)])
     total += sum(multiply_adds(chain) for _, chain in served)
-    if checkpoint.kv:
-        heads = config.num_attention_heads + config.num_key_value_heads
-        rotated = ("hadamard", checkpoint.kv.rotate, heads * head_dim) if checkpoint.kv.rotate else ("none", 0, 0)
-        total += config.num_hidden_layers * multiply_adds([rotated])
     return OnlineCost(total, gemm)
 
 

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rotquant import export
+from rotquant.basis import Basis
 from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.checkpoint import DTYPES, Source, fetch
-from rotquant.decoder import Decoder
+from rotquant.companions import copy_companions
 from rotquant.errors import RotQuantError
 from rotquant.fold import Fold
 from rotquant.format import FORMAT_VERSION
@@ -34,7 +35,9 @@ from rotquant.journal import Journal
 from rotquant.layerwise import LayerQuantizer, pack
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture, expected_shapes, read_architecture, rotary
+from rotquant.models import Architecture
+from rotquant.models.decoder import decoders
+from rotquant.original import read_original
 from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
@@ -141,13 +144,10 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = export.for_profile(load_recipe(recipe, settings), profile)
+    chosen = export.for_profile(load_recipe(recipe, settings), profile).check_learning()
     folder = fetch(model)
-    arch = read_architecture(folder)
-    source = Source(folder)
-    expected = expected_shapes(arch.config)
-    source.check(expected, optional=[LM_HEAD] if arch.tied else [])
-    check_groups(chosen, expected)
+    arch, source = read_original(folder)
+    check_shapes(chosen, arch)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -158,16 +158,21 @@ def prepare(
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[source.dtypes[EMBEDDING]]
+    dtype = DTYPES[source.dtypes[arch.names.embedding]]
     return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
 
 
-def check_groups(recipe: Recipe, expected: dict[str, tuple[int, ...]]) -> None:
-    size = recipe.weights.group_size
-    for name, shape in expected.items():
-        if name.endswith("_proj.weight") and (shape[1] % 8 or (size and shape[1] % size)):
+def check_shapes(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses groups and ranks that a weight of the model cannot have."""
+    size, rank = recipe.weights.group_size, recipe.weights.rank
+    for name, shape in arch.linears():
+        if shape[1] % 8 or (size and shape[1] % size):
             what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
-            raise RotQuantError(f"config.json: the {shape[1]} inputs of {name} are not divisible by {what}")
+            raise RotQuantError(f"config.json: the {shape[1]} inputs of {name}.weight are not divisible by {what}")
+        if rank > min(shape):
+            raise RotQuantError(
+                f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
+            )
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
@@ -240,10 +245,11 @@ def write_embedding(run: Run, journal: Journal) -> None:
     """The rotated embeddings, and the chain that enters layer 0."""
     if journal.done("embedding"):
         return
-    weight = by_rows(run.source.get(EMBEDDING), lambda rows: run.fold.embedding(rows).to(run.dtype))
+    name = run.arch.names.embedding
+    weight = by_rows(run.source.get(name), lambda rows: run.fold.embedding(rows).to(run.dtype))
     if run.calibrated and run.recipe.weights.needs_inputs:
-        journal.save_chain(0, weight[run.calibrated.tokens])
-    journal.finish("embedding", run.shard(1), {EMBEDDING: weight})
+        journal.save_chain(0, weight[run.calibrated.tokens] * run.arch.embedding_scale)
+    journal.finish("embedding", run.shard(1), {name: weight})
 
 
 def write_layers(run: Run, journal: Journal) -> None:
@@ -254,18 +260,18 @@ def write_layers(run: Run, journal: Journal) -> None:
         return
     if first:
         say(f"resuming at layer {first}")
-    cos, sin = rotary(arch.config, run.calibrated.tokens.shape[1] if run.calibrated else 1)
-    decoder = Decoder(arch, cos[0].to(run.device), sin[0].to(run.device))
-    quantizer = LayerQuantizer(run.recipe, run.transforms, decoder, run.dtype, run.device)
+    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1, run.device)
+    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
     chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
-            prefix = arch.layer_prefix(index)
-            stored, chain = quantizer(index, fold.layer(run.source.layer(prefix), index), chain)
+            prefix, kind = arch.layer_prefix(index), arch.kinds[index]
+            stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = {prefix + name: t for name, t in export.layer_tensors(stored, run.transforms, index).items()}
-            journal.finish(f"layer {index}", run.shard(index + 2), tensors, errors=quantizer.errors)
+            tensors = export.layer_tensors(stored, kind, run.transforms, index)
+            named = {prefix + name: tensor for name, tensor in tensors.items()}
+            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
             journal.drop_chain(index)
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
 
@@ -274,15 +280,16 @@ def write_head(run: Run, journal: Journal) -> None:
     """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so."""
     if journal.done("head"):
         return
-    head = run.source.get(EMBEDDING if run.arch.tied else LM_HEAD)
-    gain = run.source.get(FINAL_NORM)
-    tensors = {FINAL_NORM: run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    names = run.arch.names
+    head = run.source.get(names.embedding if run.arch.tied else names.head)
+    gain = run.source.get(names.norm)
+    tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
     if run.recipe.lm_head.bits == 8:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
         scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
-        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors("lm_head", run.dtype)
+        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
-        tensors[LM_HEAD] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
+        tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
 
 
@@ -292,10 +299,11 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
-    """config.json, index, tokenizer and model card; read back before they count."""
+    """Basis sidecar, config.json, index, tokenizer and model card; read back before they count."""
     quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
-    export.copy_companions(run.model, journal.folder)
-    extension = export.extension(run.recipe, run.transforms, run.profile, provenance(run, digest))
+    copy_companions(run.model, journal.folder)
+    basis = Basis.of(run.source, run.arch, run.transforms).write(journal.folder)
+    extension = export.extension(run.recipe, run.arch, run.transforms, run.profile, basis, provenance(run, digest))
     export.write_config(run.model, journal.folder, run.arch, quantization, extension)
     written: dict[str, str] = {}
     for shard in journal.files():

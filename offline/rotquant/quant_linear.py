@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rotquant import stored
 from rotquant.errors import RotQuantError
 from rotquant.format import LinearFormat, Transform
-from rotquant_kernels import Stage, linear, prepare_weight
+from rotquant_kernels import Stage, linear, online, ops
 
 
 class StoredInput(nn.Module):
@@ -49,7 +49,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, name: str, layer: nn.Linear, layer_format: LinearFormat) -> None:
         super().__init__()
-        self.format = layer_format
+        self.name, self.format = name, layer_format
         self.in_features, self.out_features = inputs, outputs = layer.in_features, layer.out_features
         size = layer_format.group_size or inputs
         if inputs % size:
@@ -59,6 +59,7 @@ class QuantLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         rank, dtype = layer_format.rank, layer.weight.dtype
+        self.dtype = dtype  # of the rows that it is given
         self.register_buffer("weight_packed", empty(torch.int32, outputs, -(-inputs * layer_format.weight_bits // 32)))
         self.register_buffer("weight_scale", empty(torch.float32, outputs, inputs // size))
         self.register_buffer("bias", None if layer.bias is None else empty(layer.bias.dtype, outputs))
@@ -73,9 +74,18 @@ class QuantLinear(nn.Module):
                 self.add_module(f"{transform.name}_output", correction)
 
     def prepare(self) -> None:
-        """Brings the loaded weights into the kernel's layout and adds what shifts took away to the bias."""
-        groups = self.weight_scale.shape[1]
-        self.weight_packed = prepare_weight(self.weight_packed, self.format.weight_bits, self.in_features, groups)
+        """Brings the loaded weights into the kernel's layout and adds what shifts took away to the bias.
+
+        Raises:
+            RotQuantError: a weight that the kernels of its device do not read.
+        """
+        f, bias = self.format, self.bias is not None or any(t.kind == "shift" for t in self.format.transforms)
+        dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
+        settings = f.weight_bits, self.in_features, f.act_bits, f.act_symmetric, bias, bool(f.rank), dtype
+        try:
+            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, *settings).weight
+        except ValueError as error:  # what the kernels of this device do not read
+            raise RotQuantError(f"{self.name}: {error}") from None
         for transform in self.format.transforms:
             if transform.kind == "shift":
                 correction = self.get_buffer(f"{transform.name}_output.weight")

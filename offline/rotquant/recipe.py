@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rotquant.errors import RotQuantError
+from rotquant.json_files import short
+from rotquant.learn.register import SERVES, optimisers
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Site = Literal["attn", "o", "mlp", "down"]
@@ -78,11 +80,21 @@ class OnlineStages(_Part):
     def of(self, site: str) -> list[str]:
         return list(getattr(self, site))
 
+    @model_validator(mode="after")
+    def _sizes(self) -> OnlineStages:
+        """Blocks that divide a power of two, and one shift a site: what it adds to the outputs is stored once."""
+        if self.block & (self.block - 1):
+            raise ValueError(f"block {self.block} is not a power of two")
+        for site in ("attn", "o", "mlp", "down"):
+            if self.of(site).count("shift") > 1:
+                raise ValueError(f"{site} has more than one shift; one does what two would")
+        return self
+
 
 class Surrogate(_Part):
     """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
 
-    targets: list[Literal["r1", "r2"]] = ["r1"]
+    targets: Annotated[list[Literal["r1", "r2"]], Field(min_length=1)] = ["r1"]
     objective: Literal["quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"] = (
         "quantization_error"
     )
@@ -92,6 +104,14 @@ class Surrogate(_Part):
     lr: float = Field(default=0.01, gt=0)
     massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
     rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
+
+    @model_validator(mode="after")
+    def _pair(self) -> Surrogate:
+        """An optimiser that serves the objective."""
+        if self.objective not in SERVES[self.optimiser]:
+            fitting = " or ".join(optimisers(self.objective))
+            raise ValueError(f"optimiser {self.optimiser} cannot learn objective {self.objective}: take {fitting}")
+        return self
 
 
 class Blockwise(_Part):
@@ -226,6 +246,24 @@ class Recipe(_Part):
             or any(self.online.of(site) for site in ("attn", "o", "mlp", "down"))
         )
 
+    def check_learning(self) -> Recipe:
+        """The recipe itself, unless a stage of learning has nothing to learn.
+
+        Raises:
+            RotQuantError: naming the stage.
+        """
+        absent = {"kv_clip"} if self.kv.bits == 16 else set()
+        if not any(set(self.online.of(site)) for site in ("attn", "o", "mlp", "down")):
+            absent.add("online")
+        for stage, part in (("blockwise", self.learn.blockwise), ("end_to_end", self.learn.end_to_end)):
+            gone = absent | ({"weight_clip"} if part and part.weight_bits == 16 else set())
+            if part and not set(part.learns) - gone:
+                raise RotQuantError(
+                    f"recipe {self.name}: learn.{stage}.learns is {list(part.learns)}, and this recipe has none of"
+                    f" these; take others, or set learn.{stage}=null"
+                )
+        return self
+
     def _by_surrogate(self, rotation: str) -> bool:
         return self.learn.surrogate is not None and rotation in self.learn.surrogate.targets
 
@@ -257,19 +295,20 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
         names = ", ".join(sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")))
         raise RotQuantError(f"unknown recipe {recipe!r}: take one of {names}, or give the path of a .yaml file")
     try:
-        data = yaml.safe_load(source.read_text())
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise RotQuantError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RotQuantError(f"{where}: a recipe is a YAML mapping")
     for setting in settings:
         _set(data, setting)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data).check_learning()
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise RotQuantError(f"{where}: {key}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise RotQuantError(f"{where}: {key}: {short(message)}") from error
 
 
 def _set(data: dict[str, Any], setting: str) -> None:
@@ -281,4 +320,7 @@ def _set(data: dict[str, Any], setting: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise RotQuantError(f"--set {setting}: {parent} has no keys below it")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RotQuantError(f"--set {setting}: the value is not valid YAML: {short(error, 100)}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture
+from rotquant.models import Architecture, Layer
 from rotquant.recipe import Recipe
 
 Windows = tuple[int, ...]  # calibration samples, tokens of each
@@ -29,7 +29,7 @@ def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     """Refuses a checkpoint that the disk cannot hold."""
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     need = 2 * vocabulary(arch) * dtype.itemsize + arch.layers * layer_weights(arch) * recipe.weights.bits // 8
-    need += 2 * chain
+    need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:
@@ -58,7 +58,7 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
 
 def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
     """Bytes."""
-    widest = max(arch.intermediate_size, arch.heads * arch.head_dim)
+    widest = max(inputs for _, (_, inputs) in arch.linears())
     hessians = HESSIANS * 4 * widest**2 if recipe.weights.needs_inputs else 0
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     tables = 3 * vocabulary(arch) * dtype.itemsize  # as read, folded, and folded in one piece
@@ -90,14 +90,18 @@ def end_to_end(recipe: Recipe, arch: Architecture, windows: Windows) -> int:
 
 def gradients(arch: Architecture, tokens: int) -> int:
     """Bytes that the backward pass through one layer needs, beside the layer itself."""
-    queries_keys_values = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
-    activations = 8 * arch.hidden_size + 6 * arch.intermediate_size + 4 * queries_keys_values
-    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * activations
+
+    def numbers(kind: Layer) -> int:
+        """Of one token."""
+        queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
+        return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
+
+    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(numbers, arch.kinds))
 
 
 def layer_weights(arch: Architecture) -> int:
-    attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim
-    return arch.hidden_size * (attention + 3 * arch.intermediate_size)
+    """Weights of the largest layer."""
+    return max(sum(rows * columns for rows, columns in kind.shapes.values()) for kind in arch.kinds)
 
 
 def vocabulary(arch: Architecture) -> int:

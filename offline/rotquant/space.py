@@ -4,13 +4,14 @@ A method is a point in this space: which of these are there, and how their value
 `fold` puts them into the weights; what cannot be folded runs online, as stages of `rotquant_kernels.online`.
 
     R1             residual stream; orthogonal [hidden, hidden], one for the model
-    R2             values, one for each KV head; orthogonal [kv_heads, d, d], folded into v_proj and o_proj
+    R2             values, one for each KV head; orthogonal [kv_heads, d, d], folded into the value and output linears
     R3             queries and keys after RoPE; a Hadamard, online
     s_attn, s_mlp  S_n: factors of the norms' outputs (after R1); the norm's gain takes them
-    s_ov, s_ud     factors of the values (before R2) and of up_proj's output; their producers take them
-    s_qk           factors of keys, divided out of queries; equal in the two channels that RoPE turns into each other
+    s_ov, s_ud     factors of the values (before R2) and of up's output; their producers take them
+    s_qk           factors of keys, divided out of queries; one for the two channels that RoPE turns into each other
     order          permutation of the intermediate channels: rows of gate and up, columns of down
-    inputs         for each site the chain of online stages before its linears; R4 is the one before down_proj
+    inputs         for each site (`models.Layer.sites`) the chain of online stages before its linears; R4 is the one
+                   before down
     clips          activation clip of each site, clips of keys and values
     weight_clips   by linear: for each weight scale the share of the range that it covers
 """
@@ -25,14 +26,6 @@ import torch
 from torch import Tensor
 
 from rotquant_kernels import Stage
-
-SITES: dict[str, tuple[str, ...]] = {
-    "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-SITE_OF = {linear: site for site, linears in SITES.items() for linear in linears}
 
 
 class Rotation(Protocol):
@@ -54,15 +47,16 @@ class LayerTransforms:
     s_mlp: Tensor | None = None  # [hidden]
     s_ov: Tensor | None = None  # [kv_heads * d]
     s_ud: Tensor | None = None  # [intermediate]
-    s_qk: Tensor | None = None  # [kv_heads or 1, d / 2]; one row where q_norm and k_norm take it
+    s_qk: Tensor | None = None  # [kv_heads or 1, models.Attention.qk_factors]; one row where norms of q and k take it
     order: Tensor | None = None  # int64 [intermediate]
     inputs: dict[str, list[Stage]] = field(default_factory=dict)
     clips: dict[str, float] = field(default_factory=dict)  # by site, and "key", "value"
     weight_clips: dict[str, Tensor] = field(default_factory=dict)  # [N, groups] each
 
-    def chain(self, linear: str) -> list[Stage]:
-        """The online stages before a linear of this layer."""
-        return self.inputs.get(SITE_OF[linear], [])
+    def norm_scale(self, site: str) -> Tensor | None:
+        """S_n of a site that reads a norm."""
+        found: Tensor | None = {"attn": self.s_attn, "mlp": self.s_mlp}[site]
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it as a flat dict, for a file; `from_tensors` is the inverse."""
@@ -104,7 +98,7 @@ class Transforms:
 
     @property
     def r4_block(self) -> int:
-        """Block of R4, 0 for none: the Hadamard that comes first before down_proj."""
+        """Block of R4, 0 for none: the Hadamard that comes first at the site "down"."""
         chain = self.shared_chain("down")
         return chain[0].block if chain and chain[0].kind == "hadamard" else 0
 

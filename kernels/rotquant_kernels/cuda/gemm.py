@@ -31,6 +31,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
+DISTINCT = (1, 17, 33, 65)  # numbers of tokens that between them get all tiles
+
+
 def tiles(tokens: int, columns: int, groups: int) -> Tiles:
     """A choice by the number of tokens. Few tokens: small tiles, so that every multiprocessor reads weights."""
     size = columns if groups == 1 else columns // groups
@@ -63,17 +66,23 @@ def step(acc, words, codes, first, n, m, tokens, columns, line,
     byte = tl.arange(0, BYTES)
     words += first * BITS // 128 * line
     w = tl.load(words + (byte // 16 * line.to(tl.int32) + byte % 16)[None, :] + (n * 16)[:, None])
-    k = first + (byte // 16 * 32 + byte % 16 if BITS == 4 else byte)
     inside = (m < tokens)[None, :]
-    at = codes + (m * columns)[None, :] + k[:, None]
-    if BITS == 4:
+    if BITS == 4 and BYTES >= 32:
+        k = first + byte // 16 * 32 + byte % 16
+        at = codes + (m * columns)[None, :] + k[:, None]
         low, high = nibbles(w, ASM)
         mask = inside if EVEN else inside & (k < columns)[:, None]
         acc = tl.dot(low, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
         mask = inside if EVEN else inside & (k + 16 < columns)[:, None]
         return tl.dot(high, tl.load(at + 16, mask, 0), acc, out_dtype=tl.int32)
+    column = tl.arange(0, TK)
+    if BITS == 4:  # a chunk alone: both halves of its bytes are one product, of the least columns that int8 takes
+        low, high = nibbles(w, ASM)
+        w = tl.reshape(tl.join(low, high), [w.shape[0], TK])
+        column = column % 2 * 16 + column // 2
+    k = first + column
     mask = inside if EVEN else inside & (k < columns)[:, None]
-    return tl.dot(w, tl.load(at, mask, 0), acc, out_dtype=tl.int32)
+    return tl.dot(w, tl.load(codes + (m * columns)[None, :] + k[:, None], mask, 0), acc, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -106,19 +115,25 @@ def linear_kernel(
             acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
         y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
     else:
-        for group in range(GROUPS):  # one loop, so that loads of the next groups are on their way
+        for group in range(GROUPS):
             acc = tl.zeros([TN, TM], tl.int32)
-            for i in tl.static_range(STEPS):
-                first = (group * STEPS + i) * TK
-                acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            if STEPS * TK <= 128:  # one loop, so that loads of the next groups are on their way
+                for i in tl.static_range(STEPS):
+                    first = (group * STEPS + i) * TK
+                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            else:  # the pipeline of whole groups would be too large for shared memory
+                for i in range(STEPS):
+                    first = (group * STEPS + i) * TK
+                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
             at = weight_scale + n * GROUPS + group
             y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]
     if RANK > 0:
-        r = tl.arange(0, RANK)
-        u = tl.load(up + r[None, :] * channels + n[:, None], (n < channels)[:, None] & (r < rank)[None, :], 0)
-        d = tl.load(down + m[None, :] * rank + r[:, None], (m < tokens)[None, :] & (r < rank)[:, None], 0)
-        y = y + tl.dot(u.to(tl.float32), d, input_precision="ieee")
+        for part in range(RANK // 16):  # more of it at once, and on Blackwell a loop of one step, spill registers
+            r = part * 16 + tl.arange(0, 16)
+            u = tl.load(up + r[None, :] * channels + n[:, None], (n < channels)[:, None] & (r < rank)[None, :], 0)
+            d = tl.load(down + m[None, :] * rank + r[:, None], (m < tokens)[None, :] & (r < rank)[:, None], 0)
+            y = tl.dot(u.to(tl.float32), d, y, input_precision="ieee")
     if BIAS:
         y = y + tl.load(bias + n, n < channels, 0).to(tl.float32)[:, None]
     at = out + (m * channels)[None, :] + n[:, None]
@@ -140,7 +155,7 @@ def product(
     """
     codes, scale, zero = quantized
     (tokens, columns), (channels, groups) = codes.shape, weight_scale.shape
-    words, sums = layout.unpack(weight, bits, columns, channels, groups)
+    words, sums, _ = layout.unpack(weight, bits, columns, channels, groups)
     if weight_scale.dtype != torch.float32:
         raise ValueError(f"weight_scale must be float32, not {weight_scale.dtype}")
     if bias is not None and bias.shape != (channels,):
@@ -156,7 +171,7 @@ def product(
             codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
             None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
             BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
-            RANK=max(triton.next_power_of_2(rank), 16) if rank else 0, BIAS=bias is not None,
+            RANK=max(layout.multiple(rank, 16), 32) if rank else 0, BIAS=bias is not None,
             EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k, ASM=not triton.knobs.runtime.interpret,
             num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
         )  # fmt: skip
@@ -170,15 +185,12 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
-    if humming.chosen():
-        columns = flat.shape[1] // 2 if silu_mul else flat.shape[1]
-        layer = humming.Layer(weight_scale.shape[0], columns, weight_bits, act_bits, bias is not None)
-        major, minor = torch.cuda.get_device_capability(x.device)
-        sm, low_rank = 10 * major + minor, low_rank_down is not None
-        if flat.shape[0] and not humming.misfit(x, weight_scale, layer, act_symmetric, low_rank, sm):
-            settings = (transform, block, matrix)
-            y = humming.int_linear(flat, weight, weight_scale, bias, layer, sm, settings, act_clip, silu_mul)
-            return y.view(*x.shape[:-1], y.shape[1])
+    (channels, groups), columns = weight_scale.shape, flat.shape[1] // 2 if silu_mul else flat.shape[1]
+    parts = layout.unpack(weight, weight_bits, columns, channels, groups)
+    if parts.scales is not None and flat.shape[0]:
+        layer = humming.Layer(channels, columns, weight_bits, act_bits, act_symmetric, bias is not None)
+        y = humming.int_linear(flat, parts, bias, layer, (transform, block, matrix), act_clip, silu_mul)
+        return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
         flat, transform, silu_mul = rows.transform_rows(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:

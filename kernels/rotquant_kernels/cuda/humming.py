@@ -27,6 +27,7 @@ from rotquant_kernels.cuda import layout, rows
 SWITCH = "ROTQUANT_CUDA_LINEAR"
 SUPPORTED = ((0, 1, 17), (0, 2, 0))  # of humming-kernels; vLLM 0.32 carries 0.1.17
 INT4 = (80, 86, 87, 89)  # whose tensor cores multiply int4
+_choice: str | None = None  # of `choose`
 COMPUTE = json.dumps({"use_batch_invariant": True, "use_f16_accum": False, "gemm_type": "dense"})
 
 
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     columns: int
     weight_bits: int
     act_bits: int
+    symmetric: bool
     bias: bool
 
 
@@ -55,7 +57,7 @@ def chosen() -> bool:
     Raises:
         ValueError: an unknown choice, or Humming is not there in a supported version.
     """
-    choice = os.environ.get(SWITCH, "triton")
+    choice = _choice or os.environ.get(SWITCH, "triton")
     if choice not in ("triton", "humming"):
         raise ValueError(f"{SWITCH} is {choice!r}: triton or humming")
     if choice == "triton":
@@ -67,6 +69,18 @@ def chosen() -> bool:
     if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]:
         raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
     return True
+
+
+def choose(choice: str) -> None:
+    """Sets what `chosen` goes by in the place of the environment: "triton" or "humming".
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    global _choice
+    _choice = choice
+    chosen.cache_clear()
+    chosen()
 
 
 @functools.cache
@@ -91,13 +105,13 @@ def configuration(layer: Layer, sm: int) -> tuple[Any, str]:
     return config, ""
 
 
-def misfit(x: Tensor, weight_scale: Tensor, layer: Layer, symmetric: bool, low_rank: bool, sm: int) -> str:
-    """Why Humming cannot run this layer, or nothing."""
+def misfit(layer: Layer, groups: int, low_rank: bool, dtype: torch.dtype, sm: int) -> str:
+    """Why Humming cannot run this layer on rows of a dtype, or nothing."""
     for what, wrong in (
-        ("activations are asymmetric", not symmetric),
-        ("weight scales are by group", weight_scale.shape[1] != 1),
+        ("activations are asymmetric", not layer.symmetric),
+        ("weight scales are by group", groups != 1),
         ("there is a low-rank branch", low_rank),
-        (f"the model is in {x.dtype}", x.dtype != torch.bfloat16),
+        (f"its rows are {str(dtype).removeprefix('torch.')}", dtype != torch.bfloat16),
         (f"{layer.act_bits}-bit activations", layer.act_bits not in (4, 8)),
         (f"{layer.channels} channels are no multiple of 256", layer.channels % 256),
         (f"{layer.columns} columns are no multiple of 128", layer.columns % 128),
@@ -105,6 +119,17 @@ def misfit(x: Tensor, weight_scale: Tensor, layer: Layer, symmetric: bool, low_r
         if wrong:
             return what
     return configuration(layer, sm)[1]
+
+
+def sm_of(device: torch.device) -> int:
+    """The architecture of a GPU: 80, 90, ..."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """A weight of `layout` with the scales [N, 1] behind it: with them Humming runs the layer."""
+    return torch.cat((weight, permuted(weight_scale[:, 0].contiguous()).view(torch.int32)))
 
 
 def permuted(values: Tensor) -> Tensor:
@@ -128,21 +153,29 @@ def order(config: Any, layer: Layer) -> str:
 
 
 def int_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, layer: Layer, sm: int,
-    transform: tuple[str, int, Tensor | None], clip: float, silu_mul: bool = False,
+    x: Tensor, weight: layout.Weight, bias: Tensor | None, layer: Layer, transform: tuple[str, int, Tensor | None],
+    clip: float, silu_mul: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The layer of rows x bfloat16 [M, K] (for `silu_mul` [M, 2 K]) that `misfit` has nothing against; [M, N]."""
+    """The layer of rows x bfloat16 [M, K] (for `silu_mul` [M, 2 K]) that `misfit` had nothing against; [M, N].
+
+    Raises:
+        ValueError: the layer is run otherwise than it was prepared for.
+    """
     from humming.ops import humming_gemm
 
+    sm = sm_of(x.device)
+    wrong = misfit(layer, 1, False, x.dtype, sm)
+    if wrong or weight.scales is None:
+        raise ValueError(f"this layer was prepared for Humming, but {wrong or 'its scales are not there'}")
     config, _ = configuration(layer, sm)
-    words, _ = layout.unpack(weight, layer.weight_bits, layer.columns, layer.channels, 1)
+    words = weight.words
     codes, scale, _ = rows.quantize_rows(x, *transform, layer.act_bits, True, clip, silu_mul, order(config, layer))
     return humming_gemm(
         layer_config=config.to_str(),
         compute_config=COMPUTE,
         inputs=codes.view(torch.uint8) if config.a_dtype.num_bits == 4 else codes,
         weight=words.view(torch.int32).view(layer.channels, -1),
-        weight_scale=permuted(weight_scale[:, 0].contiguous()).view(1, -1),
+        weight_scale=weight.scales.view(1, -1),
         input_scale=scale,
         bias=None if bias is None else permuted(bias.contiguous()),
         outputs=x.new_empty((x.shape[0], layer.channels)),

@@ -11,7 +11,6 @@ be captured in CUDA graphs.
 
 from __future__ import annotations
 
-from functools import cache as once
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,13 @@ import triton
 from torch import Tensor
 
 from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
+from rotquant_kernels.cuda.device import Device, device_of
 from rotquant_kernels.reference import kv_token_bytes
 
 LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
+MERGED_TOGETHER = 8
 PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +46,13 @@ def check_pages(cache: Tensor, dim: int, symmetric: bool, rotate: int) -> Tensor
     check(token == kv_token_bytes(dim, symmetric), f"cache: {token} bytes a token do not fit heads of {dim}")
     check(cache.stride()[2:] == (token, 1), "cache: a (block, head) plane must be contiguous")
     return cache.view(torch.uint8)
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """Steps of the first two dimensions in elements; 0 where there is one entry, whose step may be any number and
+    would only be a reason to compile anew."""
+    first, second = (step if size > 1 else 0 for step, size in zip(x.stride()[:2], x.shape[:2], strict=True))
+    return first, second
 
 
 def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, Any]:
@@ -79,26 +87,9 @@ def write(
     if not slots.shape[0]:
         return
     kv4_write.write[triton.cdiv(slots.shape[0], WRITE_TOKENS), heads](
-        key, value, pages, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        pages.stride(0), pages.stride(1), slots.shape[0], k_clip, v_clip,
+        key, value, pages, slots, *strides(key), *strides(value), *strides(pages), slots.shape[0], k_clip, v_clip,
         **common(dim, cache.shape[2], rotate, symmetric), TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-class Device(NamedTuple):
-    """What matters of a device: processors, and the fewest rows that its matrix unit takes."""
-
-    processors: int
-    least_rows: int
-
-
-@once
-def device_of(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(1, 8)  # Triton's interpreter
-    found = torch.cuda.get_device_properties(device)
-    # tcgen05 has no layout for a second operand of 8 columns that lies by rows, as softmax weights do.
-    return Device(found.multi_processor_count, 16 if found.major == 10 else 8)
 
 
 class Plan(NamedTuple):
@@ -120,6 +111,15 @@ def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, d
     programs = kv_heads * max(sequences, tokens // (rows // group))
     wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
     return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
+
+
+def distinct_batches(group: int, page: int) -> list[tuple[int, int]]:
+    """Batches of one sequence, (new tokens, pages), that between them launch every kernel which any batch launches.
+
+    A batch decides the rows of a program, and whether contexts are cut; nothing else of it is known to a compiler.
+    """
+    counts = sorted({1, 8 // group + 1, 16 // group + 1})
+    return [(tokens, -(-longest // page)) for tokens in counts for longest in (1, 2 * LEAST_SPLIT)]
 
 
 def attention(
@@ -160,15 +160,15 @@ def attention(
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](
-        query, pages, query_start, seq_lens, block_table, out, partial, state, query.stride(0), query.stride(1),
-        pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1), tokens, sequences,
-        scale * LOG2_E, **shared, HEADS=heads, GROUP=group, ROWS=rows, SPLITS=splits, ASSEMBLER=not INTERPRETED,
-        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3,
+        query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
+        block_table.stride(0), *strides(out), tokens, sequences, splits, scale * LOG2_E,
+        **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, ASSEMBLER=not INTERPRETED,
+        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
-            partial, state, out, out.stride(0), out.stride(1), tokens, HEADS=heads, DIM=dim, PADDED=padded,
-            SPLITS=splits, num_warps=4,
+            partial, state, out, *strides(out), tokens, splits, HEADS=heads, DIM=dim, PADDED=padded,
+            MOST=MOST_SPLITS, TOGETHER=MERGED_TOGETHER, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

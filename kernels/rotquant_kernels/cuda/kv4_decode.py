@@ -5,7 +5,7 @@ registers; the rows are the short side, 8 at least:
 
     S [tokens, rows] = K qᵀ,    O [d, rows] = Vᵀ P
 
-The context of a sequence is cut into SPLITS parts, which `merge` puts together.
+The context of a sequence is cut into parts, which `merge` puts together.
 """
 # ruff: noqa: N803
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import rint
+from rotquant_kernels.cuda.kv4_rows import PER_STEP, rint
 from rotquant_kernels.cuda.kv4_tiles import (
     LOWEST,
     MOST_WEIGHT,
@@ -32,17 +32,17 @@ from rotquant_kernels.cuda.kv4_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_STEP)
 def decode(
     query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
+    table_row, out_token, out_head, tokens, sequences, splits, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, ASSEMBLER: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, one part of the context.
 
-    Writes `out` where the context is whole, else partial [tokens, heads, splits, PADDED] and state
-    [2, tokens, heads, splits]: largest exponent, sum of weights.
+    Writes `out` where the context is whole (not PARTS, splits 1), else partial [tokens, heads, splits, PADDED] and
+    state [2, tokens, heads, splits]: largest exponent, sum of weights.
     """
     sequence, token, head, any, valid, seen, end = rows_of(query_start, seq_lens, tokens, sequences, GROUP, ROWS)
     if any:
@@ -61,7 +61,7 @@ def decode(
         largest = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([PADDED, ROWS], tl.float32)
-        begin, stop = part_of(end, SPLITS)
+        begin, stop = part_of(end, splits)
         for tile in range(begin, stop):
             first = tile * TILE
             keys, values = load_codes(plane, pages, first, end, cache_block, DIM, PADDED, PAGE)
@@ -97,32 +97,40 @@ def decode(
             gain = gain * (heaviest / MOST_WEIGHT)
             sums = sums * fade[None, :] + (mixed.to(tl.float32) - zero_sum[None, :]) * gain[None, :]
 
-        if SPLITS == 1:
+        if not PARTS:
             sums = sums / tl.where(total == 0, 1.0, total)[None, :]
             result = out + (token * out_token + head * out_head)[None, :] + dim[:, None]
             tl.store(result, sums.to(out.dtype.element_ty), mask=valid[None, :] & (dim < DIM)[:, None])
         else:
-            index = (token * HEADS + head) * SPLITS + tl.program_id(2)
+            index = (token * HEADS + head) * splits + tl.program_id(2)
             tl.store(state + index, largest, mask=valid)
-            tl.store(state + tokens.to(tl.int64) * HEADS * SPLITS + index, total, mask=valid)
+            tl.store(state + tokens.to(tl.int64) * HEADS * splits + index, total, mask=valid)
             filled = valid & (total != 0)
             tl.store(partial + index[None, :] * PADDED + dim[:, None], sums, mask=filled[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_STEP)
 def merge(
-    partial, state, out, out_token, out_head, tokens, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    partial, state, out, out_token, out_head, tokens, splits, HEADS: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, MOST: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One row of the result from its parts; 0 where all of them are empty (padding)."""
+    """One row of the result from its parts, at most MOST, TOGETHER at a time; 0 where all are empty (padding)."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, PADDED)
-    index = (token * HEADS + head) * SPLITS + split
-    largest = tl.load(state + index)
-    total = tl.load(state + tokens.to(tl.int64) * HEADS * SPLITS + index)
-    filled = total != 0
-    sums = tl.load(partial + index[:, None] * PADDED + dim[None, :], mask=filled[:, None], other=0.0)
-    gain = tl.exp2(largest - tl.max(largest, 0))
-    whole = tl.sum(total * gain, 0)
-    row = tl.sum(sums * gain[:, None], 0) / tl.where(whole == 0, 1.0, whole)
+    dim = tl.arange(0, PADDED)
+    begin = (token * HEADS + head) * splits
+    totals = state + tokens.to(tl.int64) * HEADS * splits
+    every = tl.arange(0, MOST)
+    most = tl.max(tl.load(state + begin + every, mask=every < splits, other=LOWEST), 0)
+    row, whole = tl.zeros([PADDED], tl.float32), tl.zeros([TOGETHER], tl.float32)
+    for first in range(0, splits, TOGETHER):
+        split = first + tl.arange(0, TOGETHER)
+        index, there = begin + split, split < splits
+        total = tl.load(totals + index, mask=there, other=0.0)
+        filled = total != 0
+        gain = tl.exp2(tl.load(state + index, mask=there, other=LOWEST) - most)
+        sums = tl.load(partial + index[:, None] * PADDED + dim[None, :], mask=filled[:, None], other=0.0)
+        row += tl.sum(sums * gain[:, None], 0)
+        whole += total * gain
+    total = tl.sum(whole, 0)
+    row = row / tl.where(total == 0, 1.0, total)
     tl.store(out + token * out_token + head * out_head + dim, row.to(out.dtype.element_ty), mask=dim < DIM)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import rint
+from rotquant_kernels.cuda.kv4_rows import PER_STEP, rint
 from rotquant_kernels.cuda.kv4_tiles import (
     LOWEST,
     MOST_WEIGHT,
@@ -29,12 +29,12 @@ from rotquant_kernels.cuda.kv4_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_STEP)
 def prefill(
     query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
+    table_row, out_token, out_head, tokens, sequences, splits, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, ASSEMBLER: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """As `kv4_decode.decode`, with ROWS at least 64."""
     sequence, token, head, any, valid, seen, end = rows_of(query_start, seq_lens, tokens, sequences, GROUP, ROWS)
@@ -53,7 +53,7 @@ def prefill(
         largest = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, PADDED], tl.float32)
-        begin, stop = part_of(end, SPLITS)
+        begin, stop = part_of(end, splits)
         for tile in range(begin, stop):
             first = tile * TILE
             keys, values = load_codes(plane, pages, first, end, cache_block, DIM, PADDED, PAGE)
@@ -90,13 +90,13 @@ def prefill(
             gain = gain * (heaviest / MOST_WEIGHT)
             sums = sums * fade[:, None] + (mixed.to(tl.float32) - zero_sum[:, None]) * gain[:, None]
 
-        if SPLITS == 1:
+        if not PARTS:
             sums = sums / tl.where(total == 0, 1.0, total)[:, None]
             result = out + (token * out_token + head * out_head)[:, None] + dim[None, :]
             tl.store(result, sums.to(out.dtype.element_ty), mask=inside)
         else:
-            index = (token * HEADS + head) * SPLITS + tl.program_id(2)
+            index = (token * HEADS + head) * splits + tl.program_id(2)
             tl.store(state + index, largest, mask=valid)
-            tl.store(state + tokens.to(tl.int64) * HEADS * SPLITS + index, total, mask=valid)
+            tl.store(state + tokens.to(tl.int64) * HEADS * splits + index, total, mask=valid)
             filled = valid & (total != 0)
             tl.store(partial + index[:, None] * PADDED + dim[None, :], sums, mask=filled[:, None])

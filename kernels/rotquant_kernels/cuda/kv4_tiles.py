@@ -69,10 +69,10 @@ def rows_of(query_start, seq_lens, tokens, sequences, GROUP: tl.constexpr, ROWS:
 
 
 @triton.jit
-def part_of(end, SPLITS: tl.constexpr):
+def part_of(end, splits):
     """The tiles, from the first up to and not including the last, of this program's part of `end` positions."""
     tiles = tl.cdiv(end, TILE)
-    part, split = tl.cdiv(tiles, SPLITS), tl.program_id(2)
+    part, split = tl.cdiv(tiles, splits), tl.program_id(2)
     return split * part, tl.minimum(tiles, (split + 1) * part)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import hadamard, halves, largest_magnitude, rint
+from rotquant_kernels.cuda.kv4_rows import PER_STEP, hadamard, halves, largest_magnitude, rint
 
 EPSILON = tl.constexpr(1.1920928955078125e-07)
 HALF_TINY, HALF_MAX = tl.constexpr(6.103515625e-05), tl.constexpr(65504.0)
@@ -44,7 +44,7 @@ def quantized(x, clip, SYMMETRIC: tl.constexpr):
     return tl.where(finite, half.to(tl.int16, bitcast=True), 0x7E00).to(tl.int16), zero.to(tl.int32), codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_STEP)
 def write(
     key, value, cache, slots, key_token, key_head, value_token, value_head, cache_block, cache_head, count,
     k_clip, v_clip, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,

@@ -3,9 +3,9 @@
     words [chunk][channel][4]    a chunk is 32 columns at 4 bits, 16 at 8 bits; then int32 [group][channel], row sums
 
 Codes are signed. At 4 bits byte b of a chunk holds column b in its low and column 16 + b in its high nibble, so that
-both halves of a byte meet activations that lie 16 bytes apart and in order. Channels are filled up to a multiple
-of 64 and columns to one of 128 with codes 0. The row sums take asymmetric activations' zero points off.
-Humming reads the same words: `humming`.
+both halves of a byte meet activations that lie 16 bytes apart and in order. Channels and columns are filled up to a
+multiple of 128 with codes 0, so that no tile reads past the end. The row sums take asymmetric activations' zero points
+off. Humming reads the same words; behind the sums of a layer that it runs lie the scales in its own order: `humming`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK = 16  # bytes
-CHANNELS, COLUMNS = 64, 128  # a layout's multiples
+CHANNELS, COLUMNS = 128, 128  # a layout's multiples: those of the largest tile
 
 
 def multiple(size: int, of: int) -> int:
@@ -30,6 +30,7 @@ class Weight(NamedTuple):
 
     words: Tensor  # int8 [chunks, channels, 16]
     sums: Tensor  # int32 [groups, channels]
+    scales: Tensor | None  # bfloat16 [channels], as Humming reads them, where it is to run the layer
 
 
 def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
@@ -48,7 +49,10 @@ def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
             f"{list(packed.shape)} words of {bits}-bit codes do not hold {columns} columns in {groups} groups"
         )
     if groups > 1 and size % 32:
-        raise ValueError(f"the CUDA kernels read scale groups of a multiple of 32 inputs, not of {size}")
+        raise ValueError(
+            f"the CUDA kernels read weight groups of a multiple of 32 inputs, not of {size}: quantize again with "
+            "another weights.group_size"
+        )
     stored = packed.contiguous().view(torch.int8) ^ (0x88 - 256 if bits == 4 else 0x80 - 256)  # unsigned to signed
     codes = torch.stack((stored << 4 >> 4, stored >> 4), -1).flatten(1) if bits == 4 else stored
     codes = codes[:, :columns]
@@ -70,9 +74,12 @@ def unpack(weight: Tensor, bits: int, columns: int, channels: int, groups: int) 
     """
     chunks, rows = multiple(columns, COLUMNS) * bits // (8 * CHUNK), multiple(channels, CHANNELS)
     words = chunks * rows * CHUNK // 4
-    if weight.dtype != torch.int32 or weight.dim() != 1 or weight.numel() != words + groups * rows:
+    end = words + groups * rows
+    if weight.dtype != torch.int32 or weight.dim() != 1 or weight.numel() not in (end, end + rows // 2):
         raise ValueError(
             f"weight {weight.dtype} {list(weight.shape)} was not made by prepare_weight for {channels} x {columns} "
             f"codes of {bits} bits in {groups} groups on CUDA"
         )
-    return Weight(weight[:words].view(torch.int8).view(chunks, rows, CHUNK), weight[words:].view(groups, rows))
+    scales = weight[end:].view(torch.bfloat16) if weight.numel() > end else None
+    codes = weight[:words].view(torch.int8).view(chunks, rows, CHUNK)
+    return Weight(codes, weight[words:end].view(groups, rows), scales)

@@ -4,12 +4,10 @@
     transform   butterflies of stride 1, 2, 4, ... in float32, in the reference's order (it decides the last bit)
     quantize    scale and zero point of the row, codes (`convention`), bit for bit
 
-Extremes are taken over the bits of the floats as integers: of numbers >= 0 the order is the same, and a NaN is
-larger than all, so that it reaches the scale without a test of its own. Division is IEEE's (`div_rn`), and
-products are never fused into sums (`EXACT`): both would change the last bit.
+Rows that are too long for a program's registers and shared memory go through it in parts: `rows_long`.
 """
 
-# ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
+# ruff: noqa: N803 (Triton's compile-time constants are upper case)
 from __future__ import annotations
 
 from typing import Any
@@ -19,74 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels import convention, reference
+from rotquant_kernels import reference
+from rotquant_kernels.cuda import rows_long
+from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, load_row, qparams, store_codes
 
-EXACT = {"enable_fp_fusion": False}
-LARGEST = 65536  # columns of a row: what the registers of one program hold
-EPSILON = tl.constexpr(convention.EPSILON)
-LOG2_E = tl.constexpr(convention.LOG2_E)
-LN2_HIGH, LN2_LOW = tl.constexpr(convention.LN2_HIGH), tl.constexpr(convention.LN2_LOW)
-EXP = tl.constexpr(convention.EXP)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction, rounded half to even
-
-
-@triton.jit
-def butterflies(y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr):
-    """`reference.hadamard` of float32 [WIDTH], BLOCK = 2^LOG."""
-    for log in tl.static_range(LOG):
-        pair = tl.permute(tl.reshape(y, [WIDTH >> (log + 1), 2, 1 << log]), (0, 2, 1))
-        a, b = tl.split(pair)
-        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [WIDTH])
-    return y * tl.constexpr(BLOCK**-0.5)
-
-
-@triton.jit
-def largest(y):
-    """max(y, 0) of a row, or NaN if the row holds one with its sign bit clear."""
-    return tl.maximum(tl.max(y.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def usable(scale):
-    scale = tl.where(scale == 0, EPSILON, scale)
-    return tl.where(scale == float("inf"), float("nan"), scale)
-
-
-@triton.jit
-def whole(x, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Rounds half to even into [LOW, HIGH]; NaN becomes 0. float32 to float32."""
-    inside = tl.minimum(tl.maximum(x, LOW), HIGH)
-    return tl.where(x == x, (inside + ROUND) - ROUND, 0.0)
-
-
-@triton.jit
-def qparams(y, clip, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """`convention.qparams` of float32 [WIDTH]: scale and zero point, float32 scalars."""
-    LOW: tl.constexpr = -(1 << (BITS - 1))
-    HIGH: tl.constexpr = (1 << (BITS - 1)) - 1
-    STEPS: tl.constexpr = HIGH - LOW
-    if SYMMETRIC:
-        scale = usable(tl.div_rn(largest(tl.abs(y)) * clip, STEPS / 2.0))
-        zero = 0.0
-    else:
-        low = -largest(-y) * clip
-        high = largest(y) * clip
-        scale = usable(tl.div_rn(high - low, STEPS * 1.0))
-        zero = whole(LOW - tl.div_rn(low, scale), LOW, HIGH)
-    return scale, zero
-
-
-@triton.jit
-def exp(x):
-    """`convention.exp`."""
-    x = tl.minimum(tl.maximum(x, -80.0), 89.0)
-    n = (x * LOG2_E + ROUND) - ROUND
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    y = tl.full(x.shape, EXP[0], tl.float32)
-    for i in tl.static_range(1, 6):
-        y = y * r + EXP[i]
-    y = y * (r * r) + r + 1.0
-    return y * ((n.to(tl.int32) + 126) << 23).to(tl.float32, bitcast=True) * 2.0
+# Columns that one program holds: the butterflies' exchange takes 4 bytes each of the 99 KiB of shared memory that the
+# smallest GPUs have, and a norm, which exchanges nothing, has registers for no more than LONGEST_NORM.
+LARGEST, LONGEST_NORM = 16384, 32768
 
 
 @triton.jit
@@ -99,46 +36,31 @@ def quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     inside = k < columns
-    y = tl.load(x + row * x_stride + k, inside, 0)
-    if SOURCE == "silu_mul":
-        up = tl.load(x + row * x_stride + columns + k, inside, 0)
-        gate = y.to(tl.float32)
-        y = (tl.div_rn(gate, 1.0 + exp(-gate)).to(up.dtype).to(tl.float32) * up.to(tl.float32)).to(up.dtype)
     if SOURCE == "rms_norm":
+        y = tl.load(x + row * x_stride + k, inside, 0)
         if residual is not None:
             y = (y.to(tl.float32) + tl.load(residual + row * columns + k, inside, 0).to(tl.float32)).to(y.dtype)
         tl.store(stream + row * columns + k, y, inside)
         f = y.to(tl.float32)
-        f = f * tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(f * f, 0), columns.to(tl.float32)) + eps))
-        y = (f.to(y.dtype).to(tl.float32) * tl.load(norm + k, inside, 0).to(tl.float32)).to(y.dtype)
-    y = y.to(tl.float32)
+        f = f * tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(f * f, 0), columns * 1.0) + eps))
+        y = (f.to(y.dtype).to(tl.float32) * tl.load(norm + k, inside, 0).to(tl.float32)).to(y.dtype).to(tl.float32)
+    else:
+        y = load_row(x + row * x_stride, k, columns, SOURCE == "silu_mul")
     if LOG > 0:
-        y = butterflies(y, WIDTH, BLOCK, LOG)
+        y = butterflies(y, WIDTH, LOG) * tl.constexpr(BLOCK**-0.5)
     if BITS == 0:
         tl.store(codes + row * columns + k, y, inside)
     else:
-        scale, zero = qparams(y, clip, BITS, SYMMETRIC)
-        q = whole(tl.div_rn(y, scale) + zero, -(1 << (BITS - 1)), (1 << (BITS - 1)) - 1).to(tl.int8)
+        high, low = extremes(y, SYMMETRIC)
+        scale, zero = qparams(high, low, clip, BITS, SYMMETRIC)
         tl.store(scales + row, scale)
         tl.store(zeros + row, zero.to(tl.int32))
-        if ORDER == "natural":
-            tl.store(codes + row * columns + k, q, inside)
-        else:  # columns % 32 == 0
-            pairs = tl.permute(tl.reshape(q, [WIDTH // 32, 2, 16]), (0, 2, 1))
-            if ORDER == "humming8":
-                tl.store(codes + row * columns + k, tl.reshape(pairs, [WIDTH]), inside)
-            else:
-                low, high = tl.split(pairs)
-                byte = tl.arange(0, WIDTH // 2)
-                tl.store(
-                    codes + row * (columns // 2) + byte,
-                    tl.reshape((low & 15) | (high << 4), [WIDTH // 2]),
-                    byte < columns // 2,
-                )
+        length = columns // 2 if ORDER == "humming4" else columns
+        store_codes(codes + row * length, y, scale, zero, 0, columns, WIDTH, BITS, ORDER)
 
 
 def launch(
-    source: str, x: Tensor, settings: tuple[str, int, Tensor | None], bits: int, symmetric: bool, clip: float,
+    source: str, x: Tensor, turn: tuple[str, int, Tensor | None], bits: int, symmetric: bool, clip: float,
     order: str = "natural", residual: Tensor | None = None, norm: Tensor | None = None, stream: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -147,7 +69,7 @@ def launch(
     Args:
         source: "plain", "silu_mul" or "rms_norm".
         x: float [M, K], for silu_mul [M, 2 K]; its last dimension contiguous.
-        settings: transform ("none" or "hadamard"), block, None.
+        turn: transform ("none" or "hadamard"), block, None.
         bits: 2 to 8, or 0 for the transform alone.
         order: of the codes, "natural", "humming8" or "humming4".
         residual, norm, stream, eps: for rms_norm; contiguous [M, K] or None, [K], contiguous [M, K], filled.
@@ -156,19 +78,22 @@ def launch(
     Raises:
         ValueError: settings that the kernel does not know, naming them.
     """
-    transform, block, _ = settings
+    transform, block, _ = turn
     rows, columns = x.shape[0], x.shape[1] // (2 if source == "silu_mul" else 1)
-    check(columns, transform, block, bits, clip)
-    width = max(triton.next_power_of_2(columns), 32)
+    check(source, columns, transform, block, bits, clip)
     shape = (rows, columns // 2) if order == "humming4" else (rows, columns)
     codes = torch.empty(shape, dtype=torch.int8 if bits else torch.float32, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     zero = torch.empty((rows, 1), dtype=torch.int32, device=x.device)
-    if rows:
-        log = block.bit_length() - 1 if transform == "hadamard" else 0
+    log = block.bit_length() - 1 if transform == "hadamard" else 0
+    step = x.stride(0) if rows > 1 else 0  # of a single row any number, which would be a reason to compile anew
+    width = max(triton.next_power_of_2(columns), 32)
+    settings = {"SOURCE": source, "BLOCK": 1 << log, "LOG": log, "BITS": bits, "SYMMETRIC": symmetric, "ORDER": order}
+    if rows and width > LARGEST and source != "rms_norm":
+        rows_long.launch(x, codes, scale, zero, step, columns, clip, settings)
+    elif rows:
         quantize_kernel[(rows,)](
-            x, residual, norm, stream, codes, scale, zero, x.stride(0), columns, clip, eps,
-            SOURCE=source, WIDTH=width, BLOCK=1 << log, LOG=log, BITS=bits, SYMMETRIC=symmetric, ORDER=order,
+            x, residual, norm, stream, codes, scale, zero, step, columns, clip, eps, **settings, WIDTH=width,
             num_warps=warps(width), **EXACT,
         )  # fmt: skip
     return codes, scale, zero
@@ -179,14 +104,14 @@ def warps(width: int) -> int:
     return min(max(width // (16 * 32), 1), 32)
 
 
-def check(columns: int, transform: str, block: int, bits: int, clip: float) -> None:
+def check(source: str, columns: int, transform: str, block: int, bits: int, clip: float) -> None:
     """Refuses, by name, what the kernel would compute wrongly."""
     if transform not in ("none", "hadamard"):
         raise ValueError(f"the CUDA kernel has no transform {transform!r}")
     if transform == "hadamard" and (block < 1 or block & (block - 1) or columns % block):
         raise ValueError(f"Hadamard block {block} is no power of two or does not divide {columns} columns")
-    if columns > LARGEST:
-        raise ValueError(f"rows of {columns} columns are longer than the CUDA kernel's {LARGEST}")
+    if source == "rms_norm" and columns > LONGEST_NORM:
+        raise ValueError(f"a norm of {columns} columns is longer than the CUDA kernel's {LONGEST_NORM}")
     if bits and not 2 <= bits <= 8:
         raise ValueError(f"activations of {bits} bits are not supported: 2 to 8")
     if not 0 < clip <= 1:

@@ -41,7 +41,6 @@ from rotquant.errors import RotQuantError
 from rotquant.evaluate import text_windows
 from rotquant.inspection.collect import Formats
 from rotquant.inspection.subject import Subject, check_pair, measure, read_subject, row_formats, token_texts, weight_snr
-from rotquant.models import LINEARS
 
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
 TOKENS, SEQ_LEN = 4096, 512
@@ -146,6 +145,6 @@ def _sites(
 def _linears(subject: Subject, weights: dict[str, dict[tuple[int, str], float | None]]) -> list[dict[str, Any]]:
     return [
         {"layer": layer, "name": name, **{when: weights.get(when, {}).get((layer, name)) for when in WHEN}}
-        for layer in range(subject.layers)
-        for name in LINEARS
+        for layer, kind in enumerate(subject.arch.kinds)
+        for name in kind.stored
     ]

@@ -1,8 +1,8 @@
 """Where the rows come from: hooks on a running model.
 
-    h                   input of input_layernorm: the residual stream (not quantized)
-    attn_in, mlp_in     input of q_proj (as of k_proj, v_proj), of gate_proj (as of up_proj)
-    o_in, down_in       input of o_proj, of down_proj
+    h                   input of attention's norm: the residual stream (not quantized)
+    attn_in, mlp_in     input of the linears of queries, keys and values; of gate and up
+    o_in, down_in       input of attention's output linear; of down
     k, v                as attention gets them, K after RoPE
 
 A `QuantLinear` quantizes its input after its online transforms, so its rows are transformed here by the same ops. K and
@@ -22,31 +22,34 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rotquant.inspection.statistics import RowFormat, SiteStatistics
+from rotquant.models import Architecture, Layer
 from rotquant.quant_linear import QuantLinear
 from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 
-SITES = {
-    "h": "input_layernorm",
-    "attn_in": "self_attn.q_proj",
-    "k": "self_attn",
-    "v": "self_attn",
-    "o_in": "self_attn.o_proj",
-    "mlp_in": "mlp.gate_proj",
-    "down_in": "mlp.down_proj",
-}
 ATTENTION = "rotquant_inspected"
 
 Formats = dict[tuple[int, str], RowFormat]
 Statistics = dict[tuple[int, str], SiteStatistics]
 
 
+def watched_modules(kind: Layer) -> dict[str, str]:
+    """The module of a layer at which each site is seen; K and V inside the one that calls attention."""
+    attention, first = kind.attention, {site: kind.stored_at(site)[0] for site in kind.sites}
+    return {
+        "h": attention.norm, "attn_in": first["attn"], "k": attention.module, "v": attention.module,
+        "o_in": first["o"], "mlp_in": first["mlp"], "down_in": first["down"],
+    }  # fmt: skip
+
+
 @torch.no_grad()
-def collect(model: PreTrainedModel, formats: Formats, tokens: Tensor, step: Callable[[], object]) -> Statistics:
+def collect(
+    model: PreTrainedModel, arch: Architecture, formats: Formats, tokens: Tensor, step: Callable[[], object]
+) -> Statistics:
     """Runs the model over token windows and watches every site.
 
     Args:
-        model: full precision or from `rotquant.load`.
+        model: full precision or from `rotquant.load`; arch: its architecture.
         formats: of each (layer, site).
         tokens: int64 [windows, T]; step: called after each window.
     Returns:
@@ -56,9 +59,9 @@ def collect(model: PreTrainedModel, formats: Formats, tokens: Tensor, step: Call
     decoder = model.get_decoder()
     hooks = [
         layer.get_submodule(path).register_forward_pre_hook(_watch(found[index, site]))
-        for index, layer in enumerate(decoder.layers)
-        for site, path in SITES.items()
-        if path != "self_attn"
+        for index, (kind, layer) in enumerate(zip(arch.kinds, decoder.layers, strict=True))
+        for site, path in watched_modules(kind).items()
+        if site not in ("k", "v")
     ]
     try:
         with _attention_watched(model, found):

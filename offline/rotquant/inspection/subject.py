@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from rotquant.checkpoint import Source, fetch
 from rotquant.errors import RotQuantError
 from rotquant.evaluate import load_any
 from rotquant.format import CheckpointFormat, claims
-from rotquant.inspection.collect import SITES, Formats, Statistics, collect
+from rotquant.inspection.collect import Formats, Statistics, collect, watched_modules
 from rotquant.inspection.statistics import RowFormat
-from rotquant.models import ARCHITECTURES, LINEARS, read_config
+from rotquant.models import Architecture, describe, read_config
 from rotquant.progress import Progress
 from rotquant.recipe import Activations, KVCache
 from rotquant.weights import rtn
@@ -35,11 +36,14 @@ class Subject:
     name: str
     folder: Path
     config: PreTrainedConfig
+    arch: Architecture
     checkpoint: CheckpointFormat | None
 
-    @property
-    def layers(self) -> int:
-        return int(self.config.num_hidden_layers)
+    def modules(self) -> Iterator[tuple[int, str, str]]:
+        """Layer, site and full name of the module of every site."""
+        for layer, kind in enumerate(self.arch.kinds):
+            for site, path in watched_modules(kind).items():
+                yield layer, site, self.arch.layer_prefix(layer) + path
 
 
 def read_subject(name: str) -> Subject:
@@ -51,18 +55,16 @@ def read_subject(name: str) -> Subject:
     folder = fetch(name)
     config = read_config(folder)
     where = f"{folder}/config.json"
-    found = (config.architectures or ["none"])[0]
-    if found not in ARCHITECTURES:
-        raise RotQuantError(f"{where}: architectures is [{found!r}], supported are {', '.join(ARCHITECTURES)}")
+    arch = describe(config, where)
     quantization = getattr(config, "quantization_config", None)
     if quantization and not claims(quantization):
         raise RotQuantError(
             f"{where}: quantization_config: inspect reads full-precision models and rotquant checkpoints; this one is"
             " quantized by something else"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    checkpoint = CheckpointFormat(quantization, getattr(config, "rotquant", {}), head_dim) if quantization else None
-    return Subject(name, folder, config, checkpoint)
+    extension = getattr(config, "rotquant", {})
+    checkpoint = CheckpointFormat(quantization, extension, arch.head_dim) if quantization else None
+    return Subject(name, folder, config, arch, checkpoint)
 
 
 def check_pair(one: Subject, other: Subject) -> None:
@@ -86,12 +88,10 @@ def row_formats(subject: Subject, like: Subject | None = None) -> Formats:
     recipes have them by default.
     """
     formats: Formats = {}
-    for layer in range(subject.layers):
-        for site, path in SITES.items():
-            name = f"model.layers.{layer}.{path}"
-            own = _row_format(subject, site, name)
-            other = _row_format(like, site, name) if like and own is None else None
-            formats[layer, site] = own or _unrotated(other) or _default(site)
+    for layer, site, name in subject.modules():
+        own = _row_format(subject, site, name)
+        other = _row_format(like, site, name) if like and own is None else None
+        formats[layer, site] = own or _unrotated(other) or _default(site)
     return formats
 
 
@@ -127,7 +127,7 @@ def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
     """Statistics of every (layer, site) over token windows int64 [n, T]; the model is gone from memory afterwards."""
     model = load_any(subject.folder)
     with Progress(f"{subject.folder.name}: window", len(tokens)) as progress:
-        found = collect(model, formats, tokens, progress.step)
+        found = collect(model, subject.arch, formats, tokens, progress.step)
     del model
     gc.collect()
     return found
@@ -143,10 +143,11 @@ def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int,
     """
     source = Source(subject.folder)
     found: dict[tuple[int, str], float | None] = {}
-    with Progress(f"{subject.folder.name}: weights of layer", subject.layers) as progress:
-        for layer in range(subject.layers):
-            for linear in LINEARS:
-                found[layer, linear] = _linear_snr(source, f"model.layers.{layer}.{linear}", subject, like)
+    arch = subject.arch
+    with Progress(f"{subject.folder.name}: weights of layer", arch.layers) as progress:
+        for layer, kind in enumerate(arch.kinds):
+            for linear in kind.stored:
+                found[layer, linear] = _linear_snr(source, arch.layer_prefix(layer) + linear, subject, like)
             progress.step()
     return found
 

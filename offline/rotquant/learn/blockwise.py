@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from rotquant import metrics
-from rotquant.decoder import Decoder
-from rotquant.fold import Tensors
 from rotquant.initial import generator
 from rotquant.journal import Slot
 from rotquant.learn.orthogonal import StiefelAdam
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
+from rotquant.models import Tensors
+from rotquant.models.decoder import Decoder
 from rotquant.recipe import Blockwise
 from rotquant.space import LayerTransforms
 
@@ -30,8 +30,7 @@ def quantized_layer(
     job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int
 ) -> QuantizedLayer:
     """The layer with its quantizers, `start` being where the learned parts of its transforms begin."""
-    qk_norm = "self_attn.k_norm.weight" in tensors
-    parameters = LayerParameters(start, learns, job.recipe, job.arch, qk_norm).to(job.device)
+    parameters = LayerParameters(start, learns, job.recipe, decoder.kind).to(job.device)
     layer = QuantizedLayer(parameters, job.recipe, decoder, job.transforms.r3, weight_bits, job.dtype)
     layer.search_clips(tensors)
     return layer

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rotquant.decoder import float_linear
 from rotquant.fold import fold_r1
 from rotquant.initial import generator
 from rotquant.journal import Slot
@@ -22,7 +21,7 @@ from rotquant.learn.blockwise import quantized_layer
 from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
-from rotquant.models import EMBEDDING, FINAL_NORM, LM_HEAD
+from rotquant.models.decoder import rms_norm
 from rotquant.progress import Progress
 from rotquant.recipe import EndToEnd
 from rotquant.transforms.dense import Dense
@@ -32,41 +31,48 @@ class QuantizedModel:
     """The whole model with quantization that gradients pass through; R1 is a parameter where it is learned."""
 
     def __init__(self, job: Learner, options: EndToEnd) -> None:
-        self.job, self.decoder, arch, source = job, job.decoder(), job.arch, job.source
+        self.job, self.decoders, arch, source = job, job.decoders(), job.arch, job.source
         rotation = job.transforms.r1
         eye, self.r1 = torch.eye(arch.hidden_size, dtype=torch.float64), None
         if rotation:
             self.r1 = nn.Parameter(rotation.rows(eye).float().to(job.device), requires_grad="r1" in options.learns)
-        self.embedding, self.gain = (source.get(name).float().to(job.device) for name in (EMBEDDING, FINAL_NORM))
-        self.head = self.embedding if arch.tied else source.get(LM_HEAD).float().to(job.device)
+        names = arch.names
+        self.embedding, self.gain = (source.get(n).float().to(job.device) for n in (names.embedding, names.norm))
+        self.head = self.embedding if arch.tied else source.get(names.head).float().to(job.device)
         self.tensors, self.layers = [], []
-        for index in range(arch.layers):
-            folded, raw = job.layer(index), job.source.layer(arch.layer_prefix(index))
-            start = job.transforms.layers[index]
+        for index, decoder in enumerate(self.decoders):
+            folded, start = job.layer(index), job.transforms.layers[index]
             learns: list[str] = [name for name in options.learns if name != "r1"]
-            self.layers.append(quantized_layer(job, self.decoder, folded, start, learns, options.weight_bits))
-            self.tensors.append({name: tensor.float().to(job.device) for name, tensor in raw.items()})
+            self.layers.append(quantized_layer(job, decoder, folded, start, learns, options.weight_bits))
+            self.tensors.append({name: tensor.float().to(job.device) for name, tensor in job.read(index).items()})
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens] * self.job.arch.embedding_scale
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of the residual stream behind the last layer, in the model's own basis."""
+        arch = self.job.arch
+        return rms_norm(h, self.gain, arch.eps) / arch.logits_divisor @ self.head.T
 
     def teacher(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the full-precision model."""
-        h = self.embedding[tokens]
-        for tensors in self.tensors:
-            h = self.decoder.layer(tensors, h, float_linear(tensors))
-        return self.decoder.norm(h, self.gain) @ self.head.T
+        h = self.embedded(tokens)
+        for decoder, tensors in zip(self.decoders, self.tensors, strict=True):
+            h = decoder.layer(tensors, h, decoder.float_linear(tensors))
+        return self.logits(h)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the quantized model."""
-        h = self.embedding[tokens]
+        h = self.embedded(tokens)
         rotation = Dense(self.r1) if self.r1 is not None else None
         h = rotation.rows(h) if rotation else h
         for tensors, layer in zip(self.tensors, self.layers, strict=True):
 
             def run(h: Tensor, tensors=tensors, layer=layer) -> Tensor:  # type: ignore[no-untyped-def]
-                return layer(fold_r1(tensors, rotation) if rotation else tensors, h)
+                return layer(fold_r1(tensors, rotation, layer.decoder.kind) if rotation else tensors, h)
 
             h = checkpoint(run, h, use_reentrant=False)
-        h = h @ self.r1.T if self.r1 is not None else h  # the head is not quantized: in the model's own basis
-        return self.decoder.norm(h, self.gain) @ self.head.T
+        return self.logits(h @ self.r1.T if self.r1 is not None else h)  # the head is not quantized
 
 
 def learn_end_to_end(job: Learner, slot: Slot | None = None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rotquant.fold import Tensors, per_query_head
+from rotquant.fold import per_query_head
 from rotquant.initial import generator
 from rotquant.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise, quantized_layer
@@ -20,8 +20,9 @@ from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
-from rotquant.space import SITES, LayerTransforms
+from rotquant.space import LayerTransforms
 from rotquant.transforms import kronecker
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
@@ -30,7 +31,6 @@ from rotquant_kernels import Stage, reference
 
 ROWS = 4096  # tokens of a site that are kept
 VALUES_ALPHA = 0.5
-ONE = {"attn": ("self_attn.q_proj",), "mlp": ("mlp.up_proj",)}  # what OmniQuant's code and its heirs look at
 
 
 class LayerLearner:
@@ -40,7 +40,7 @@ class LayerLearner:
     """
 
     def __init__(self, job: Learner) -> None:
-        self.job, self.decoder = job, job.decoder()
+        self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
         self.chain = job.embedded(samples)
@@ -53,15 +53,15 @@ class LayerLearner:
 
         slot and report: as in `learn_blockwise`.
         """
-        job, tensors = self.job, self.job.layer(index)
-        seen = Capture(ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
-        after = forward(job, self.decoder, tensors, self.chain, seen)
+        job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
+        seen = Capture(decoder.kind, ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
+        after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
             inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, self.decoder, tensors, layer, inputs, after, index, slot, report)
+            layer = learn_blockwise(job, decoder, tensors, layer, inputs, after, index, slot, report)
         if self.block and self.quantized is not None:
-            fixed = quantized_layer(job, self.decoder, tensors, layer, [], self.block.weight_bits)
+            fixed = quantized_layer(job, decoder, tensors, layer, [], self.block.weight_bits)
             with torch.no_grad():
                 self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
         self.chain = after
@@ -77,17 +77,18 @@ class SampleLearner:
 
     def __init__(self, job: Learner, index: int, tensors: Tensors, seen: Capture) -> None:
         self.job, self.index, self.recipe, self.tensors = job, index, job.recipe, tensors
-        self.x = {site: seen.rows(site) for site in (*SITES, "v")}
+        self.kind = job.arch.kinds[index]
+        self.x = {site: seen.rows(site) for site in (*self.kind.sites, "v")}
         self.layer = replace(job.transforms.layers[index])
         self.layer.inputs = {site: list(stages) for site, stages in self.layer.inputs.items()}
         self.smooth()
         if self.layer.r2 is not None:
-            self.layer.r2 = learn_r2(job, index, self.x["v"], tensors["self_attn.o_proj.weight"])
+            self.layer.r2 = learn_r2(job, index, self.x["v"], tensors[f"{self.kind.attention.output}.weight"])
             self.x["o"] = self.heads_rotated(self.x["o"], self.layer.r2)
         if self.recipe.scales.order:
             self.layer.order = zigzag(self.x["down"].abs().amax(0), self.job.transforms.r4_block or 1, job.tp_max)
             self.x["down"] = self.x["down"][:, self.layer.order]
-        for site in SITES:
+        for site in self.kind.sites:
             self.add_stages(site)
 
     def smooth(self) -> None:
@@ -98,7 +99,8 @@ class SampleLearner:
             x["attn"], x["mlp"] = x["attn"] * layer.s_attn.float(), x["mlp"] * layer.s_mlp.float()
         if scales.values == "smooth":
             layer.s_ov = 1 / self.values_scale()
-            per_head = per_query_head(layer.s_ov.view(self.job.arch.kv_heads, -1), self.job.arch).flatten()
+            attention = self.kind.attention
+            per_head = per_query_head(layer.s_ov.view(attention.kv_heads, -1), attention).flatten()
             x["v"], x["o"] = x["v"] * layer.s_ov.float(), x["o"] * per_head.float()
         if scales.up == "smooth":
             layer.s_ud = 1 / self.scale("down")
@@ -107,7 +109,9 @@ class SampleLearner:
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
         x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
-        linears = SITES[site] if self.recipe.scales.weights == "all" else ONE.get(site, SITES[site])
+        one = {"attn": (self.kind.attention.query,), "mlp": (self.kind.mlp.up,)}  # what OmniQuant's code looks at
+        every = self.kind.sites[site]
+        linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
         weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in linears])
         if alpha != "search":
             return smooth_scale(x.abs().amax(0), weight.abs().amax(0), float(alpha))
@@ -122,16 +126,16 @@ class SampleLearner:
 
     def values_scale(self) -> Tensor:
         """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""
-        arch, alpha = self.job.arch, self.recipe.scales.alpha
+        attention, alpha = self.kind.attention, self.recipe.scales.alpha
         x, weight = (
-            t.abs().amax(0).view(arch.kv_heads, -1, arch.head_dim).amax(1).flatten()
-            for t in (self.x["o"], self.tensors["self_attn.o_proj.weight"].cpu())
+            t.abs().amax(0).view(attention.kv_heads, -1, attention.head_dim).amax(1).flatten()
+            for t in (self.x["o"], self.tensors[f"{attention.output}.weight"].cpu())
         )
         return smooth_scale(x, weight, VALUES_ALPHA if alpha == "search" else float(alpha))
 
     def heads_rotated(self, x: Tensor, r2: Tensor) -> Tensor:
-        rotation = per_query_head(r2, self.job.arch).float()
-        return torch.einsum("nhd,hde->nhe", x.unflatten(1, (-1, self.job.arch.head_dim)), rotation).flatten(1)
+        rotation = per_query_head(r2, self.kind.attention).float()
+        return torch.einsum("nhd,hde->nhe", x.unflatten(1, (-1, rotation.shape[-1])), rotation).flatten(1)
 
     def add_stages(self, site: str) -> None:
         """The site's own online stages, behind R4 where there is one; learning may move their tensors."""
@@ -162,7 +166,7 @@ class SampleLearner:
                 made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
             return made
         if kind == "heads":
-            size = self.job.arch.head_dim
+            size = self.kind.attention.head_dim
             return [kronecker.stage(rotation(width // size, random), torch.eye(size))]
         outer, inner = kronecker.factor_pair(width)
         return [kronecker.stage(rotation(outer, random), rotation(inner, random))]

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotquant.decoder import Decoder, bias_of
-from rotquant.fold import Tensors, fold_layer
+from rotquant.fold import fold_layer
 from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
-from rotquant.models import LINEARS, Architecture
+from rotquant.models import Layer, Tensors
+from rotquant.models.decoder import Decoder, bias_of
 from rotquant.recipe import Recipe
-from rotquant.space import SITE_OF, SITES, LayerTransforms
+from rotquant.space import LayerTransforms
 from rotquant.weights import rtn
 from rotquant_kernels import Stage, convention, reference
 
 LEARNED_STAGES = ("kronecker", "dense", "shift", "reflection")
 Group = dict[str, Any]
-CLIPS = {"act_clip": tuple(SITES), "kv_clip": ("key", "value")}
 
 
 class LayerParameters(nn.Module):
@@ -38,17 +37,16 @@ class LayerParameters(nn.Module):
     Args:
         start: where learning begins; what is not learned stays as it is.
         learns: names of the table above.
-        qk_norm: whether queries and keys are normalised behind their projections (then s_qk is one row).
-        dtype: of the parameters.
+        kind: the layer; where it has norms on queries and keys, s_qk is one row.
     """
 
-    def __init__(self, start: LayerTransforms, learns: list[str], recipe: Recipe, arch: Architecture, qk_norm: bool):
+    def __init__(self, start: LayerTransforms, learns: list[str], recipe: Recipe, kind: Layer):
         super().__init__()
         self.start, self.learns = start, learns
-        hidden, half = arch.hidden_size, arch.head_dim // 2
+        a, hidden = kind.attention, kind.hidden
         sizes = {
-            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (arch.kv_heads * arch.head_dim,),
-            "s_ud": (arch.intermediate_size,), "s_qk": (1 if qk_norm else arch.kv_heads, half),
+            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (a.kv_heads * a.head_dim,), "s_ud": (kind.mlp.width,),
+            "s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors),
         }  # fmt: skip
         kinds = {"s_attn": "s_norms", "s_mlp": "s_norms"}
         self.scales, self.clips, self.stages = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
@@ -56,11 +54,13 @@ class LayerParameters(nn.Module):
             if kinds.get(name, name) in learns:
                 first = getattr(start, name)
                 self.scales[name] = nn.Parameter(torch.zeros(size) if first is None else first.float().log())
-        defaults = dict.fromkeys(SITES, recipe.activations.clip)
-        defaults |= {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
-        for kind, names in CLIPS.items():
-            for name in names if kind in learns else ():
-                ratio = start.clips.get(name, defaults[name])
+        clips: dict[str, dict[str, float]] = {
+            "act_clip": dict.fromkeys(kind.sites, recipe.activations.clip),
+            "kv_clip": {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip},
+        }
+        for group, defaults in clips.items():
+            for name, default in defaults.items() if group in learns else ():
+                ratio = start.clips.get(name, default)
                 self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=0.98).logit())
         self.r2 = nn.Parameter(start.r2.float().clone()) if "r2" in learns and start.r2 is not None else None
         if "online" in learns:
@@ -139,9 +139,9 @@ class QuantizedLayer:
         if self.weight_bits == 16:
             return
         with torch.no_grad():
-            folded = fold_layer(base, self.parameters.transforms(), self.decoder.arch)
+            folded = fold_layer(base, self.parameters.transforms(), self.decoder.kind)
         options = self.recipe.weights
-        for name in LINEARS:
+        for name in self.decoder.kind.linears:
             weight = folded[f"{name}.weight"]
             best = rtn.weight_scale(weight, self.weight_bits, options.group_size, options.clip_search, torch.float32)
             full = convention.qparams(rtn.grouped(weight, options.group_size), self.weight_bits, True)[0].squeeze(-1)
@@ -154,21 +154,22 @@ class QuantizedLayer:
     def __call__(self, base: Tensors, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden]; base: the layer's tensors, R1 folded."""
         transforms = self.parameters.transforms()
-        tensors = fold_layer(base, transforms, self.decoder.arch)
-        for name in LINEARS:
+        kind = self.decoder.kind
+        tensors = fold_layer(base, transforms, kind)
+        for name in kind.linears:
             tensors[f"{name}.weight"] = self._weight(name, tensors[f"{name}.weight"])
-        seen: tuple[str, Tensor] | None = None  # the linears of a site share their quantized input
+        seen: tuple[Tensor, str, Tensor] | None = None  # the linears of a site that read one input share its rounding
 
         def linear(name: str, x: Tensor) -> Tensor:
             nonlocal seen
-            site = SITE_OF[name]
-            if seen is None or seen[0] != site:
+            site = kind.site_of[name]
+            if seen is None or seen[0] is not x or seen[1] != site:
                 y = x
                 for stage in transforms.inputs.get(site, []):
                     y = reference.online_stage(y, *stage)
                 act = self.recipe.activations
-                seen = site, fake_quantize(y, act.bits, act.symmetric, self.parameters.clip(site, act.clip))
-            return nn.functional.linear(seen[1], tensors[f"{name}.weight"], bias_of(tensors, name))
+                seen = x, site, fake_quantize(y, act.bits, act.symmetric, self.parameters.clip(site, act.clip))
+            return nn.functional.linear(seen[2], tensors[f"{name}.weight"], bias_of(tensors, name))
 
         return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
 

@@ -12,16 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rotquant.fold import NORMS, fold_gains
+from rotquant.fold import fold_gains
 from rotquant.initial import generator
 from rotquant.journal import Journal, Slot
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Learner, forward
-from rotquant.models import Architecture
+from rotquant.models.architecture import Attention
 from rotquant.progress import Progress
 from rotquant.recipe import Activations, KVCache, Surrogate
-from rotquant.space import SITES
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant.transforms.klt import covariance, equal_variances
@@ -59,12 +58,13 @@ def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found = job.arch, []
-    random, decoder, chain = generator(job.seed, "rows"), job.decoder(), job.embedded(len(job.tokens))
+    random, chain = generator(job.seed, "rows"), job.embedded(len(job.tokens))
     with Progress("R1: rows of layer", arch.layers) as progress:
-        for index in range(arch.layers):
-            seen = Capture(budget // (2 * arch.layers), len(chain), random)
-            chain = forward(job, decoder, fold_gains(job.layer(index)), chain, seen)
-            found += [seen.rows(site) for site in NORMS]
+        for index, decoder in enumerate(job.decoders()):
+            kind = arch.kinds[index]
+            seen = Capture(kind, budget // (2 * arch.layers), len(chain), random)
+            chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
+            found += [seen.rows(site) for site in kind.norms]
             progress.step()
     rows = torch.cat(found)
     journal.keep(ROWS, {"rows": rows})
@@ -75,9 +75,9 @@ def reading_covariance(job: Learner) -> Tensor:
     """Covariance of all weight rows that read the residual stream, gains folded (OSTQuant's start of R1)."""
 
     def rows() -> Iterator[Tensor]:
-        for index in range(job.arch.layers):
-            tensors = fold_gains(job.layer(index))
-            yield from (tensors[f"{linear}.weight"].cpu() for linear in (*SITES["attn"], *SITES["mlp"]))
+        for index, kind in enumerate(job.arch.kinds):
+            tensors = fold_gains(job.layer(index), kind)
+            yield from (tensors[f"{linear}.weight"].cpu() for site in kind.norms for linear in kind.sites[site])
 
     return covariance(rows())
 
@@ -151,20 +151,21 @@ def learn_r2(job: Learner, index: int, values: Tensor, output: Tensor) -> Tensor
     """R2 of a layer, float64 [kv_heads, d, d], from rows of its values [n, kv_heads * d] (S_ov folded).
 
     Args:
-        output: o_proj's weight [hidden, heads * d], as the layer was read.
+        output: weight [hidden, heads * d] of the output linear, as the layer was read.
     """
     options, start = job.recipe.learn.surrogate, job.transforms.layers[index].r2
     assert start is not None
-    heads = values.unflatten(1, (job.arch.kv_heads, -1)).unbind(1)
+    attention = job.arch.kinds[index].attention
+    heads = values.unflatten(1, (attention.kv_heads, -1)).unbind(1)
     if job.recipe.rotations.r2 == "klt":
-        start = output_rotation(output, job.arch)
+        start = output_rotation(output, attention)
     if options is None or "r2" not in options.targets:
         return start
     quantizer = job.recipe.kv if job.recipe.kv.bits == 4 else job.recipe.activations
     return torch.stack([surrogate(h.to(job.device), r, options, quantizer) for h, r in zip(heads, start, strict=True)])
 
 
-def output_rotation(output: Tensor, arch: Architecture) -> Tensor:
-    """For each KV head R2 = U H of o_proj's covariance over the head's channels, float64 [kv_heads, d, d]."""
-    weight = output.cpu().unflatten(1, (arch.kv_heads, -1, arch.head_dim))
+def output_rotation(output: Tensor, attention: Attention) -> Tensor:
+    """For each KV head R2 = U H of the output's covariance over the head's channels, float64 [kv_heads, d, d]."""
+    weight = output.cpu().unflatten(1, (attention.kv_heads, -1, attention.head_dim))
     return torch.stack([equal_variances(covariance([w.flatten(0, 1)])) for w in weight.unbind(1)])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint import Source
-from rotquant.decoder import Decoder, Linear, float_linear
-from rotquant.fold import Tensors, fold_r1
-from rotquant.models import EMBEDDING, Architecture, rotary
+from rotquant.fold import fold_r1
+from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.decoder import Decoder, Linear, decoders
 from rotquant.recipe import Recipe
-from rotquant.space import SITE_OF, SITES, Transforms
+from rotquant.space import Transforms
 
 
 @dataclass
@@ -29,34 +29,38 @@ class Learner:
     device: str
     tp_max: int
 
-    def decoder(self) -> Decoder:
-        cos, sin = rotary(self.arch.config, self.tokens.shape[1])
-        return Decoder(self.arch, cos[0].to(self.device), sin[0].to(self.device))
+    def decoders(self) -> list[Decoder]:
+        return decoders(self.arch, self.tokens.shape[1], self.device)
 
     def embedded(self, samples: int) -> Tensor:
         """What enters layer 0, float32 [samples, T, hidden], in R1's basis; on the CPU."""
-        h = self.source.get(EMBEDDING)[self.tokens[:samples]].float()
+        h = self.source.get(self.arch.names.embedding)[self.tokens[:samples]].float() * self.arch.embedding_scale
         return self.transforms.r1.rows(h) if self.transforms.r1 else h
+
+    def read(self, index: int) -> Tensors:
+        """The tensors of a layer as they are in the source."""
+        return self.arch.kinds[index].split(self.source.layer(self.arch.layer_prefix(index)))
 
     def layer(self, index: int) -> Tensors:
         """The tensors of a layer, R1 folded, float32."""
-        tensors = {name: t.double() for name, t in self.source.layer(self.arch.layer_prefix(index)).items()}
+        tensors = {name: t.double() for name, t in self.read(index).items()}
         if self.transforms.r1:
-            tensors = fold_r1(tensors, self.transforms.r1)
+            tensors = fold_r1(tensors, self.transforms.r1, self.arch.kinds[index])
         return {name: t.float().to(self.device) for name, t in tensors.items()}
 
 
 class Capture:
-    """Samples of what the sites of a layer see: their inputs, and the outputs of v_proj as "v".
+    """Samples of what the sites of a layer see: their inputs, and the values as "v".
 
     Of each window the same tokens at every site: the first, where massive activations live, and others drawn at random.
 
     Args:
-        rows: tokens to keep of each site, about; windows: in how many windows.
+        kind: the layer; rows: tokens to keep of each site, about; windows: in how many windows.
     """
 
-    def __init__(self, rows: int, windows: int, random: torch.Generator) -> None:
-        self.per_window, self.random = max(2, rows // windows), random
+    def __init__(self, kind: Layer, rows: int, windows: int, random: torch.Generator) -> None:
+        self.kind, self.per_window, self.random = kind, max(2, rows // windows), random
+        self.first = {linears[0]: site for site, linears in kind.sites.items()}
         self.kept: dict[str, list[Tensor]] = {}
 
     def watching(self, linear: Linear, steps: int) -> Linear:
@@ -66,9 +70,9 @@ class Capture:
 
         def watched(name: str, x: Tensor) -> Tensor:
             y = linear(name, x)
-            if name in FIRST_OF_SITE:
-                self.kept.setdefault(SITE_OF[name], []).append(x[chosen].cpu())
-            elif name == "self_attn.v_proj":
+            if name in self.first:
+                self.kept.setdefault(self.first[name], []).append(x[chosen].cpu())
+            elif name == self.kind.attention.value:
                 self.kept.setdefault("v", []).append(y[chosen].cpu())
             return y
 
@@ -79,13 +83,10 @@ class Capture:
         return torch.cat(self.kept[site])
 
 
-FIRST_OF_SITE = {linears[0] for linears in SITES.values()}
-
-
 @torch.no_grad()
 def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
-    linear = float_linear(tensors)
+    linear = decoder.float_linear(tensors)
     steps = chain.shape[1]
     watched = [seen.watching(linear, steps) if seen else linear for _ in chain]
     return torch.stack([decoder.layer(tensors, h.to(job.device), f).cpu() for h, f in zip(chain, watched, strict=True)])

@@ -1,0 +1,30 @@
+"""What rotquant knows about models: an architecture is data in one file, the rest of the quantizer asks it.
+
+architecture    the data types                     registry    the families, one file each
+decoder         how a layer computes               reading     config.json -> architecture; transformers' own model
+"""
+
+from rotquant.models.architecture import Architecture, Layer, Names, Tensors
+from rotquant.models.reading import (
+    describe,
+    expected_shapes,
+    is_known,
+    read_architecture,
+    read_config,
+    rotary,
+    skeleton,
+)
+
+__all__ = [
+    "Architecture",
+    "Layer",
+    "Names",
+    "Tensors",
+    "describe",
+    "expected_shapes",
+    "is_known",
+    "read_architecture",
+    "read_config",
+    "rotary",
+    "skeleton",
+]

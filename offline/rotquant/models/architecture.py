@@ -1,0 +1,229 @@
+"""What rotquant knows about an architecture, as data. A family of models says it in a file of its own beside this one.
+
+A decoder layer is two blocks on the residual stream, attention and MLP. A block reads the output of its norm and writes
+to the stream with one linear. In it stand the pairs that scale and rotate into each other (see `fold`):
+
+    attention    values into the output linear, for each KV head; keys against queries, in the channels that RoPE allows
+    gated MLP    up into down, for each channel; the order of the channels, rows of gate and up, columns of down
+
+Linears are named as modules of transformers' model, less the layer's prefix. A checkpoint may hold several in one
+tensor (`Layer.fused`): they are split when a layer is read and put together again when it is written, so everything in
+between sees single linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rotquant.models.config_rules import Known
+
+Tensors = dict[str, Tensor]
+Shape = tuple[int, int]  # outputs, inputs of a linear
+BY_OUTPUT = ("weight", "bias", "shift", "lora_B")  # tensors of a linear that have a row for each output (see `fold`)
+
+
+@dataclass(frozen=True)
+class PositionScale:
+    """Queries at position p are multiplied by 1 + beta log(1 + floor(p / period)), behind RoPE."""
+
+    beta: float
+    period: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal grouped-query attention: softmax(scale q kᵀ) v with RoPE on queries and keys."""
+
+    module: str  # that calls attention, as the KV cache's clips name it
+    norm: str
+    query: str
+    key: str
+    value: str
+    output: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int  # channels of a head that RoPE turns, the first ones; 0 for none
+    scale: float
+    query_norm: str | None = None  # RMSNorm of each head behind the projection
+    key_norm: str | None = None
+    position_scale: PositionScale | None = None
+
+    @property
+    def qk_factors(self) -> int:
+        """Factors of S_qk for a head: one for each pair of channels that RoPE turns, one for each other channel."""
+        return self.head_dim - self.rotary // 2
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(act(gate x) up x)."""
+
+    norm: str
+    gate: str
+    up: str
+    down: str
+    width: int  # of what is between
+    activation: str  # as transformers names it
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: h += residual o(attention(norm h)); h += residual mlp(norm h).
+
+    `fused`: name of a linear in the checkpoint -> the linears that its tensors hold one below the other.
+    """
+
+    attention: Attention
+    mlp: GatedMLP
+    hidden: int
+    eps: float
+    residual: float = 1.0
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[str, ...]]:
+        """Where the linears' inputs are quantized, in order of computation: the linears that read one input."""
+        a, m = self.attention, self.mlp
+        return {"attn": (a.query, a.key, a.value), "o": (a.output,), "mlp": (m.gate, m.up), "down": (m.down,)}
+
+    @cached_property
+    def site_of(self) -> dict[str, str]:
+        return {linear: site for site, linears in self.sites.items() for linear in linears}
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All that are quantized."""
+        return tuple(self.site_of)
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """The norm whose output a site reads, for the sites that read the residual stream."""
+        return {"attn": self.attention.norm, "mlp": self.mlp.norm}
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The linears that write to the residual stream."""
+        return (self.attention.output, self.mlp.down)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Outputs and inputs of every linear."""
+        a, m, hidden = self.attention, self.mlp, self.hidden
+        queries, values = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        return {
+            a.query: (queries, hidden), a.key: (values, hidden), a.value: (values, hidden), a.output: (hidden, queries),
+            m.gate: (m.width, hidden), m.up: (m.width, hidden), m.down: (hidden, m.width),
+        }  # fmt: skip
+
+    @cached_property
+    def stored(self) -> dict[str, tuple[str, ...]]:
+        """The linears as a checkpoint names them, in order: each with the linears of this layer that it holds."""
+        holder = {part: name for name, parts in self.fused.items() for part in parts}
+        return {
+            holder.get(linear, linear): self.fused.get(holder.get(linear, ""), (linear,)) for linear in self.linears
+        }
+
+    def stored_shape(self, name: str) -> Shape:
+        parts = self.stored[name]
+        return sum(self.shapes[part][0] for part in parts), self.shapes[parts[0]][1]
+
+    def stored_at(self, site: str) -> tuple[str, ...]:
+        """The linears of a site as a checkpoint names them."""
+        return tuple(name for name, parts in self.stored.items() if self.site_of[parts[0]] == site)
+
+    def split(self, tensors: Tensors) -> Tensors:
+        """A layer's tensors as a checkpoint holds them, those of fused linears as views of their parts."""
+        out = dict(tensors)
+        for name, parts in self.fused.items():
+            sizes = [self.shapes[part][0] for part in parts]
+            for leaf in BY_OUTPUT:
+                if (whole := out.pop(f"{name}.{leaf}", None)) is not None:
+                    out |= {f"{part}.{leaf}": rows for part, rows in zip(parts, whole.split(sizes), strict=True)}
+            if (read := out.pop(f"{name}.lora_A", None)) is not None:
+                out |= {f"{part}.lora_A": read for part in parts}
+        return out
+
+    def join(self, tensors: Tensors) -> Tensors:
+        """The inverse of `split`."""
+        out = dict(tensors)
+        for name, parts in self.fused.items():
+            for leaf in (*BY_OUTPUT, "lora_A"):
+                found = [out.pop(f"{part}.{leaf}") for part in parts if f"{part}.{leaf}" in out]
+                if found:
+                    out[f"{name}.{leaf}"] = found[0] if leaf == "lora_A" else torch.cat(found)
+        return out
+
+
+@dataclass(frozen=True)
+class Names:
+    """Tensors outside the layers, and how a layer's names begin."""
+
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    layers: str = "model.layers."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A whole model: h = embedding_scale E[token], its layers, logits = W norm(h) / logits_divisor.
+
+    tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
+    """
+
+    config: PreTrainedConfig
+    kinds: tuple[Layer, ...]  # the layers in their order
+    vocab_size: int
+    tied: bool
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
+    names: Names = Names()
+    served: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint's config.json says for vLLM besides
+
+    @property
+    def layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.kinds[0].hidden
+
+    @property
+    def head_dim(self) -> int:
+        return self.kinds[0].attention.head_dim
+
+    @property
+    def eps(self) -> float:
+        """Of the final norm."""
+        return self.kinds[0].eps
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.names.layers}{index}."
+
+    def linears(self) -> Iterator[tuple[str, Shape]]:
+        """Full name and shape of every linear in the layers, as a checkpoint holds them."""
+        for index, layer in enumerate(self.kinds):
+            for linear in layer.stored:
+                yield self.layer_prefix(index) + linear, layer.stored_shape(linear)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that one file describes.
+
+    Args:
+        classes: names of transformers' classes, as `architectures` of config.json gives them, with what their configs
+            have.
+        describe: reads a config of theirs.
+    """
+
+    classes: Mapping[str, Known]
+    describe: Callable[[PreTrainedConfig], Architecture]

@@ -1,0 +1,164 @@
+"""One decoder layer as functions on a dict of tensors, cut where a quantizer needs to look.
+
+The layer is computed in five steps, each a function of the step before, so that the linears of a step can
+be quantized from the inputs that they will really see:
+
+    x1 = norm(h);  qkv(x1) -> x2 = attention;  h2 = h + o(x2), x3 = norm(h2);  x4 = act(gate x3) up x3;
+    h' = h2 + down(x4)
+
+`linear(name, x)` is passed in: float weights for the equivalence gate, the served op for calibration, fake-quantized
+weights for learning; `cache(q, k, v)` gives queries, keys and values back as the KV cache would.
+Shapes: h [..., T, hidden], the last T tokens of each sequence; x2 [..., T, heads * d]; x4 [..., T, intermediate].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.activations import ACT2FN
+
+from rotquant.format import KVFormat
+from rotquant.models.architecture import Architecture, Layer, PositionScale, Tensors
+from rotquant.models.reading import rotary
+from rotquant.space import LayerTransforms
+from rotquant_kernels import convention, reference
+
+Linear = Callable[[str, Tensor], Tensor]
+Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float32, in x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * gain.to(y)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The computation of one layer; holds no weights.
+
+    Args:
+        kind: the layer; cos, sin: float32 [positions, channels that RoPE turns], from `models.rotary`.
+    """
+
+    kind: Layer
+    cos: Tensor
+    sin: Tensor
+
+    def norm(self, x: Tensor, gain: Tensor) -> Tensor:
+        return rms_norm(x, gain, self.kind.eps)
+
+    def attention(self, tensors: Tensors, x1: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """Causal attention of each sequence, x1 [..., T, hidden] to x2 [..., T, heads * d]."""
+        query, key = self.queries_and_keys(tensors, x1, linear)
+        value = linear(self.kind.attention.value, x1).unflatten(-1, (-1, self.kind.attention.head_dim)).float()
+        if cache:
+            query, key, value = cache(query, key, value)
+        query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
+        mixed = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.kind.attention.scale, enable_gqa=True
+        )
+        return mixed.transpose(-3, -2).flatten(-2).to(x1.dtype)
+
+    def queries_and_keys(self, tensors: Tensors, x1: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind RoPE, float32."""
+        attention = self.kind.attention
+        query, key = (linear(n, x1).unflatten(-1, (-1, attention.head_dim)) for n in (attention.query, attention.key))
+        if attention.query_norm:
+            query = self.norm(query, tensors[f"{attention.query_norm}.weight"])
+        if attention.key_norm:
+            key = self.norm(key, tensors[f"{attention.key_norm}.weight"])
+        query, key = self.rotary(query), self.rotary(key)
+        if attention.position_scale:
+            query = query * position_scale(attention.position_scale, query.shape[-3]).to(query)[:, None, None]
+        return query.float(), key.float()
+
+    def attention_received(self, tensors: Tensors, x1: Tensor, linear: Linear) -> Tensor:
+        """Attention that each token gets from all queries of one sequence, mean over the heads.
+
+        Σ_q a_qt for token t: 1 on average, T/2 for a sink that holds half of all attention.
+
+        Args:
+            x1: [T, hidden].
+        Returns:
+            float32 [T].
+        """
+        query, key = self.queries_and_keys(tensors, x1, linear)
+        steps, heads = query.shape[:2]
+        hidden = torch.ones(steps, steps, dtype=torch.bool, device=x1.device).triu(1)
+        total = torch.zeros(steps, device=x1.device)
+        for head in range(heads):  # one at a time: T x T numbers
+            scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * self.kind.attention.scale
+            total += scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
+        return total / heads
+
+    def rotary(self, x: Tensor) -> Tensor:
+        """Rotary position embedding of x [..., T, heads, d], halves convention, on the channels that it turns."""
+        turned = self.kind.attention.rotary
+        if not turned:
+            return x
+        cos, sin = (t[: x.shape[-3], None].to(x) for t in (self.cos, self.sin))
+        first, second = x[..., :turned].chunk(2, dim=-1)
+        y = x[..., :turned] * cos + torch.cat((-second, first), dim=-1) * sin
+        return y if turned == x.shape[-1] else torch.cat((y, x[..., turned:]), dim=-1)
+
+    def mlp_input(self, x3: Tensor, linear: Linear) -> Tensor:
+        """x4, the input of the MLP's last linear."""
+        mlp = self.kind.mlp
+        return ACT2FN[mlp.activation](linear(mlp.gate, x3)) * linear(mlp.up, x3)
+
+    def add(self, h: Tensor, written: Tensor) -> Tensor:
+        """The residual stream after a block has written to it."""
+        return h + written * self.kind.residual
+
+    def layer(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """The whole layer, h to h'."""
+        attention, mlp = self.kind.attention, self.kind.mlp
+        x2 = self.attention(tensors, self.norm(h, tensors[f"{attention.norm}.weight"]), linear, cache)
+        h = self.add(h, linear(attention.output, x2))
+        x4 = self.mlp_input(self.norm(h, tensors[f"{mlp.norm}.weight"]), linear)
+        return self.add(h, linear(mlp.down, x4))
+
+    def float_linear(self, tensors: Tensors, transforms: LayerTransforms | None = None) -> Linear:
+        """Linears in the precision of the tensors, behind the online stages of the layer."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            for stage in transforms.inputs.get(self.kind.site_of[name], []) if transforms else ():
+                x = reference.online_stage(x, *stage)
+            return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
+
+        return linear
+
+
+def decoders(arch: Architecture, positions: int, device: str = "cpu") -> list[Decoder]:
+    """The decoder of each layer, for sequences of at most `positions` tokens."""
+    cos, sin = (table[0].to(device) for table in rotary(arch.config, positions) or (torch.zeros(1, positions, 0),) * 2)
+    return [Decoder(kind, cos, sin) for kind in arch.kinds]
+
+
+def position_scale(scale: PositionScale, steps: int) -> Tensor:
+    """Factors of the queries of positions 0 to `steps` - 1, float32 [steps]."""
+    return 1 + scale.beta * torch.log(1 + torch.floor(torch.arange(steps) / scale.period))
+
+
+def bias_of(tensors: Tensors, linear: str) -> Tensor | None:
+    """The bias and what a shift adds to the output (see `fold`); None where there is neither."""
+    found = [tensors[name] for name in (f"{linear}.bias", f"{linear}.shift") if name in tensors]
+    return sum(found[1:], found[0]) if found else None
+
+
+def kv4_cache(kv: KVFormat) -> Cache:
+    """A 4-bit cache by the numeric convention."""
+
+    def cache(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if kv.rotate:
+            query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
+        key = convention.kv_fake_quantize(key, kv.symmetric, kv.k_clip)
+        return query, key, convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip)
+
+    return cache

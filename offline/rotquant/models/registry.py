@@ -1,0 +1,14 @@
+"""The families that rotquant knows: each a file beside this one, with its line here."""
+
+from __future__ import annotations
+
+from rotquant.models.architecture import Family
+from rotquant.models.granite import GRANITE, GRANITE4
+from rotquant.models.llama import LLAMA, QWEN3
+from rotquant.models.ministral import MINISTRAL3
+from rotquant.models.phi import PHI3
+from rotquant.models.smollm3 import SMOLLM3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, SMOLLM3, GRANITE, GRANITE4, PHI3, MINISTRAL3)
+BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
+KNOWN_BY_CLASS = {name: known for family in FAMILIES for name, known in family.classes.items()}

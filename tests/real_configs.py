@@ -1,0 +1,125 @@
+"""config.json of published models, as their repositories have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any) -> Config:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "hidden_act": "silu",
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "initializer_range": 0.02, "rms_norm_eps": 1e-05, "pretraining_tp": 1,
+        "torch_dtype": "bfloat16", "use_cache": True, "tie_word_embeddings": False, "vocab_size": 32000,
+        "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096, "transformers_version": "4.31.0",
+    } | more  # fmt: skip
+
+
+LLAMA3 = {
+    "vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001, "rope_theta": 500000.0,
+    "attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 8192, "rope_scaling": None,
+    "transformers_version": "4.40.0.dev0",
+}  # fmt: skip
+LLAMA31 = LLAMA3 | {
+    "max_position_embeddings": 131072, "mlp_bias": False, "eos_token_id": [128001, 128008, 128009],
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}  # fmt: skip
+
+
+def mistral(**more: Any) -> Config:
+    return {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
+    } | more  # fmt: skip
+
+
+def qwen(kind: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any) -> Config:
+    return {
+        "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": hidden,
+        "initializer_range": 0.02, "intermediate_size": intermediate, "max_position_embeddings": 32768,
+        "max_window_layers": layers, "num_attention_heads": heads, "num_hidden_layers": layers,
+        "num_key_value_heads": kv, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    } | more  # fmt: skip
+
+
+QWEN3 = {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960, "rope_scaling": None,
+         "sliding_window": None}  # fmt: skip
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+CONFIGS: dict[str, Config] = {
+    "Llama-2-7b-hf": llama(4096, 11008, 32, 32, 32, _name_or_path="meta-llama/Llama-2-7b-hf", torch_dtype="float16",
+                           rope_scaling=None, max_length=4096, pad_token_id=0),
+    "Llama-2-70b-hf": llama(8192, 28672, 80, 64, 8, torch_dtype="float16", rope_scaling=None),
+    "llama-7b": llama(4096, 11008, 32, 32, 32, max_position_embeddings=2048, max_sequence_length=2048, pad_token_id=0,
+                      rms_norm_eps=1e-06),
+    "vicuna-7b-v1.5-16k": llama(4096, 11008, 32, 32, 32, rope_scaling={"factor": 4.0, "type": "linear"},
+                                max_sequence_length=16384, pad_token_id=0),
+    "Meta-Llama-3-8B": llama(4096, 14336, 32, 32, 8, **LLAMA3),
+    "Llama-3-8B-Gradient-1048k": llama(4096, 14336, 32, 32, 8, **LLAMA3 | {
+        "rope_theta": 3580165449.0, "max_position_embeddings": 1048576}),
+    "Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32, 8, **LLAMA31),
+    "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, **LLAMA31 | {
+        "head_dim": 64, "tie_word_embeddings": True, "eos_token_id": 128001,
+        "rope_scaling": LLAMA31["rope_scaling"] | {"factor": 32.0}}),
+    "Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64, 8, **LLAMA31 | {"head_dim": 128}),
+    "unsloth-llama-3-8b": llama(4096, 14336, 32, 32, 8, **LLAMA3 | {
+        "pad_token_id": 128255, "unsloth_version": "2024.9", "unsloth_fixed": True}),
+    "TinyLlama-1.1B-Chat": llama(2048, 5632, 22, 32, 4, max_position_embeddings=2048, rope_theta=10000.0,
+                                 attention_bias=False, rope_scaling=None),
+    "SmolLM2-135M": llama(576, 1536, 30, 9, 3, attention_bias=False, attention_dropout=0.0, bos_token_id=0,
+                          eos_token_id=0, initializer_range=0.041666666666666664, is_llama_config=True,
+                          max_position_embeddings=8192, mlp_bias=False, rope_interleaved=False, rope_theta=100000,
+                          tie_word_embeddings=True, vocab_size=49152, rope_scaling=None),
+    "SmolLM2-135M-Instruct": llama(576, 1536, 30, 9, 3, pad_token_id=2, rope_interleaved=False, rope_theta=100000,
+                                   **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+    "Yi-6B": llama(4096, 11008, 32, 32, 4, pad_token_id=0, rope_theta=5000000.0, vocab_size=64000, rope_scaling=None),
+    "Yi-34B-200K": llama(7168, 20480, 60, 56, 8, max_position_embeddings=200000, rope_theta=10000000.0,
+                         vocab_size=64000, pad_token_id=0),
+    "deepseek-coder-6.7b": llama(4096, 11008, 32, 32, 32, max_position_embeddings=16384, rope_theta=100000,
+                                 rope_scaling={"factor": 4.0, "type": "linear"}, vocab_size=32256, bos_token_id=32013,
+                                 eos_token_id=32014, rms_norm_eps=1e-06),
+    "DeepSeek-R1-Distill-Llama-8B": llama(4096, 14336, 32, 32, 8, **LLAMA31 | {"eos_token_id": 128001}),
+    "phi-as-llama": llama(3072, 8192, 32, 32, 32, attention_bias=False, mlp_bias=False, vocab_size=32064,
+                          original_max_position_embeddings=4096, eos_token_id=32000, pad_token_id=32000),
+    "Smaug-72B": llama(8192, 24576, 80, 64, 64, attention_bias=True, max_position_embeddings=32768,
+                       rope_theta=1000000, vocab_size=152064, seq_length=32768),
+    "saved-by-transformers-5": llama(2048, 8192, 16, 32, 8, head_dim=64, dtype="bfloat16", torch_dtype="bfloat16",
+                                     rope_parameters=LLAMA31["rope_scaling"] | {"rope_theta": 500000.0},
+                                     attention_bias=False, mlp_bias=False, pad_token_id=None,
+                                     max_position_embeddings=131072),
+    "Mistral-7B-v0.1-full": mistral(vocab_size=32000, rope_theta=10000.0, transformers_version="4.34.0.dev0"),
+    "Mistral-7B-Instruct-v0.3": mistral(),
+    "Mistral-Nemo-Instruct-2407": mistral(hidden_size=5120, head_dim=128, num_hidden_layers=40, vocab_size=131072,
+                                          max_position_embeddings=131072),
+    "Ministral-as-mistral": mistral(head_dim=128, vocab_size=131072, layer_types=["full_attention"] * 32),
+    "Zephyr-7B": mistral(vocab_size=32000, pad_token_id=2, rope_theta=10000.0, use_cache=True),
+    "Qwen2-7B": qwen("Qwen2", 3584, 18944, 28, 28, 4, max_position_embeddings=131072, sliding_window=131072,
+                     vocab_size=152064),
+    "Qwen2.5-0.5B-Instruct": qwen("Qwen2", 896, 4864, 24, 14, 2, max_window_layers=21, tie_word_embeddings=True),
+    "Qwen2.5-7B-Instruct": qwen("Qwen2", 3584, 18944, 28, 28, 4, vocab_size=152064),
+    "Qwen2.5-7B-Instruct, 128K": qwen("Qwen2", 3584, 18944, 28, 28, 4, vocab_size=152064,
+                                      rope_scaling=YARN | {"type": "yarn"}),
+    "Qwen2.5-32B": qwen("Qwen2", 5120, 27648, 64, 40, 8, max_position_embeddings=131072, vocab_size=152064),
+    "DeepSeek-R1-Distill-Qwen-1.5B": qwen("Qwen2", 1536, 8960, 28, 12, 2, bos_token_id=151646, eos_token_id=151643,
+                                          max_window_layers=21, sliding_window=4096, use_mrope=False,
+                                          max_position_embeddings=131072, rope_theta=10000),
+    "Qwen3-0.6B": qwen("Qwen3", 1024, 3072, 28, 16, 8, tie_word_embeddings=True, **QWEN3),
+    "Qwen3-8B": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3),
+    "Qwen3-8B, 128K": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3 | {
+        "rope_scaling": YARN | {"rope_type": "yarn"}, "max_position_embeddings": 131072}),
+    "Qwen3-4B, transformers 5": qwen("Qwen3", 2560, 9728, 36, 32, 8, tie_word_embeddings=True, **QWEN3 | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "layer_types": ["full_attention"] * 36, "max_position_embeddings": 262144}),
+}  # fmt: skip

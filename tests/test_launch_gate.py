@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles as servers launch it, on every architecture and under every Triton that users have."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import launch_gate  # noqa: E402
+from rotquant_kernels.cuda import kv4_decode, rows  # noqa: E402
+from stand_in_gpu import GPUS  # noqa: E402
+
+APART = Path(sys.prefix) / "tritons"  # where run.py puts them
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_kernel_compiles_and_fits(arch):
+    lines = []
+    launches, kernels, failed = launch_gate.check(arch, launch_gate.core(), lines.append)
+    assert (failed, lines) == (0, [])
+    assert kernels == launches + 1  # each a kernel of its own, and decoding the merge of its parts besides
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0"])
+def test_under_the_tritons_of_users(version):
+    folder = APART / version
+    if not folder.exists():
+        pytest.skip(f"run.py test installs Triton {version} to {folder}")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, launch_gate.__file__], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    launches = len(GPUS) * len(list(launch_gate.core()))
+    assert done.stdout.endswith(f"triton {version}: {launches} launches, 0 failed\n"), done.stdout + done.stderr
+
+
+def test_the_gate_sees_what_it_is_for(monkeypatch):
+    """A kernel that wants too much memory, one that spills, one that does not compile for a single token."""
+    lines = []
+    monkeypatch.setattr(rows, "LARGEST", 1 << 16)
+    long = ("long row", lambda: launch_gate.quantize(2, 18944, 512, silu=True))
+    assert launch_gate.check(89, iter([long]), lines.append)[2] == 1
+    assert "wants 131072 bytes of shared memory, sm_89 allows 101376" in lines[0]
+    monkeypatch.setattr(launch_gate, "SPILLED_ELSE", -1)
+    assert launch_gate.check(90, iter([("norm", lambda: launch_gate.norm(1, 4096))]), lines.append)[2] == 1
+    assert "spills 0 bytes" in lines[-1]
+    specialized = triton.jit(kv4_decode.merge.fn)  # as it was without do_not_specialize
+    monkeypatch.setattr(kv4_decode, "merge", specialized)
+    monkeypatch.setattr(launch_gate, "SPILLED_ELSE", 1000)
+    decode = ("decode", lambda: launch_gate.attend(1, 1))
+    assert launch_gate.check(90, iter([decode]), lines.append)[2] == 1
+    assert "'int' object has no attribute 'to'" in lines[-1]

@@ -1,0 +1,209 @@
+"""Whether a model took what the checkpoint holds: every tensor, and for each of its own parameters one.
+
+vLLM's models skip a tensor that they have no place for (a bias of a layer that is built without one), and a parameter
+that no tensor came for keeps whatever memory held; neither is said. So the model's `load_weights` is watched, whatever
+loader calls it: a tensor that no operation read was dropped, and a parameter that is still NaN was not filled.
+
+vLLM gives a quantization method its layer and nothing of the model around it. torch reports every module that becomes
+part of another, and so the way from a layer up to its model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rotquant.content import check_content
+from rotquant.errors import RotQuantError
+from vllm_rotquant import compat
+
+# Tables that old checkpoints carry and every reader computes itself.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+class Intake:
+    """Watches the `load_weights` of every module around the layers it is told of, while the model is built."""
+
+    def __init__(self) -> None:
+        self.seen = False  # whether a model has been loaded
+        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._active = False
+        self._stop: Callable[[], object] = lambda: None
+
+    def expect(self, layer: torch.nn.Module) -> None:
+        """`layer` is being built; what will hold it is followed from now on."""
+        if not self._around:
+            # Also when nobody ends it: a model that was refused while it was built.
+            self._stop = weakref.finalize(self, register_module_module_registration_hook(_noting(self)).remove)
+        self._around.add(layer)
+
+    def built(self) -> None:
+        """No more modules will come."""
+        self._stop()
+
+    def around(self) -> list[Any]:
+        """The modules that hold the layers, and they themselves."""
+        return list(self._around)
+
+    def note(self, holder: torch.nn.Module, held: torch.nn.Module | None) -> None:
+        """`held` becomes part of `holder`."""
+        if held is None or held not in self._around or holder in self._around:
+            return
+        self._around.add(holder)
+        if callable(getattr(type(holder), "load_weights", None)):
+            holder.load_weights = self._watching(weakref.ref(holder))
+
+    def _watching(self, holder: weakref.ref[Any]) -> Any:
+        def load_weights(*args: Any, **more: Any) -> Any:
+            return self._watched(holder(), *args, **more)
+
+        return load_weights
+
+    def _watched(self, model: Any, weights: Weights, *args: Any, **more: Any) -> Any:
+        """The model's `load_weights`; only the outermost one is watched, which gets the checkpoint's own names."""
+        load = type(model).load_weights
+        if self._active:
+            return load(model, weights, *args, **more)
+        watch, self._active = Watch(model), True
+        try:
+            unfilled = {} if self.seen else mark_unfilled(model)
+            loaded = watch.run(lambda passed: load(model, passed, *args, **more), weights)
+        finally:
+            self._active = False
+        self.seen = True
+        watch.finish()
+        for name, parameter in unfilled.items():
+            if parameter.isnan().any():
+                raise RotQuantError(f"{name} is missing from the checkpoint; vLLM's model has this parameter")
+        return loaded
+
+
+def _noting(intake: Intake) -> Callable[[torch.nn.Module, str, torch.nn.Module | None], None]:
+    reference = weakref.ref(intake)
+
+    def note(holder: torch.nn.Module, name: str, held: torch.nn.Module | None) -> None:
+        if (alive := reference()) is not None:
+            alive.note(holder, held)
+
+    return note
+
+
+class Watch(TorchDispatchMode):
+    """One pass over a checkpoint: hands its tensors on and notes which of them some operation reads."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.names: set[str] = set()
+        self.current = ""
+        # Kept until they are read, so that their memory is not used for another tensor.
+        self.untouched: dict[str, Tensor] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self.declared: dict[str, list[int]] = {}  # content of each weight_shape, by the layer's name
+
+    def run(self, load: Callable[[Weights], Any], weights: Weights) -> Any:
+        try:
+            with self:
+                return load(self._handed_on(weights))
+        except (RotQuantError, torch.OutOfMemoryError):
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if not self.current:  # it failed before, or between two tensors
+                raise
+            reason = " ".join(str(error).split()) or "its shape is not the one that config.json asks for"
+            what = f"tensor {self.current} {self.shapes[self.current]}"
+            raise RotQuantError(f"{what} does not fit the model that config.json describes: {reason}") from error
+
+    def _handed_on(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in readable(weights):
+            if name in self.names:
+                raise RotQuantError(f"tensor {name} comes twice from the checkpoint's files; one of them is wrong")
+            self.names.add(name)
+            if not name.endswith(COMPUTED) and not in_another_stage(self.model, name):
+                check_content(f"tensor {name}", name, tensor)
+                if tensor.numel():
+                    self.untouched[name] = tensor
+                if name.endswith(".weight_shape"):
+                    self.declared[name.removesuffix(".weight_shape")] = tensor.tolist()
+            self.current, self.shapes[name] = name, list(tensor.shape)
+            yield name, tensor
+            self.current = ""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.untouched:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and not value.is_meta:
+                    self._touch(value)
+        return op(*args, **(kwargs or {}))
+
+    def _touch(self, value: Tensor) -> None:
+        for name, tensor in list(self.untouched.items()):
+            start = tensor.data_ptr()
+            if tensor.device == value.device and start <= value.data_ptr() < start + tensor.nbytes:
+                del self.untouched[name]
+
+    def finish(self) -> None:
+        """Refuses what was handed on and never read, and packed weights whose `weight_shape` is another."""
+        for layer, shape in self.declared.items():
+            if f"{layer}.weight_packed" not in self.shapes:
+                continue  # its layer says so
+            rows, words = self.shapes[f"{layer}.weight_packed"]
+            if len(shape) != 2 or shape[0] != rows or words not in (-(-shape[1] * bits // 32) for bits in (4, 8)):
+                packed = f"{rows} rows of {words} words"
+                raise RotQuantError(f"tensor {layer}.weight_shape is {shape}, but weight_packed has {packed}")
+        dropped = sorted(self.untouched)
+        self.untouched = {}
+        if dropped:
+            more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+            raise RotQuantError(
+                f"tensor {dropped[0]}{more} of the checkpoint was not taken: vLLM's {type(self.model).__name__} has no "
+                "place for it, so what it serves would not be what was quantized and measured"
+            )
+
+
+def readable(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """`weights`; a file that cannot be read ends it in one line."""
+    try:
+        yield from weights
+    except SafetensorError as error:
+        raise RotQuantError(f"a safetensors file of the checkpoint is truncated or not one ({error})") from error
+
+
+def in_another_stage(model: torch.nn.Module, name: str) -> bool:
+    """Whether a tensor belongs to a module that another pipeline stage holds."""
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, "_modules", {}).get(part)
+        if module is None:
+            return False
+        if isinstance(module, compat.MISSING_LAYERS):
+            return True
+    return False
+
+
+def mark_unfilled(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Fills the model's own parameters with NaN and returns them by name.
+
+    Not those that are NaN already, which the method of their layer checks, nor those of attention layers: scales of
+    another KV cache, which checkpoints may leave out.
+    """
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, compat.Attention):
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.numel() and not parameter.flatten()[0].isnan():
+                    parameter.fill_(torch.nan)
+                    found[f"{name}.{leaf}"] = parameter
+    return found
