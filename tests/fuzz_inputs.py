@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from real_configs import CONFIGS
 from rotquant.checkpoint import INDEX, SINGLE
 from rotquant.errors import RotQuantError
-from rotquant.evaluate import load_any, text_windows
+from rotquant.evaluate import text_windows, torch_losses
 from rotquant.fold import Fold
 from rotquant.gate import check_equivalence
 from rotquant.initial import initial_transforms
@@ -270,9 +270,7 @@ def evaluating(folder: Path) -> None:
     """The readers of `rotquant eval`."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    windows = text_windows(text, folder, 32)
-    with torch.no_grad():
-        load_any(folder)(windows[:1])
+    torch_losses(folder, text_windows(text, folder, 32)[:1])
 
 
 READERS = {"quantize": quantizing, "eval": evaluating}

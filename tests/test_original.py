@@ -184,6 +184,30 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
         evaluate(str(model), text, seq_len=64)
 
 
+@pytest.mark.parametrize("prefix", ["4", "x\ny"])
+def test_a_tokenizer_that_its_library_dies_of(model, prefix):
+    edit = json.loads((model / "tokenizer.json").read_text())
+    edit["model"]["continuing_subword_prefix"] = prefix
+    (model / "tokenizer.json").write_text(json.dumps(edit))
+    with pytest.raises(RotQuantError, match=r"tokenizer.json: model.continuing_subword_prefix is"):
+        read_original(model)
+
+
+def test_faults_that_show_when_text_is_read(model):
+    edit = json.loads((model / "tokenizer.json").read_text())
+    edit["post_processor"]["single"] = [{"SpecialToken": {"id": "<none>", "type_id": 0}}]
+    (model / "tokenizer.json").write_text(json.dumps(edit))
+    with pytest.raises(RotQuantError, match="no tokenizer that transformers can read"):
+        read_original(model)
+
+
+def test_eval_of_settings_that_transformers_cannot_run(model):
+    edit_config(model, "rope_parameters", value={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    edit_config(model, "partial_rotary_factor", value=0.5)
+    with pytest.raises(RotQuantError, match="transformers cannot run this model"):
+        evaluate(str(model), HELDOUT, tokens=200, seq_len=64)
+
+
 # ---- what travels -----------------------------------------------------------------------------------
 
 TRAVELS = (

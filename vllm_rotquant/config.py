@@ -255,8 +255,8 @@ class Embedding(compat.UnquantizedEmbeddingMethod):
 
     def __init__(self, proof: Proof) -> None:
         super().__init__()
-        self.proof = proof
+        self.waiting = proof  # not `proof`: by that name a reload knows the layers of rotquant
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
-        self.proof.loaded(layer)
+        self.waiting.loaded(layer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,27 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Raises:
-        RotQuantError: none there.
+        RotQuantError: none there, or one that cannot be read.
     """
+    for file in tokenizer_files(folder):
+        if file.suffix == ".json":
+            _check_prefix(file, read_object(file))
+    with _readable(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some faults show only here
+    return tokenizer
+
+
+@contextmanager
+def _readable(where: object) -> Iterator[None]:
+    """Says in one line what a tokenizer dies of: many kinds; a panic of the tokenizers library is no Exception."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here
+        yield
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         reason = short(f"{type(error).__name__}: {error}", 200)
-        raise RotQuantError(f"{folder}: no tokenizer that transformers can read: {reason}") from error
+        raise RotQuantError(f"{where}: no tokenizer that transformers can read: {reason}") from error
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json")
@@ -51,13 +67,24 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     Raises:
         RotQuantError: naming the token and its file.
     """
-    files = tokenizer_files(folder)
-    for file in files:
-        if file.suffix == ".json":
-            read_object(file)
-    if files:
+    if tokenizer_files(folder):
         tokenizer: Any = read_tokenizer(folder)
         check_tokens(torch.tensor(list(tokenizer.get_vocab().values()) or [0]), tokenizer, folder, vocab_size)
+
+
+def _check_prefix(file: Path, data: dict[str, Any]) -> None:
+    """Refuses merges that lack the prefix that they are to have: the tokenizers library aborts the process there."""
+    model = data.get("model")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not prefix or not isinstance(model, dict):
+        return
+    for merge in model.get("merges") or []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not str(parts[-1]).startswith(str(prefix)):
+            raise RotQuantError(
+                f"{file}: model.continuing_subword_prefix is {short(repr(prefix), 60)}, which merges such as"
+                f" {short(repr(merge), 60)} do not have"
+            )
 
 
 def check_tokens(ids: Tensor, tokenizer: Any, folder: Path, vocab_size: int) -> None:
@@ -139,7 +166,8 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, where: 
         RotQuantError: fewer than seq_len tokens.
     """
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with _readable(where):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(prefix)
     count = len(ids) // step
     if count == 0:
@@ -152,7 +180,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, where: 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer begins every sequence with BOS (Llama does, Qwen does not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def calibration_tokens(

@@ -27,6 +27,7 @@ from rotquant.calibrate import check_tokens, read_tokenizer, windows
 from rotquant.checkpoint import fetch
 from rotquant.errors import RotQuantError
 from rotquant.format import claims
+from rotquant.json_files import short
 from rotquant.models import read_config
 from rotquant.original import load_transformers
 from rotquant.progress import Progress
@@ -97,12 +98,27 @@ def evaluate(
         if engine == "vllm":
             losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:
-            losses = model_losses(load_any(folder), batch, progress.step)
+            losses = torch_losses(folder, batch, progress.step)
     if not losses.isfinite().all():
         raise RotQuantError(f"{folder}: the model's logits are not finite on this text")
     nll = losses.double().mean().item()
     seconds = round(time.monotonic() - started, 2)
     return Score(model, engine, safe_exp(nll), nll, losses.numel(), len(batch), length, seconds)
+
+
+def torch_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor:
+    """As `model_losses`, of the model in a folder.
+
+    Raises:
+        RotQuantError: a full-precision model that transformers cannot load or run.
+    """
+    model = load_any(folder)
+    if claims(getattr(read_config(folder), "quantization_config", None)):
+        return model_losses(model, batch, step)
+    try:
+        return model_losses(model, batch, step)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # settings that its own code does not expect
+        raise RotQuantError(f"{folder}: transformers cannot run this model: {short(error)}") from error
 
 
 def text_windows(text: Path, folder: Path, seq_len: int, tokens: int | None = None) -> Tensor:

@@ -139,7 +139,7 @@ def check_fields(where: str, raw: Fields) -> None:
     """
     known = check_architecture(where, raw)
     if raw.get("quantization_config"):
-        _refuse_off(where, "quantization_config", raw)
+        raise RotQuantError(f"{where}: quantization_config: {OFF['quantization_config'][1]}")
     check_values(where, raw)
     if raw.get("hidden_act", "silu") != "silu":
         raise RotQuantError(f"{where}: hidden_act is {short(repr(raw['hidden_act']), 60)}, supported is 'silu'")
