@@ -46,7 +46,9 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
     if checkpoint == "rotquant":
         transforms = initial_transforms(chosen, arch, 1, seed=0)
         quantization = export.quantization_config(chosen, arch, transforms)
-        export.write_config(folder, folder, arch, quantization, export.extension(chosen, transforms, "full", None, {}))
+        export.write_config(
+            folder, folder, arch, quantization, export.extension(chosen, arch, transforms, "full", None, {})
+        )
         return
     config = json.loads((folder / "config.json").read_text())
     weights = export.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}

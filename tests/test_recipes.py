@@ -64,7 +64,7 @@ def test_every_recipe_computes_the_same_function(tmp_path, recipe):
     original, made = AutoModelForCausalLM.from_pretrained(folder).eval(), load(out)
     expected = logits(original, folder)
     distance = (logits(made, folder) - expected).norm() / expected.norm()
-    assert distance < 0.1, distance
+    assert distance < 0.12, distance  # above 1 where something is not undone
     adapter = write_adapter(tmp_path / "adapter", original, size=0.5)
     attach(original, adapter)
     attach(made, turn_folder(adapter, out, tmp_path / "turned"))

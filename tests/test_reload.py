@@ -21,7 +21,7 @@ from vllm_fixtures import Spec, edited, prompts, without, write_checkpoint
 PROMPTS = prompts((7, 33))
 SPECS = {
     # A stored R4, low rank, shifts, an int8 lm_head; then biases, and norms that quantize, as on a GPU.
-    "everything": (Spec(r4="dense", extras=everything(), int8_head=True, layers=1), ""),
+    "everything": (Spec(r4="dense", extras=everything(), int8_head=True), ""),
     "norms quantize": (Spec(architecture="qwen2", symmetric=False, layers=1), "norms quantize"),
 }
 MISSING = "model.layers.0.mlp.down_proj.weight_packed"

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 SCRIPT = """
-import sys
+import sys, torch
 from vllm import LLM, SamplingParams
+# On CPUs with AMX its attention wants tile registers, which only a product of oneDNN asks Linux for: here is none.
+getattr(torch.cpu, "_init_amx", bool)()
 options = {"quantization": sys.argv[2]} if sys.argv[2:] else {}
 llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 23, **options)
 out = llm.generate(["def "], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))

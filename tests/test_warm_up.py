@@ -164,7 +164,7 @@ def test_the_witness_unpacks_a_large_layer_in_parts(monkeypatch, groups):
     packed = convention.pack_int32(torch.randint(-8, 8, (100, 64), generator=generator).to(torch.int8), 4)
     arguments = (x, LinearFormat(4, 64 // groups % 64, 4, False, 0.9), [], packed, scales, (None, None), None)
     whole, unpack, unpacked = witness.float_linear(*arguments), convention.unpack_int32, []
-    monkeypatch.setattr(witness, "UNPACKED", 64 * 7)
+    monkeypatch.setattr(witness, "STRETCH", 64 * 7)
     monkeypatch.setattr(convention, "unpack_int32", lambda *given: unpacked.append(unpack(*given)) or unpacked[-1])
     assert torch.allclose(witness.float_linear(*arguments), whole, rtol=1e-12)
     assert max(codes.numel() for codes in unpacked) == 64 * 7

@@ -31,7 +31,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """`pieces`: layers of the checkpoint that vLLM runs as this one."""
         self.format, self.prefix, self.proof, self.pieces = linear, prefix, proof, pieces
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
-        self.ready = False  # loaded, and in the form that serves
+        self.ready, self.biased = False, False  # loaded, and in the form that serves; whether the layer has a bias
 
     def create_weights(
         self,

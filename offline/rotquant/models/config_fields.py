@@ -96,7 +96,8 @@ OFF: dict[str, tuple[tuple[Any, ...], str]] = {
 
 NO_WINDOW = "which the 4-bit KV cache does not support; set it to null if you serve contexts no longer than the window"
 OF_THE_FILE = """
-    architectures model_type transformers_version _name_or_path _commit_hash name_or_path auto_map tokenizer_class
+    architectures model_type transformers_version _name_or_path _model_name_or_path _commit_hash name_or_path
+    auto_map tokenizer_class
     transformers.js_config unsloth_version unsloth_fixed _attn_implementation_autoset _attn_implementation
     attn_implementation is_llama_config base_model license finetuning_task task_specific_params problem_type id2label
     label2id num_labels
@@ -112,6 +113,7 @@ OF_GENERATION = """
     max_length min_length max_new_tokens num_beams num_beam_groups num_return_sequences no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
     remove_invalid_values suppress_tokens begin_suppress_tokens decoder_start_token_id sep_token_id
+    unk_token_id mask_token_id cls_token_id
 """
 HARMLESS = frozenset((OF_THE_FILE + OF_TRAINING + OF_GENERATION).split())
 
