@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets up .venv for this machine, then runs rotquant in it.
 
-    python run.py demo            quantize the bundled model, serve it with vLLM, talk to it
+    python run.py demo            quantize a real chat model, serve it with vLLM, talk to it
     python run.py test [ARGS]     ruff, mypy and pytest (ARGS go to pytest)
     python run.py VERB [ARGS]     any verb of `rotquant`, e.g. `quantize`, `eval`, `doctor`
 

@@ -31,7 +31,7 @@ import torch
 from transformers import AutoTokenizer
 
 import rotquant
-from rotquant.demo import DATA, cache_folder, hardened, quantized
+from rotquant.demo import DATA, TOY, cache_folder, quantized
 from rotquant.progress import say
 from rotquant.server import Server
 
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     given = parser.parse_args()
     folder = cache_folder()
-    checkpoint = given.checkpoint or quantized(folder, hardened(folder), "quarot")
+    checkpoint = given.checkpoint or quantized(folder, TOY, TOY.make(folder), "quarot")
     ids = AutoTokenizer.from_pretrained(checkpoint)((DATA / "heldout.txt").read_text())["input_ids"]
     log = Path(tempfile.mkdtemp()) / "server.log"
     context = given.longest + MOST_OUTPUT

