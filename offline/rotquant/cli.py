@@ -147,9 +147,10 @@ def _add_quantize(verbs: Verbs) -> None:
         "  rotquant quantize ./model -o out --recipe rtn               no calibration text needed\n"
         "  rotquant quantize ./model -o out --set kv.bits=16           a recipe with one key changed\n"
         "  rotquant quantize ./model -o out --resume                   go on after Ctrl-C or a crash",
-        more="Works layer by layer: memory stays near that of two layers, whatever the model's size.",
+        more="Works layer by layer: memory stays near that of two layers and the vocabulary's tables, whatever their"
+        " number; recipes that learn end to end (spinquant, ostquant) hold the whole model.",
     ).add_argument
-    add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
+    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: README)")
     add("-o", "--output", metavar="OUT", required=True, help="folder to write; must not exist, except to --resume")
     add("--recipe", default="best", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
@@ -181,7 +182,12 @@ def _add_eval(verbs: Verbs) -> None:
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")
     add("--seq-len", type=_positive, metavar="L", help="tokens in a window (default: 2048, or the model's limit)")
-    add("--engine", default="torch", choices=["torch", "vllm"], help="torch: the reference; vllm: what is served")
+    add(
+        "--engine",
+        default="torch",
+        choices=["torch", "vllm"],
+        help="torch: the served ops in transformers; vllm: the server",
+    )
     add("--max-model-len", type=_positive, metavar="N", help="vllm: the server's flag (default: as without it)")
     add("--enforce-eager", action="store_true", help="vllm: the server's flag; starts faster and rounds otherwise")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -230,7 +236,7 @@ def _add_compare(verbs: Verbs) -> None:
         more="A recipe is `[LABEL@]NAME|FILE.yaml[:KEY=VALUE,...]`. Each recipe and seed is quantized and measured in\n"
         "a process of its own. Finished runs are kept in -o or --json and not repeated. Exit code 1 if a run failed.",
     ).add_argument
-    add("model", metavar="MODEL", help="local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
+    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: README)")
     add("--recipes", required=True, metavar="A,B,...", help="recipes to compare, or `all` that are shipped")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the bundled held-out text)")
     add("--tokens", type=_positive, metavar="N", help="use only the first N tokens of the text (default: all)")

@@ -80,7 +80,7 @@ def evaluate(
         text: UTF-8 file.
         tokens: use about this many tokens of the text, None for all.
         seq_len: tokens in a window; None: 2048, or one less than the model's longest context.
-        engine: "torch" (the reference ops; a GPU is used if there is one) or "vllm" (the served kernels).
+        engine: "torch" (the served ops in transformers; a GPU is used if there is one) or "vllm" (the served kernels).
         max_model_len, enforce_eager: the flags of `vllm serve` by these names, for the engine "vllm". For longer
             contexts it may build another rotary embedding; compiled code rounds less often between ops than eager.
     Raises:

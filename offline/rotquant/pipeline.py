@@ -97,14 +97,15 @@ def quantize(
     """Quantizes a model.
 
     Args:
-        model: local folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model in safetensors.
+        model: local folder or hub id of a model of a known family (`models.registry`) in safetensors.
         output: folder to make.
         recipe: name of a shipped recipe or path of a YAML file; settings: `key=value` changes to it.
-        calibration: text for GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
+        calibration: text for learning and GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
         samples, seq_len: calibration windows and their tokens, the recipe's where None.
         device: "auto", "cpu" or "cuda".
         profile: "full", or "portable" (no online transforms, 16-bit KV: loads anywhere).
         tp_max: largest tensor-parallel size that the checkpoint is to be served with.
+        seed: of everything random: rotations, calibration windows, learning.
         resume: continue an unfinished run of the same settings; the result has the same bytes.
         max_memory: refuse, before any work, a run that is estimated to need more GB.
     Returns:
