@@ -162,7 +162,7 @@ def _add_quantize(verbs: Verbs) -> None:
     add("--tp-max", type=_positive, default=1, metavar="N", help="largest tensor parallel size to serve with")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same files")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
-    add("--max-memory", type=float, metavar="GB", help="stop rather than use more memory than this")
+    add("--max-memory", type=float, metavar="GB", help="refuse a run that is estimated to need more")
     add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
         help="change one key of the recipe, e.g. weights.method=rtn; repeatable")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Perplexity of a model or checkpoint on a text, by the reference ops or through vLLM's served kernels.
+"""Perplexity of a model or checkpoint on a text, by the served ops in transformers or through vLLM.
 
 Both engines score the same token windows: consecutive, not overlapping, each beginning with BOS where
 the tokenizer adds one; every token but a window's first is predicted. log p is float32 log-softmax of
