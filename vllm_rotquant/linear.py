@@ -46,7 +46,6 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """Declares the tensors of the checkpoint on the layer."""
         inputs = input_size_per_partition
         self.inputs, self.dtype = inputs, params_dtype  # lm_head of vLLM 0.28 does not keep them
-        self.all_inputs = input_size
         self.dummy = compat.weights_are_dummy()
         # Only a row-parallel layer splits its inputs; its ranks' outputs are summed.
         first = compat.get_tensor_model_parallel_rank() * inputs if inputs < input_size else 0
