@@ -1,6 +1,7 @@
 """The main path, top to bottom: a Hugging Face checkpoint becomes a served 4-bit checkpoint.
 
-    check the source  ->  calibration tokens  ->  learn the transforms  ->  equivalence gate  ->  embeddings
+    check the source  ->  calibration tokens  ->  choose among the recipe's candidates
+      ->  learn the transforms  ->  equivalence gate  ->  embeddings
       ->  each decoder layer: read, fold, quantize, write, note in the journal  ->  lm_head  ->  config, card
 
 One layer is in memory at a time; what a layer needs of the ones before it is the calibration chain.
@@ -12,7 +13,8 @@ import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.original import read_original
 from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.choose.choice import Choice
+from rotquant.choose.judge import judged_windows
+from rotquant.choose.search import Search, learned
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -63,6 +68,7 @@ class Run:
     device: str
     seed: int
     tp_max: int
+    choice: Choice | None = None  # among the recipe's candidates, where it has some; `recipe` is then what was chosen
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -125,6 +131,7 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
+            run = choose(run, journal)
             learn_transforms(run, journal)
             pass_gate(run, journal)
             write_embedding(run, journal)
@@ -154,9 +161,12 @@ def prepare(
     if chosen.needs_calibration:
         length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
         count = samples or chosen.calibration.samples
-        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed)
+        aside = judged_windows(length, chosen.choose.effort) if chosen.choose and chosen.chooses else 0
+        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed, aside)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+        if aside and calibrated.aside is None:
+            say(f"calibration text gives no window to choose by: recipe {chosen.name} stays at its base")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
@@ -193,6 +203,31 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
     }
 
 
+def choose(run: Run, journal: Journal) -> Run:
+    """The run with those of its recipe's candidates that its model takes."""
+    if not run.recipe.chooses or run.calibrated is None or run.calibrated.aside is None:
+        return run
+    if not journal.done("choice"):
+        found = Search(run.recipe, partial(begin, run), run.calibrated.aside, journal)()
+        journal.finish("choice", **found.as_dict())
+    return with_choice(run, Choice.from_dict(journal.facts("choice")))
+
+
+def begin(run: Run, recipe: Recipe) -> Learner:
+    """The run's work with another recipe, as its profile can express it: all checks are made, nothing is learned yet."""
+    assert run.calibrated is not None
+    recipe = writer.for_profile(recipe, run.profile).check_learning()
+    check_shapes(recipe, run.arch)
+    transforms = initial_transforms(recipe, run.arch, run.tp_max, run.seed)
+    tokens = run.calibrated.tokens
+    return Learner(recipe, run.arch, run.source, tokens, transforms, run.dtype, run.seed, run.device, run.tp_max)
+
+
+def with_choice(run: Run, choice: Choice) -> Run:
+    job = begin(run, choice.apply(run.recipe))
+    return replace(run, recipe=job.recipe, transforms=job.transforms, choice=choice)
+
+
 @contextmanager
 def clear_disk_errors(folder: Path) -> Iterator[None]:
     """Says in one line that the disk is full, and that the finished layers are kept."""
@@ -209,23 +244,24 @@ def finished(run: Run, output: Path, digest: str) -> bool:
     try:
         found = json.loads((output / "config.json").read_text())["rotquant"]
         made = found["profile"], found["provenance"]
-    except (OSError, ValueError, KeyError):
+        if "choice" in made[1]:
+            run = with_choice(run, Choice.from_dict(made[1]["choice"]))
+    except (OSError, ValueError, KeyError, TypeError, RotQuantError):
         return False
     return made == (run.profile, json.loads(json.dumps(provenance(run, digest))))
 
 
 def provenance(run: Run, digest: str) -> dict[str, Any]:
-    return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    found = writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    return found | ({"choice": run.choice.as_dict()} if run.choice else {})
 
 
 def learn_transforms(run: Run, journal: Journal) -> None:
     """Finds the values of the transforms that depend on the model, and puts them into the run."""
     if not run.recipe.needs_learning:
         return
-    assert run.calibrated is not None
-    tokens = run.calibrated.tokens
-    job = Learner(run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max)
-    learn(job, journal)
+    job = replace(begin(run, run.recipe), transforms=run.transforms)
+    learn(job, learned(journal, run.recipe) if run.choice else journal)
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -313,5 +349,6 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
     writer.write_card(
-        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
-    )
+        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before,
+        run.choice.markdown() if run.choice else "",
+    )  # fmt: skip

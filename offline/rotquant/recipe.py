@@ -9,6 +9,7 @@ weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
+choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rotquant.choose.options import Choose, changed
 from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
 from rotquant.learn.register import SERVES, optimisers
@@ -104,6 +106,7 @@ class Surrogate(_Part):
     lr: float = Field(default=0.01, gt=0)
     massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
     rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
+    windows: int | None = Field(default=None, ge=1, description="calibration windows that R1's rows come from, or all")
 
     @model_validator(mode="after")
     def _pair(self) -> Surrogate:
@@ -205,6 +208,8 @@ class Calibration(_Part):
 
 
 class Recipe(_Part):
+    OPEN: ClassVar = ("rotations", "scales", "online", "learn", "weights", "activations", "kv")  # what may be chosen
+
     name: str
     description: str
     paper: str = ""
@@ -218,10 +223,27 @@ class Recipe(_Part):
     kv: KVCache = KVCache()
     lm_head: LMHead = LMHead()
     calibration: Calibration = Calibration()
+    choose: Choose | None = None
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.needs_inputs or self.needs_learning
+        return self.weights.needs_inputs or self.needs_learning or self.chooses
+
+    @property
+    def chooses(self) -> bool:
+        """True where candidates are tried on the model."""
+        return self.choose is not None and bool(self.choose.tried)
+
+    def with_changes(self, changes: dict[str, Any]) -> Recipe:
+        """The recipe with the values of some dotted keys changed.
+
+        Raises:
+            RotQuantError: a key or a value that a recipe does not take, or a stage left with nothing to learn.
+        """
+        try:
+            return changed(self, changes).check_learning()
+        except ValidationError as error:
+            raise RotQuantError(f"recipe {self.name}: {first_error(error)}") from error
 
     @property
     def needs_learning(self) -> bool:
@@ -303,12 +325,35 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _set(data, setting)
     try:
-        return Recipe.model_validate(data).check_learning()
+        found = Recipe.model_validate(data).check_learning()
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RotQuantError(f"{where}: {key}: {short(message)}") from error
+        raise RotQuantError(f"{where}: {first_error(error)}") from error
+    return _opened(found, [setting.partition("=")[0].strip() for setting in settings])
+
+
+def first_error(error: ValidationError) -> str:
+    """The key and what is wrong with it."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {short(first['msg'].removeprefix('Value error, '))}"
+
+
+def _opened(recipe: Recipe, fixed: list[str]) -> Recipe:
+    """The recipe without the candidates that change what is fixed; each of the others is one that it can take.
+
+    Raises:
+        RotQuantError: naming the candidate.
+    """
+    if recipe.choose is None:
+        return recipe
+    for name, changes in (recipe.choose.candidates | recipe.choose.thorough).items():
+        if any(key.partition(".")[0] not in Recipe.OPEN for key in changes):
+            raise RotQuantError(f"recipe {recipe.name}: choose: {name}: may change {', '.join(Recipe.OPEN)}")
+        try:
+            recipe.with_changes(changes)
+        except RotQuantError as error:
+            raise RotQuantError(f"{error} (choose: {name})") from error
+    return recipe.model_copy(update={"choose": recipe.choose.without(fixed)})
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

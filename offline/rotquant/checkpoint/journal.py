@@ -155,6 +155,23 @@ class Journal:
         return self.folder.glob("*kept-*")
 
 
+class Scope:
+    """The part of a journal where one of several candidates keeps its steps, under names of its own.
+
+    Args:
+        name: of the candidate, with letters and digits only.
+    """
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self.journal, self.prefix = journal, f"{name} "
+
+    def kept(self, step: str) -> dict[str, Tensor] | None:
+        return self.journal.kept(self.prefix + step)
+
+    def keep(self, step: str, tensors: dict[str, Tensor], replaces: Sequence[str] = ()) -> None:
+        self.journal.keep(self.prefix + step, tensors, [self.prefix + one for one in replaces])
+
+
 class Slot:
     """Where the loop of a long step leaves snapshots, at most one every SNAPSHOT_SECONDS, and finds the last one.
 
@@ -162,7 +179,7 @@ class Slot:
         step: of the journal; when it is kept it replaces its snapshots, `Slot.name(step)`.
     """
 
-    def __init__(self, journal: Journal, step: str) -> None:
+    def __init__(self, journal: Journal | Scope, step: str) -> None:
         self.journal, self.step = journal, self.name(step)
         self.found = journal.kept(self.step)
         self.saved = time.monotonic()

@@ -37,13 +37,17 @@ class LayerLearner:
     """Learns the layers from the first to the last.
 
     The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+
+    Args:
+        entering: the chain float32 [samples, T, hidden], in R1's basis, that enters the first layer asked for; None:
+            that is layer 0.
     """
 
-    def __init__(self, job: Learner) -> None:
+    def __init__(self, job: Learner, entering: Tensor | None = None) -> None:
         self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
-        self.chain = job.embedded(samples)
+        self.chain = job.embedded(samples) if entering is None else entering[:samples]
         self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
     def __call__(

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.common.progress import Progress
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.initial import generator
@@ -29,7 +29,7 @@ BATCH = 2048
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
-def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
+def learn_r1(job: Learner, journal: Journal | Scope) -> dict[str, Tensor]:
     """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
     options, rotations = job.recipe.learn.surrogate, job.recipe.rotations
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
@@ -40,7 +40,7 @@ def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
         r1 = equal_variances(reading_covariance(job))
     learns = options is not None and "r1" in options.targets
     if learns or rotations.mean_to_ones:
-        rows = residual_rows(job, options.rows if options else Surrogate().rows, journal)
+        rows = residual_rows(job, options or Surrogate(), journal)
         if options and learns:
             slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
             done, total = sum(slot.done for slot in slots), options.steps + options.polish
@@ -53,16 +53,16 @@ def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
     return {"r1": r1}
 
 
-def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
+def residual_rows(job: Learner, options: Surrogate, journal: Journal | Scope) -> Tensor:
     """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found = job.arch, []
-    random, chain = generator(job.seed, "rows"), job.embedded(len(job.tokens))
+    random, chain = generator(job.seed, "rows"), job.embedded(options.windows or len(job.tokens))
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
-            seen = Capture(kind, budget // (2 * arch.layers), len(chain), random)
+            seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), random)
             chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()

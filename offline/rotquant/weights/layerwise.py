@@ -106,6 +106,11 @@ class LayerQuantizer:
             chain = self._calibrate(weights, chain)
         return self._stored(others), chain
 
+    def served(self, chain: Tensor) -> Tensor:
+        """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
+        cache = self._cache()
+        return torch.stack([self.decoder.layer(self.tensors, h, self.linear, cache).cpu() for h in self._samples(chain)])
+
     def _stored(self, others: Tensors) -> Tensors:
         """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
         stored = self.kind.join(others)
