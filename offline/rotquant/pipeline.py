@@ -122,7 +122,8 @@ def quantize(
     output = Path(output)
     run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
     if max_memory is not None:
-        check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
+        for one in run.recipe.possible:
+            check_memory(one, run.arch, run.windows, run.dtype, max_memory)
     check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
     digest = run.source.digest()
     if resume and finished(run, output, digest):
@@ -214,7 +215,7 @@ def choose(run: Run, journal: Journal) -> Run:
 
 
 def begin(run: Run, recipe: Recipe) -> Learner:
-    """The run's work with another recipe, as its profile can express it: all checks are made, nothing is learned yet."""
+    """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
     assert run.calibrated is not None
     recipe = writer.for_profile(recipe, run.profile).check_learning()
     check_shapes(recipe, run.arch)

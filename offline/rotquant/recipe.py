@@ -234,6 +234,12 @@ class Recipe(_Part):
         """True where candidates are tried on the model."""
         return self.choose is not None and bool(self.choose.tried)
 
+    @property
+    def possible(self) -> list[Recipe]:
+        """The recipe and what each of its candidates alone makes of it."""
+        tried = self.choose.tried.values() if self.choose else ()
+        return [self, *(self.with_changes(changes) for changes in tried)]
+
     def with_changes(self, changes: dict[str, Any]) -> Recipe:
         """The recipe with the values of some dotted keys changed.
 

@@ -162,7 +162,7 @@ class Scope:
         name: of the candidate, with letters and digits only.
     """
 
-    def __init__(self, journal: Journal, name: str) -> None:
+    def __init__(self, journal: Journal | Scope, name: str) -> None:
         self.journal, self.prefix = journal, f"{name} "
 
     def kept(self, step: str) -> dict[str, Tensor] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from rotquant.choose.options import Changes
 from rotquant.recipe import Recipe
 
-BASE = "base"
+BASE, AGAIN = "base", "all of it on other windows"
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """All trials in their order, and what measured them: layers quantized, calibration and judged tokens."""
+    """All trials in their order, and what measured them: layers quantized, calibration and judged tokens.
+
+    `again` is what was taken against the base, on other windows; None where nothing was taken.
+    """
 
     trials: tuple[Trial, ...]
+    again: Trial | None
     layers: int
     calibrated: int
     judged: int
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """The base with everything that was taken, in its order."""
+        """The base with everything that was taken, in its order; the base alone where that did not win again."""
+        if self.again is None or not self.again.taken:
+            return recipe
         for trial in self.trials:
             if trial.taken and trial.changes:
                 recipe = recipe.with_changes(trial.changes)
@@ -58,20 +64,22 @@ class Choice:
         Raises:
             TypeError, KeyError: it is none.
         """
-        return cls(**data | {"trials": tuple(Trial(**trial) for trial in data["trials"])})
+        again = data["again"] and Trial(**data["again"])
+        return cls(**data | {"trials": tuple(Trial(**trial) for trial in data["trials"]), "again": again})
 
     def markdown(self) -> str:
         """A section of the model card."""
         rows = [
             f"| {t.name} | {number(t.kl, '.4f')} | {number(t.difference, '+.4f')}"
             f" | {number(t.error, '.4f')} | {t.verdict} |"
-            for t in self.trials
+            for t in (*self.trials, *([self.again] if self.again else []))
         ]
         return (
             "## Chosen for this model\n\n"
-            f"KL to full precision with {self.layers} layers quantized, on {self.judged} tokens that nothing learned from"
-            f" (calibration of a trial: {self.calibrated} tokens). Each candidate was tried on top of those taken before"
-            " it, and taken where it lowers the KL by more than the error of the difference.\n\n"
+            f"KL to full precision with {self.layers} layers quantized, on {self.judged} tokens that nothing learned"
+            f" from (calibration of a trial: {self.calibrated} tokens). Each candidate was tried on top of those taken"
+            " before it, and taken where it lowers the KL by more than the error of the difference. All of it together"
+            " then had to win against the base once more, on other windows, or the base would stand.\n\n"
             "| candidate | KL | difference | its error | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
         )
 

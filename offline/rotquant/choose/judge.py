@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.checkpoint.source import Source
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
@@ -41,8 +41,8 @@ RUNS = 8
 
 
 def judged_windows(seq_len: int, effort: int) -> int:
-    """How many windows to set aside."""
-    return math.ceil(JUDGED * effort / min(seq_len, WINDOW))
+    """How many windows to set aside, for two judges."""
+    return 2 * math.ceil(JUDGED * effort / min(seq_len, WINDOW))
 
 
 def stretches(layers: int, effort: int) -> list[range]:
@@ -76,8 +76,8 @@ class Judge:
         effort: how many times the layers; journal: keeps what full precision makes of the windows.
     """
 
-    def __init__(self, model: Model, effort: int, journal: Journal) -> None:
-        self.model, self.arch = model, model.arch
+    def __init__(self, model: Model, effort: int, journal: Journal | Scope) -> None:
+        self.model, self.arch, self.journal = model, model.arch, journal
         self.stretches = stretches(self.arch.layers, effort)
         longest = max(model.tokens.shape[1], model.judged.shape[1])
         self.decoders = decoders(self.arch, longest, model.device)

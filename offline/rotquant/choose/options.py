@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Changes = dict[str, Any]  # values by dotted keys of a recipe
 Model = TypeVar("Model", bound=BaseModel)
@@ -36,6 +36,13 @@ class Choose(BaseModel):
     candidates: dict[str, Changes]
     thorough: dict[str, Changes] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _some(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "candidates" not in data:
+            raise ValueError("this recipe has no candidates to choose from; take best or best-online, or give it some")
+        return data
+
     @property
     def tried(self) -> dict[str, Changes]:
         """The candidates that this effort tries, in their order."""
@@ -50,9 +57,7 @@ class Choose(BaseModel):
         def opened(found: dict[str, Changes]) -> dict[str, Changes]:
             return {n: c for n, c in found.items() if not any(overlap(a, b) for a in c for b in fixed)}
 
-        return self.model_copy(
-            update={"candidates": opened(self.candidates), "thorough": opened(self.thorough)}
-        )  # fmt: skip
+        return self.model_copy(update={"candidates": opened(self.candidates), "thorough": opened(self.thorough)})
 
 
 def overlap(first: str, second: str) -> bool:

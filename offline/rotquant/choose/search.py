@@ -1,9 +1,12 @@
 """Which candidates a model is quantized with: greedy, one after the other, by the KL that each trial measures.
 
 The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
-the KL by more than the standard error of the difference, MARGIN times. Where nothing does, the base stands as it is.
-What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it: later
-trials and the run itself read it there. So is each trial's result: a killed run repeats none.
+the KL by more than MARGIN times the standard error of the difference. Then all that was taken has to win against the
+base once more, calibrated on other windows and judged on others: which windows calibrate moves the KL, too, and he who
+tries much finds something. Where it does not, or nothing was taken, the base stands as it is.
+
+What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
+later trials and the run itself. So is each trial's result: a killed run repeats none.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
-from rotquant.choose.choice import BASE, Choice, Trial
+from rotquant.choose.choice import AGAIN, BASE, Choice, Trial
 from rotquant.choose.judge import CALIBRATED, WINDOW, Judge, Model, error_of
 from rotquant.choose.options import Changes
 from rotquant.common.progress import Progress, clock, say
@@ -49,26 +53,43 @@ class Search:
     def __post_init__(self) -> None:
         assert self.base.choose is not None
         self.effort, self.candidates = self.base.choose.effort, self.base.choose.tried
+        self.started, self.number, self.total = time.monotonic(), 1, len(self.candidates) + 3
+        self.judge = self._judge(0)
+
+    def _judge(self, which: Literal[0, 1]) -> Judge:
+        """The first judge, or the second, who has other windows as far as there are any."""
         job = self.begin(self.base)
-        windows = max(1, len(job.tokens) * min(self.effort, CALIBRATED) // CALIBRATED)
-        tokens = job.tokens[:: len(job.tokens) // windows][:windows]
-        model = Model(job.source, job.arch, tokens, self.aside[:, :WINDOW], job.device)
-        self.judge = Judge(model, self.effort, self.journal)
-        self.started, self.number = time.monotonic(), 1
+        wanted = max(1, len(job.tokens) * min(self.effort, CALIBRATED) // CALIBRATED)
+        step = len(job.tokens) // wanted
+        tokens = job.tokens[which * step // 2 :: step][:wanted]
+        aside = self.aside[which :: min(2, len(self.aside))][:, :WINDOW]
+        model = Model(job.source, job.arch, tokens, aside if len(aside) else self.aside, job.device)
+        return Judge(model, self.effort, Scope(self.journal, f"judge {which}"))
 
     def __call__(self) -> Choice:
         """Tries everything, in its order."""
         kl = self._kl(BASE, self.begin(self.base))
         trials = [Trial(BASE, {}, kl.mean().item(), None, None, True)]
         self._report(trials[0])
-        recipe = self.base
+        recipe, model = self.base, self.judge.model
         for name, changes in self.candidates.items():
             self.number += 1
             trial, recipe, kl = self._try(name, changes, recipe, kl)
             trials.append(trial)
             self._report(trial)
-        model = self.judge.model
-        return Choice(tuple(trials), self.judge.layers, model.tokens.numel(), len(kl))
+        again = self._again(recipe) if recipe != self.base else None
+        return Choice(tuple(trials), again, self.judge.layers, model.tokens.numel(), len(kl))
+
+    def _again(self, recipe: Recipe) -> Trial:
+        """What was taken against the base, by the second judge."""
+        self.judge = self._judge(1)
+        self.number += 1
+        before = self._kl(AGAIN, self.begin(self.base))
+        self.number += 1
+        kl = self._kl(AGAIN, self.begin(recipe))
+        trial = compared(AGAIN, {}, kl, before)
+        self._report(trial)
+        return trial
 
     def _try(self, name: str, changes: Changes, recipe: Recipe, before: Tensor) -> tuple[Trial, Recipe, Tensor]:
         """The trial of one candidate, and recipe and KL of what stands after it."""
@@ -80,34 +101,39 @@ class Search:
             kl = self._kl(name, job)
         except RotQuantError as error:
             return left(None, None, None, note=f"cannot be: {error}"), recipe, before
-        difference, error = (kl - before).mean().item(), error_of(kl - before)
-        taken = difference < -MARGIN * error  # never where anything is not a number
-        trial = Trial(name, changes, kl.mean().item(), difference, error, taken)
-        return (trial, job.recipe, kl) if taken else (trial, recipe, before)
+        trial = compared(name, changes, kl, before)
+        return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
 
     def _kl(self, name: str, job: Learner) -> Tensor:
         """KL float32 [judged tokens] with a recipe, from the journal where it is known."""
-        step = f"trial {digest(job.recipe.model_dump(exclude=UNSEEN))}"
-        if known := self.journal.kept(step):
+        step, place = f"trial {digest(job.recipe.model_dump(exclude=UNSEEN))}", self.judge.journal
+        if known := place.kept(step):
             return known["kl"]
         plan.learn_whole(job, learned(self.journal, job.recipe))
-        slot = partial(Slot, Scope(self.journal, step))
-        title = f"choosing {self.number}/{len(self.candidates) + 1}, {name}: layer"
+        slot = partial(Slot, Scope(place, step))
+        title = f"choosing {self.number}/{self.total}, {name}: layer"
         with Progress(title, self.judge.layers, short=True) as progress:
             kl = self.judge(job, slot, progress)
-        self.journal.keep(step, {"kl": kl})
+        place.keep(step, {"kl": kl})
         return kl
 
     def _report(self, trial: Trial) -> None:
-        spent, total = time.monotonic() - self.started, len(self.candidates) + 1
-        line = f"choosing {self.number}/{total} · {trial.name}"
+        spent, left = time.monotonic() - self.started, self.total - self.number
+        line = f"choosing {self.number}/{self.total} · {trial.name}"
         if trial.kl is not None:
             line += f": KL {trial.kl:.4f}"
         if trial.difference is not None:
             line += f", {trial.difference:+.4f} ± {trial.error:.4f}"
         if trial.name != BASE:
             line += f": {trial.verdict}"
-        say(f"{line} · {clock(spent)} · eta {clock(spent / max(self.number, 1) * (total - self.number))}")
+        say(f"{line} · {clock(spent)} · eta {clock(spent / self.number * left)}")
+
+
+def compared(name: str, changes: Changes, kl: Tensor, before: Tensor) -> Trial:
+    """A trial from the KL [judged tokens] of each side."""
+    difference, error = (kl - before).mean().item(), error_of(kl - before)
+    taken = difference < -MARGIN * error  # never where anything is not a number
+    return Trial(name, changes, kl.mean().item(), difference, error, taken)
 
 
 def learned(journal: Journal, recipe: Recipe) -> Scope:

@@ -35,7 +35,7 @@ def learn(job: Learner, journal: Journal | Scope) -> None:
 
 
 def learn_whole(job: Learner, journal: Journal | Scope) -> None:
-    """Of what `learn` does the part that one layer alone cannot have: R1, or everything where it is learned end to end."""
+    """The part of `learn` that no layer has for itself: R1, or everything where it is learned end to end."""
     if job.recipe.learn.end_to_end:
         learn(job, journal)
     else:

@@ -108,8 +108,8 @@ class LayerQuantizer:
 
     def served(self, chain: Tensor) -> Tensor:
         """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
-        cache = self._cache()
-        return torch.stack([self.decoder.layer(self.tensors, h, self.linear, cache).cpu() for h in self._samples(chain)])
+        tensors, linear, cache = self.tensors, self.linear, self._cache()
+        return torch.stack([self.decoder.layer(tensors, h, linear, cache).cpu() for h in self._samples(chain)])
 
     def _stored(self, others: Tensors) -> Tensors:
         """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""

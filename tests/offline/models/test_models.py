@@ -32,7 +32,7 @@ from rotquant.recipe import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
-from source_models import FAMILIES, VOCABULARY, source_model
+from source_models import FAMILIES, VOCABULARY, all_candidates, source_model
 from tiny_checkpoints import KINDS
 from vllm_fixtures import edited
 
@@ -127,7 +127,7 @@ def child() -> Iterator[Callable[..., Any]]:
 
 
 def made(folder: Path, source: Path, recipe: str) -> Path:
-    quick = ["learn.surrogate.steps=20"] if recipe.startswith("best") else []
+    quick = [*all_candidates(recipe), "learn.surrogate.steps=20"] if recipe.startswith("best") else []
     return quantize(str(source), folder / "out", recipe=recipe, samples=4, seq_len=128, settings=quick)
 
 
