@@ -115,13 +115,13 @@ def install_cpu_vllm() -> None:
 
 
 def install_humming_apart() -> None:
-    """Humming for tests/test_cuda_humming.py only: vLLM must not see it where there is no GPU."""
+    """Humming for tests/kernels/test_cuda_humming.py only: vLLM must not see it where there is no GPU."""
     if not install("--no-deps", "--target", str(VENV / "humming-kernels"), *HUMMING):
         say("no Humming for this machine; the test that compares with it will be skipped")
 
 
 def install_tritons_apart() -> None:
-    """For tests/test_launch_gate.py: the compilers that users have, which are not the one of the CPU build."""
+    """For tests/kernels/test_launch_gate.py: the compilers that users have, which are not the one of the CPU build."""
     for version in TRITONS if sys.platform == "linux" else ():
         folder = VENV / "tritons" / version
         if not folder.exists() and not install("--no-deps", "--target", str(folder), f"triton=={version}"):

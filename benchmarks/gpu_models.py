@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from rotquant import export
-from rotquant.checkpoint import INDEX, save_tensors, save_text
-from rotquant.companions import copy_companions
-from rotquant.demo import DATA
-from rotquant.initial import initial_transforms
+from rotquant.checkpoint import writer
+from rotquant.checkpoint.companions import copy_companions
+from rotquant.checkpoint.source import INDEX, save_tensors, save_text
+from rotquant.data import DATA
+from rotquant.learn.initial import initial_transforms
 from rotquant.models import Names, expected_shapes, read_architecture, read_config
 from rotquant.recipe import Recipe, load_recipe
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
@@ -45,13 +45,13 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
     arch, chosen = read_architecture(folder), recipe()
     if checkpoint == "rotquant":
         transforms = initial_transforms(chosen, arch, 1, seed=0)
-        quantization = export.quantization_config(chosen, arch, transforms)
-        export.write_config(
-            folder, folder, arch, quantization, export.extension(chosen, arch, transforms, "full", None, {})
+        quantization = writer.quantization_config(chosen, arch, transforms)
+        writer.write_config(
+            folder, folder, arch, quantization, writer.extension(chosen, arch, transforms, "full", None, {})
         )
         return
     config = json.loads((folder / "config.json").read_text())
-    weights = export.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}
+    weights = writer.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}
     config["tie_word_embeddings"] = False
     config["quantization_config"] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
@@ -89,12 +89,12 @@ def write_model(shape: str, checkpoint: str, folder: Path) -> Path:
     for number, sizes in enumerate(groups.values(), 1):
         tensors = {key: t for name, size in sizes.items() for key, t in random_tensors(name, size, checkpoint).items()}
         if checkpoint == "rotquant" and number == 1:
-            marker = export.marker("mlp.down_proj", r4_block(shape), torch.bfloat16)
+            marker = writer.marker("mlp.down_proj", r4_block(shape), torch.bfloat16)
             tensors |= {f"model.layers.0.{key}": tensor for key, tensor in marker.items()}
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_tensors(folder / file, tensors)
         written |= dict.fromkeys(tensors, file)
-    export.write_index(folder, written)
+    writer.write_index(folder, written)
     return folder
 
 

@@ -91,7 +91,7 @@ def validate(name: str, load: str) -> str:
     import torch
 
     from gpu_models import write_config, write_model
-    from rotquant.format import claims
+    from rotquant.checkpoint.format import claims
     from rotquant.models import read_config
 
     checkpoint = FORMATS[name].checkpoint
@@ -101,7 +101,7 @@ def validate(name: str, load: str) -> str:
         claimed = claims(getattr(config, "quantization_config", None))
         assert claimed == (checkpoint == "rotquant")
         if claimed and load == next(iter(LOADS)):
-            from rotquant.loading import load as load_model
+            from rotquant.checkpoint.loading import load as load_model
 
             model = load_model(write_model("tiny", checkpoint, Path(folder, "tiny")))
             logits = model(torch.arange(3, 9)[None]).logits

@@ -41,10 +41,10 @@ import psutil
 import machine
 import rotquant
 import serve_report
+from rotquant.common.progress import clock, say
+from rotquant.common.signals import terminated_like_interrupted
 from rotquant.errors import RotQuantError
-from rotquant.progress import clock, say
-from rotquant.server import HOST, Server
-from rotquant.signals import terminated_like_interrupted
+from rotquant.service.server import HOST, Server
 from serve_models import DEFAULT, FORMATS, SHAPES, prepare, size_on_disk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,7 +331,7 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    # vLLM is imported here for its load generator only; the server's log stays as it is (see rotquant.server).
+    # vLLM is imported here for its load generator only; the server's log stays as it is (see rotquant.service.server).
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     code = main()
     sys.stdout.flush()

@@ -20,13 +20,13 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor
 
-from rotquant.checkpoint import Source, fetch, save_tensors, save_text
-from rotquant.companions import copy_companions
-from rotquant.demo import DATA
-from rotquant.export import write_index
+from rotquant.checkpoint.companions import copy_companions
+from rotquant.checkpoint.source import Source, fetch, save_tensors, save_text
+from rotquant.checkpoint.writer import write_index
+from rotquant.common.progress import Progress, say
+from rotquant.data import DATA
 from rotquant.models import Names, expected_shapes
 from rotquant.pipeline import quantize
-from rotquant.progress import Progress, say
 from rotquant.weights import rtn
 from rotquant_kernels import convention
 

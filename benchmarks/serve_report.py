@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rotquant.checkpoint import save_text
+from rotquant.checkpoint.source import save_text
+from rotquant.common.progress import say
 from rotquant.errors import RotQuantError
-from rotquant.progress import say
 
 BASE, OURS = "bf16", "rotquant"
 # Metric of vLLM's -> its heading, and whether more is better.

@@ -31,9 +31,10 @@ import torch
 from transformers import AutoTokenizer
 
 import rotquant
-from rotquant.demo import DATA, TOY, cache_folder, quantized
-from rotquant.progress import say
-from rotquant.server import Server
+from rotquant.common.progress import say
+from rotquant.data import DATA
+from rotquant.service.demo import TOY, cache_folder, quantized
+from rotquant.service.server import Server
 
 # A 4-bit code that falls on the other side of a tie in one of the two engines moves logits by some tenths.
 PROBE_TOKENS, NEAR_TIE, TIES, GROWTH = 24, 1.0, 0.02, 0.05

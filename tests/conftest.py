@@ -6,27 +6,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
-
-class Demo(NamedTuple):
-    """The demo model made hard, and its checkpoints."""
-
-    hard: Path
-    rtn: Path
-    quarot: Path
-    portable: Path
+if TYPE_CHECKING:
+    from source_models import Demo
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> "Demo":
     """Quantized once for all tests that need the trained model."""
-    from rotquant.harden import harden_folder
+    from rotquant.models.harden import harden_folder
     from rotquant.pipeline import quantize
-    from source_models import DATA, SMALL
+    from source_models import DATA, SMALL, Demo
 
     folder = tmp_path_factory.mktemp("demo")
     harden_folder(DATA / "demo", folder / "hard")

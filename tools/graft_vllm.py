@@ -2,7 +2,7 @@
 """Makes a vLLM of a release that has no build for CPUs yet, to run the plugin's tests in.
 
     python tools/graft_vllm.py 0.33.0 FOLDER
-    PYTHONPATH=FOLDER:.:offline:kernels pytest tests/test_plugin.py tests/test_reload.py
+    PYTHONPATH=FOLDER:.:offline:kernels pytest tests/plugin/test_plugin.py tests/plugin/test_reload.py
 
 FOLDER gets the release's Python sources and, beside them, the extension modules of the CPU build installed here, which
 must be a near relative. That runs all of vLLM's Python with the plugin in it, on another release's kernels. With

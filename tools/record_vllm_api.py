@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what a vLLM's sources say about the names that the plugin uses, for tests/test_vllm_api.py.
+"""Records what a vLLM's sources say about the names that the plugin uses, for tests/plugin/test_vllm_api.py.
 
     python tools/record_vllm_api.py 0.33.0            downloads the wheel (0.3 GB) with pip, keeps nothing of it
     python tools/record_vllm_api.py FILE.whl ...      a wheel, or a folder that holds `vllm` and its metadata

@@ -11,8 +11,8 @@ import socket
 from typing import Any
 
 # From, up to and not including; `run.py` and `rotquant doctor` read it here. A version belongs in it when
-# tests/test_vllm_api.py holds the plugin against its record (tools/record_vllm_api.py) and the plugin's tests pass in
-# it: in its build for CPUs, or in its Python sources on the extension modules of an older one (tools/graft_vllm.py).
+# tests/plugin/test_vllm_api.py holds the plugin against its record (tools/record_vllm_api.py) and the plugin's tests
+# pass in it: in its build for CPUs, or in its Python sources on the extensions of an older one (tools/graft_vllm.py).
 # A patch release is taken to be like its release.
 SUPPORTED_VLLM = ((0, 28), (0, 34))
 

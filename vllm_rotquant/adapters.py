@@ -1,7 +1,7 @@
 """LoRA adapters: one of the original model is turned into the checkpoint's basis while vLLM loads it.
 
-The arithmetic is `rotquant.turn_adapter`'s. An adapter that was turned for this checkpoint is taken as it is, one that
-was turned for another is refused, as is every adapter of a checkpoint that keeps no basis. vLLM slices and stacks
+The arithmetic is `rotquant.basis.turn_adapter`'s. An adapter that was turned for this checkpoint is taken as it is, one
+that was turned for another is refused, as is every adapter of a checkpoint that keeps no basis. vLLM slices and stacks
 factors for its ranks and fused layers after that, as it does with any adapter.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rotquant.basis import Basis
+from rotquant.basis.peft_adapter import LoRAAdapter
+from rotquant.basis.sidecar import Basis
+from rotquant.basis.turn_adapter import turn
+from rotquant.checkpoint.extension import read_extension
 from rotquant.errors import RotQuantError
-from rotquant.extension import read_extension
-from rotquant.peft_adapter import LoRAAdapter
-from rotquant.turn_adapter import turn
 from vllm_rotquant import compat
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotquant.basis import Basis
+from rotquant.basis.sidecar import Basis
 from rotquant.errors import RotQuantError
 from vllm_rotquant import compat
 

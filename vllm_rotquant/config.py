@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from rotquant.basis import Basis
+from rotquant.basis.sidecar import Basis
+from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
+from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.models import describe, is_known
-from rotquant.targets import check_targets
 from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.environment import refuse_batch_invariance

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rotquant.draft import KEY
+from rotquant.basis.draft import KEY
 from rotquant.errors import RotQuantError
 
 TOKENS_ONLY = ("ngram", "ngram_gpu", "suffix", "draft_model")  # drafts that see no hidden state of the target

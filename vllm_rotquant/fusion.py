@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from rotquant.format import LinearFormat
+from rotquant.checkpoint.format import LinearFormat
 from rotquant_kernels import online, ops
 from vllm_rotquant import compat, rotation
 

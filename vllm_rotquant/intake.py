@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rotquant.content import check_content
+from rotquant.checkpoint.content import check_content
 from rotquant.errors import RotQuantError
 from vllm_rotquant import compat
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from rotquant.checkpoint.format import KVFormat
 from rotquant.errors import RotQuantError
-from rotquant.format import KVFormat
 from rotquant_kernels import ops, reference
 from vllm_rotquant import compat
 from vllm_rotquant.warmup import warm_attention

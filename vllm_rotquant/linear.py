@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant.format import LinearFormat
 from rotquant_kernels import convention, online, ops
 from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.proof import Proof

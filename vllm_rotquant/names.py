@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
+from rotquant.checkpoint.format import CheckpointFormat
 from rotquant.errors import RotQuantError
-from rotquant.format import CheckpointFormat
 
 ROOTS = ("model", "lm_head", "score")  # first parts of module names in the checkpoints of causal language models
 CLASSES = ("Linear", "Embedding")  # targets that are not names

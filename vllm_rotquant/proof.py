@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant.format import LinearFormat
 from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split

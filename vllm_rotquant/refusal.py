@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from rotquant.claim import claims
+from rotquant.checkpoint.claim import claims
 from rotquant.errors import RotQuantError
 
 

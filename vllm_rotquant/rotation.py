@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotquant import stored
+from rotquant.checkpoint import stored
+from rotquant.checkpoint.format import Transform
 from rotquant.errors import RotQuantError
-from rotquant.format import Transform
 from rotquant_kernels import Stage
 
 

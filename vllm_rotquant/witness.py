@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotquant.format import KVFormat, LinearFormat
+from rotquant.checkpoint.format import KVFormat, LinearFormat
 from rotquant_kernels import Stage, convention, reference
 
 STRETCH = 1 << 24  # weights of a layer that are float64 at a time

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from rotquant.common.signals import ctrl_c_remembered
 from rotquant.errors import RotQuantError
-from rotquant.signals import ctrl_c_remembered
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -346,7 +346,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from rotquant.evaluate import evaluate
+    from rotquant.measure.evaluate import evaluate
 
     score = evaluate(
         args.model,
@@ -362,7 +362,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rotquant.inspection import inspect
+    from rotquant.measure.inspection import inspect
 
     if args.html and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
         raise RotQuantError(f"--html {args.html}: must be a file in a folder that exists")
@@ -377,7 +377,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rotquant.compare import compare
+    from rotquant.measure.compare import compare
 
     comparison = compare(
         args.model,
@@ -402,7 +402,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _draft(args: argparse.Namespace) -> int:
-    from rotquant.draft import turn_draft
+    from rotquant.basis.draft import turn_draft
 
     output = turn_draft(args.draft, args.base, args.output)
     settings = json.dumps({"method": "eagle3", "model": str(output), "num_speculative_tokens": 3})
@@ -413,7 +413,7 @@ def _draft(args: argparse.Namespace) -> int:
 
 
 def _adapter(args: argparse.Namespace) -> int:
-    from rotquant.turn_adapter import turn_folder
+    from rotquant.basis.turn_adapter import turn_folder
 
     output = turn_folder(args.adapter, args.base, args.output)
     base, folder = shlex.quote(args.base), shlex.quote(str(output))
@@ -435,7 +435,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from rotquant.doctor import examine
+    from rotquant.service.doctor import examine
 
     report = examine()
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
@@ -453,6 +453,6 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from rotquant.demo import demo
+    from rotquant.service.demo import demo
 
     return demo(once=args.once, port=args.port, keep=args.keep, offline=args.offline)

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
-from rotquant.checkpoint import Source
+from rotquant.checkpoint.original import original_model
+from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
-from rotquant.fold import Fold
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders, rms_norm
-from rotquant.original import original_model
+from rotquant.transforms.fold import Fold
 
 TOLERANCE = 1e-4
 ROWS = 8192  # of the vocabulary, folded at a time

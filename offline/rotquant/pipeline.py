@@ -21,28 +21,28 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rotquant import export
-from rotquant.basis import Basis
-from rotquant.calibrate import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.checkpoint import DTYPES, Source, fetch
-from rotquant.companions import copy_companions
+from rotquant.basis.sidecar import Basis
+from rotquant.checkpoint import writer
+from rotquant.checkpoint.companions import copy_companions
+from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.original import read_original
+from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
-from rotquant.fold import Fold
-from rotquant.format import FORMAT_VERSION
 from rotquant.gate import check_equivalence
-from rotquant.initial import generator, initial_transforms
-from rotquant.journal import Journal
-from rotquant.layerwise import LayerQuantizer, pack
+from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders
-from rotquant.original import read_original
-from rotquant.progress import Progress, say
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
-from rotquant.space import Transforms
+from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
+from rotquant.transforms.fold import Fold
+from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
+from rotquant.weights.layerwise import LayerQuantizer, pack
 
 GATE_TOKENS = 64
 ROWS = 8192  # rows of the vocabulary that are folded at a time
@@ -145,7 +145,7 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = export.for_profile(load_recipe(recipe, settings), profile).check_learning()
+    chosen = writer.for_profile(load_recipe(recipe, settings), profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
     check_shapes(chosen, arch)
@@ -215,7 +215,7 @@ def finished(run: Run, output: Path, digest: str) -> bool:
 
 
 def provenance(run: Run, digest: str) -> dict[str, Any]:
-    return export.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
 
 
 def learn_transforms(run: Run, journal: Journal) -> None:
@@ -270,7 +270,7 @@ def write_layers(run: Run, journal: Journal) -> None:
             stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = export.layer_tensors(stored, kind, run.transforms, index)
+            tensors = writer.layer_tensors(stored, kind, run.transforms, index)
             named = {prefix + name: tensor for name, tensor in tensors.items()}
             journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
             journal.drop_chain(index)
@@ -301,17 +301,17 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
     """Basis sidecar, config.json, index, tokenizer and model card; read back before they count."""
-    quantization = export.quantization_config(run.recipe, run.arch, run.transforms)
+    quantization = writer.quantization_config(run.recipe, run.arch, run.transforms)
     copy_companions(run.model, journal.folder)
     basis = Basis.of(run.source, run.arch, run.transforms).write(journal.folder)
-    extension = export.extension(run.recipe, run.arch, run.transforms, run.profile, basis, provenance(run, digest))
-    export.write_config(run.model, journal.folder, run.arch, quantization, extension)
+    extension = writer.extension(run.recipe, run.arch, run.transforms, run.profile, basis, provenance(run, digest))
+    writer.write_config(run.model, journal.folder, run.arch, quantization, extension)
     written: dict[str, str] = {}
     for shard in journal.files():
         for name in Source.names(journal.folder / shard):
             written[name] = shard
-    size = export.write_index(journal.folder, written)
+    size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    export.write_card(
+    writer.write_card(
         journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
     )

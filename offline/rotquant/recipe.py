@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
-from rotquant.json_files import short
 from rotquant.learn.register import SERVES, optimisers
 
 Ratio = Annotated[float, Field(gt=0, le=1)]

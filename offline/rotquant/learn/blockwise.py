@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rotquant import metrics
-from rotquant.initial import generator
-from rotquant.journal import Slot
+from rotquant.checkpoint.journal import Slot
+from rotquant.common import metrics
+from rotquant.learn.initial import generator
 from rotquant.learn.orthogonal import StiefelAdam
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.learn.steps import Steps
@@ -23,7 +23,7 @@ from rotquant.learn.stream import Learner
 from rotquant.models import Tensors
 from rotquant.models.decoder import Decoder
 from rotquant.recipe import Blockwise
-from rotquant.space import LayerTransforms
+from rotquant.transforms.space import LayerTransforms
 
 
 def quantized_layer(

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rotquant.fold import fold_r1
-from rotquant.initial import generator
-from rotquant.journal import Slot
+from rotquant.checkpoint.journal import Slot
+from rotquant.common.progress import Progress
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
+from rotquant.learn.initial import generator
 from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
 from rotquant.models.decoder import rms_norm
-from rotquant.progress import Progress
 from rotquant.recipe import EndToEnd
 from rotquant.transforms.dense import Dense
+from rotquant.transforms.fold import fold_r1
 
 
 class QuantizedModel:

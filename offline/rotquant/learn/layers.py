@@ -12,21 +12,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rotquant.fold import per_query_head
-from rotquant.initial import generator
-from rotquant.journal import Slot
+from rotquant.checkpoint.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise, quantized_layer
 from rotquant.learn.greedy import greedy_stages
+from rotquant.learn.initial import generator
 from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
-from rotquant.space import LayerTransforms
 from rotquant.transforms import kronecker
+from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage, reference
 
 ROWS = 4096  # tokens of a site that are kept

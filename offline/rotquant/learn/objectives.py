@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant import metrics
+from rotquant.common import metrics
 from rotquant.learn.quantizers import Clip, fake_quantize
 
 UNIFORM_KURTOSIS = 1.8

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rotquant.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.common.progress import Progress
 from rotquant.learn.end_to_end import learn_end_to_end
 from rotquant.learn.layers import LayerLearner
 from rotquant.learn.rotations import R1_STEPS, learn_r1
 from rotquant.learn.stream import Learner
-from rotquant.progress import Progress
-from rotquant.space import LayerTransforms
 from rotquant.transforms.dense import Dense
+from rotquant.transforms.space import LayerTransforms
 
 
 def learn(job: Learner, journal: Journal) -> None:

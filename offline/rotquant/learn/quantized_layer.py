@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotquant.fold import fold_layer
 from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
 from rotquant.models import Layer, Tensors
 from rotquant.models.decoder import Decoder, bias_of
 from rotquant.recipe import Recipe
-from rotquant.space import LayerTransforms
+from rotquant.transforms.fold import fold_layer
+from rotquant.transforms.space import LayerTransforms
 from rotquant.weights import rtn
 from rotquant_kernels import Stage, convention, reference
 

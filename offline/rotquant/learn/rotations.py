@@ -12,16 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rotquant.fold import fold_gains
-from rotquant.initial import generator
-from rotquant.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.common.progress import Progress
 from rotquant.learn import objectives, orthogonal, procrustes, targets
+from rotquant.learn.initial import generator
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models.architecture import Attention
-from rotquant.progress import Progress
 from rotquant.recipe import Activations, KVCache, Surrogate
 from rotquant.transforms.dense import Dense
+from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant.transforms.klt import covariance, equal_variances
 

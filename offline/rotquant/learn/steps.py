@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rotquant.journal import Slot
+from rotquant.checkpoint.journal import Slot
 
 
 class Loop(NamedTuple):

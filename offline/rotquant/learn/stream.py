@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint import Source
-from rotquant.fold import fold_r1
+from rotquant.checkpoint.source import Source
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.decoder import Decoder, Linear, decoders
 from rotquant.recipe import Recipe
-from rotquant.space import Transforms
+from rotquant.transforms.fold import fold_r1
+from rotquant.transforms.space import Transforms
 
 
 @dataclass

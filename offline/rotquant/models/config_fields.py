@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
-from rotquant.json_files import short
 from rotquant.models.config_rope import ROPE_FIELDS, check_rope
 from rotquant.models.config_rules import Known, Rule, boolean, number, one_of, texts, tokens, whole
 from rotquant.models.registry import BY_CLASS, KNOWN_BY_CLASS

@@ -15,8 +15,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
-from rotquant.json_files import short
 from rotquant.models.config_rules import Rule
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.activations import ACT2FN
 
-from rotquant.format import KVFormat
+from rotquant.checkpoint.format import KVFormat
 from rotquant.models.architecture import Architecture, Layer, PositionScale, Tensors
 from rotquant.models.reading import rotary
-from rotquant.space import LayerTransforms
+from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import convention, reference
 
 Linear = Callable[[str, Tensor], Tensor]

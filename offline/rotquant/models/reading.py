@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
-from rotquant.json_files import read_object, short
 from rotquant.models.architecture import Architecture, Names
 from rotquant.models.config_fields import NO_WINDOW, check_fields, check_values
 from rotquant.models.registry import BY_CLASS

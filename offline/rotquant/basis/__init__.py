@@ -1,0 +1,1 @@
+"""What turns between the original's basis and the checkpoint's, and what is turned: adapters, draft models."""

@@ -1,0 +1,84 @@
+"""config.json of a checkpoint against the shapes in its files, before anything is built by it.
+
+A wrong size would otherwise ask for memory that no machine has, or end deep inside the model's code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rotquant.checkpoint.source import Source
+from rotquant.errors import RotQuantError
+from rotquant.models import Architecture, describe
+
+
+def check_sizes(config: Any, source: Source) -> Architecture:
+    """Compares the sizes that config.json states with the first layer's tensors and the embeddings.
+
+    Args:
+        config: transformers' config of one of `rotquant.models`.
+    Returns:
+        its architecture.
+    Raises:
+        RotQuantError: naming the field.
+    """
+    where = f"{source.folder}/config.json"
+    heads = config.num_attention_heads
+    sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    for field in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+        value = getattr(config, field, None)
+        if type(value) is not int or value < 1:
+            raise RotQuantError(f"{where}: {field} is {value!r}, expected a positive whole number")
+    if heads % config.num_key_value_heads:
+        raise RotQuantError(f"{where}: num_key_value_heads is {config.num_key_value_heads}, with {heads} heads")
+    arch = describe(config, where)
+    check_shapes(where, arch, source)
+    if config.hidden_act != "silu":
+        raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
+    if config.return_dict is not True:
+        raise RotQuantError(f"{where}: return_dict is {config.return_dict!r}, expected true")
+    check_rope(where, config.rope_parameters)
+    eps = config.rms_norm_eps
+    if not isinstance(eps, float) or not 0 < eps < 1 or not math.isfinite(eps):
+        raise RotQuantError(f"{where}: rms_norm_eps is {eps!r}, expected a small positive number")
+    return arch
+
+
+def check_shapes(where: str, arch: Architecture, source: Source) -> None:
+    """Compares the architecture with the embeddings and the first layer's tensors."""
+    kind, names, a = arch.kinds[0], arch.names, arch.kinds[0].attention
+    layers = {name.removeprefix(names.layers).split(".")[0] for name in source.files if name.startswith(names.layers)}
+    table = source.shapes.get(names.embedding, (0, 0))
+    found = [
+        ("num_hidden_layers", arch.layers, len(layers)),
+        ("vocab_size", arch.vocab_size, table[0]),
+        ("hidden_size", arch.hidden_size, table[-1]),
+    ]
+    holders = {part: name for name, parts in kind.stored.items() for part in parts}
+    for field, part in (
+        ("intermediate_size", kind.mlp.up),
+        ("num_attention_heads times head_dim", a.query),
+        ("num_key_value_heads times head_dim", a.key),
+    ):
+        own, whole = kind.shapes[part][0], kind.stored_shape(holders[part])[0]
+        stored = rows(source, arch.layer_prefix(0) + holders[part])
+        found.append((field, own, stored and stored - (whole - own)))
+    for field, stated, stored in found:
+        if stored and stated != stored:
+            raise RotQuantError(f"{where}: {field} is {stated}, the tensors are made for {stored}")
+
+
+def check_rope(where: str, rope: dict[str, Any]) -> None:
+    """Refuses numbers that no rotary embedding can have."""
+    for key, value in rope.items():
+        number = isinstance(value, int | float)
+        if (number and not (value > 0 and math.isfinite(value))) or (key == "rope_theta" and type(value) is bool):
+            raise RotQuantError(f"{where}: rope_parameters.{key} is {value!r}, expected a positive number")
+
+
+def rows(source: Source, name: str) -> int:
+    """Outputs of a linear layer, packed or not, or rows of a tensor; 0 where it is not there, which is found later."""
+    found = (source.shapes.get(key) for key in (name, f"{name}.weight_packed", f"{name}.weight"))
+    shape = next((shape for shape in found if shape), (0,))
+    return shape[0]

@@ -1,0 +1,95 @@
+"""The transforms of a recipe before anything is learned: rotations that need neither weights nor text."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from rotquant.errors import RotQuantError
+from rotquant.models import Architecture
+from rotquant.recipe import Recipe
+from rotquant.transforms.dense import Dense
+from rotquant.transforms.hadamard import RandomHadamard, is_power_of_two, power_of_two_factor
+from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
+from rotquant.transforms.walsh import walsh_rows
+from rotquant_kernels import Stage
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A random stream of its own for each rotation, so that no order of work or resume changes it."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))  # the generator reads 32 bits only
+
+
+def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: int) -> Transforms:
+    """R1 to R4 as the recipe starts them; "klt" starts as "hadamard" and waits for `learn`.
+
+    R3 is over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max.
+
+    Raises:
+        RotQuantError: head size that is not a power of two, or tp_max that does not divide.
+    """
+    check_sizes(recipe, arch, tp_max)
+    rotations, layers = recipe.rotations, []
+    for index, kind in enumerate(arch.kinds):
+        layer, attention = LayerTransforms(), kind.attention
+        if rotations.r2 != "none":
+            r2 = r2_of(rotations.r2, attention.head_dim, generator(seed, f"r2.{index}"))
+            layer.r2 = r2.expand(attention.kv_heads, -1, -1)
+        if rotations.r4 != "none":
+            layer.inputs["down"] = [Stage("hadamard", power_of_two_factor(kind.mlp.width // tp_max))]
+        layers.append(layer)
+    r3 = arch.head_dim if rotations.r3 != "none" and recipe.kv.bits < 16 else 0
+    return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers)
+
+
+def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
+    if recipe.rotations.r3 != "none" and recipe.kv.bits < 16 and not is_power_of_two(arch.head_dim):
+        raise RotQuantError(
+            f"config.json: head_dim is {arch.head_dim}, and R3 runs online as a Hadamard of a power of two:"
+            " use --set rotations.r3=none"
+        )
+    for rotation in ("r1", "r2"):
+        if getattr(recipe.rotations, rotation) == "none" and rotation in learned_rotations(recipe):
+            raise RotQuantError(f"recipe {recipe.name}: rotations.{rotation} is none, and the recipe learns it")
+    for kind in arch.kinds:
+        if kind.mlp.width % tp_max:
+            raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {kind.mlp.width}")
+    if recipe.rotations.r1 == "walsh" and arch.hidden_size % recipe.rotations.walsh_block:
+        raise RotQuantError(
+            f"config.json: hidden_size is {arch.hidden_size}, which rotations.walsh_block"
+            f" {recipe.rotations.walsh_block} does not divide: --set rotations.walsh_block=N with one that does"
+        )
+
+
+def learned_rotations(recipe: Recipe) -> set[str]:
+    """Names of the rotations that some stage of learning moves."""
+    learn = recipe.learn
+    found = {"r1"} if recipe.rotations.mean_to_ones else set()
+    found |= set(learn.surrogate.targets) if learn.surrogate else set()
+    for stage in (learn.blockwise, learn.end_to_end):
+        found |= set(stage.learns) if stage else set()
+    return found
+
+
+def r1_of(recipe: Recipe, size: int, random: torch.Generator) -> Rotation | None:
+    kind = recipe.rotations.r1
+    if kind in ("hadamard", "klt"):
+        return RandomHadamard(size, random)
+    if kind == "walsh":
+        return Dense(walsh_rows(torch.eye(size, dtype=torch.float64), recipe.rotations.walsh_block))
+    return Dense(random_orthogonal(size, random)) if kind == "random" else None
+
+
+def r2_of(kind: str, size: int, random: torch.Generator) -> Tensor:
+    """float64 [1, d, d]."""
+    if kind == "random":
+        return random_orthogonal(size, random)[None]
+    return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64))[None]
+
+
+def random_orthogonal(size: int, random: torch.Generator) -> Tensor:
+    """Uniformly drawn (Haar): the Q of a Gaussian matrix, its signs fixed by diag(R) > 0 (Mezzadri 2007)."""
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random))
+    return q * r.diagonal().sign()

@@ -1,0 +1,184 @@
+"""One of the two models of an inspection: what it is, how its sites and weights are quantized, what is measured."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rotquant.checkpoint.format import CheckpointFormat, claims
+from rotquant.checkpoint.source import Source, fetch
+from rotquant.common import metrics
+from rotquant.common.progress import Progress
+from rotquant.errors import RotQuantError
+from rotquant.measure.evaluate import load_any
+from rotquant.measure.inspection.collect import Formats, Statistics, collect, watched_modules
+from rotquant.measure.inspection.statistics import RowFormat
+from rotquant.models import Architecture, describe, read_config
+from rotquant.recipe import Activations, KVCache
+from rotquant.weights import rtn
+from rotquant_kernels import convention
+
+WEIGHT_ROWS = 512  # of each matrix: the clip search on all of a large model would take longer than the model's run
+SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder; `checkpoint` is None for a full-precision model."""
+
+    name: str
+    folder: Path
+    config: PreTrainedConfig
+    arch: Architecture
+    checkpoint: CheckpointFormat | None
+
+    def modules(self) -> Iterator[tuple[int, str, str]]:
+        """Layer, site and full name of the module of every site."""
+        for layer, kind in enumerate(self.arch.kinds):
+            for site, path in watched_modules(kind).items():
+                yield layer, site, self.arch.layer_prefix(layer) + path
+
+
+def read_subject(name: str) -> Subject:
+    """Reads config.json of a local folder or hub id.
+
+    Raises:
+        RotQuantError: no such model, an architecture that is not supported, or another tool's quantization.
+    """
+    folder = fetch(name)
+    config = read_config(folder)
+    where = f"{folder}/config.json"
+    arch = describe(config, where)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not claims(quantization):
+        raise RotQuantError(
+            f"{where}: quantization_config: inspect reads full-precision models and rotquant checkpoints; this one is"
+            " quantized by something else"
+        )
+    extension = getattr(config, "rotquant", {})
+    checkpoint = CheckpointFormat(quantization, extension, arch.head_dim) if quantization else None
+    return Subject(name, folder, config, arch, checkpoint)
+
+
+def check_pair(one: Subject, other: Subject) -> None:
+    """Refuses two models that cannot be compared layer by layer.
+
+    Raises:
+        RotQuantError: naming the field that differs.
+    """
+    for field in SAME:
+        found, wanted = getattr(other.config, field), getattr(one.config, field)
+        if found != wanted:
+            raise RotQuantError(
+                f"--against {other.name}: {field} is {found}, but {wanted} in {one.name}: not one model"
+            )
+
+
+def row_formats(subject: Subject, like: Subject | None = None) -> Formats:
+    """Format of every (layer, site).
+
+    A site that is not quantized is measured as if it were: in the format that it has in `like`, else 4 bits as
+    recipes have them by default.
+    """
+    formats: Formats = {}
+    for layer, site, name in subject.modules():
+        own = _row_format(subject, site, name)
+        other = _row_format(like, site, name) if like and own is None else None
+        formats[layer, site] = own or _unrotated(other) or _default(site)
+    return formats
+
+
+def _row_format(subject: Subject, site: str, name: str) -> RowFormat | None:
+    if subject.checkpoint is None or site == "h":
+        return None
+    if site in ("k", "v"):
+        kv = subject.checkpoint.attention(name)
+        if kv is None:
+            return None
+        clip, rotate = (kv.k_clip, kv.rotate) if site == "k" else (kv.v_clip, 0)
+        return RowFormat(4, kv.symmetric, clip, kv=True, rotate=rotate)
+    linear = subject.checkpoint.linear(name)
+    return RowFormat(linear.act_bits, linear.act_symmetric, linear.act_clip) if linear else None
+
+
+def _unrotated(found: RowFormat | None) -> RowFormat | None:
+    """Another model's quantizer, without its rotation."""
+    return RowFormat(found.bits, found.symmetric, found.clip, found.kv) if found else None
+
+
+def _default(site: str) -> RowFormat:
+    if site == "h":
+        return RowFormat(bits=16)
+    if site in ("k", "v"):
+        kv = KVCache()
+        return RowFormat(4, kv.symmetric, kv.key_clip if site == "k" else kv.value_clip, kv=True)
+    act = Activations()
+    return RowFormat(act.bits, act.symmetric, act.clip)
+
+
+def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
+    """Statistics of every (layer, site) over token windows int64 [n, T]; the model is gone from memory afterwards."""
+    model = load_any(subject.folder)
+    with Progress(f"{subject.folder.name}: window", len(tokens)) as progress:
+        found = collect(model, subject.arch, formats, tokens, progress.step)
+    del model
+    gc.collect()
+    return found
+
+
+def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int, str], float | None]:
+    """SNR in dB of each linear's weights by `metrics.rounding_error`, every row counting the same.
+
+    The noise of rounding alone, as a checkpoint knows its steps but not the weights before rounding: saturation, and
+    errors that GPTQ trades between columns, are not in it. A checkpoint's stored grid; for full-precision weights the
+    grid that round-to-nearest with clip search would take, in the format of `like`, else int4 per channel. At most
+    WEIGHT_ROWS rows of a matrix, evenly spread, are looked at. None where the linear stays in 16 bits.
+    """
+    source = Source(subject.folder)
+    found: dict[tuple[int, str], float | None] = {}
+    arch = subject.arch
+    with Progress(f"{subject.folder.name}: weights of layer", arch.layers) as progress:
+        for layer, kind in enumerate(arch.kinds):
+            for linear in kind.stored:
+                found[layer, linear] = _linear_snr(source, arch.layer_prefix(layer) + linear, subject, like)
+            progress.step()
+    return found
+
+
+def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | None) -> float | None:
+    own = subject.checkpoint.linear(name) if subject.checkpoint else None
+    if own is not None:
+        columns = int(source.get(f"{name}.weight_shape")[1])
+        packed, scale = (_some_rows(source.get(f"{name}.{leaf}")) for leaf in ("weight_packed", "weight_scale"))
+        scale = scale.float().view(len(scale), -1)
+        weight = rtn.dequantize(convention.unpack_int32(packed, own.weight_bits, columns), scale)
+    else:
+        wanted = like.checkpoint.linear(name) if like and like.checkpoint else None
+        if subject.checkpoint or (like and like.checkpoint and wanted is None):
+            return None
+        stored = _some_rows(source.get(f"{name}.weight"))
+        weight = stored.float()
+        bits, group = (wanted.weight_bits, wanted.group_size) if wanted else (4, 0)
+        scale = rtn.weight_scale(weight, bits, group, True, stored.dtype)
+    steps = scale.square().mean(-1).sqrt()  # of each row; one step a group
+    error = metrics.rounding_error(weight, steps)[weight.any(1)].mean().item()
+    return round(metrics.snr_db(error), 2) if math.isfinite(error) else None
+
+
+def _some_rows(matrix: Tensor) -> Tensor:
+    return matrix[:: -(-len(matrix) // WEIGHT_ROWS)]
+
+
+def token_texts(folder: Path, ids: set[int]) -> dict[int, str]:
+    """How the tokenizer writes some tokens."""
+    from rotquant.text import read_tokenizer
+
+    tokenizer: Any = read_tokenizer(folder)
+    return {token: str(tokenizer.convert_ids_to_tokens(token)) for token in ids}

@@ -1,0 +1,176 @@
+"""`rotquant quantize` as a user runs it: what it writes, that it repeats, and that nothing is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rotquant
+from rotquant.checkpoint.format import CheckpointFormat
+from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.source import Source
+from rotquant.errors import RotQuantError
+from rotquant.pipeline import quantize
+from source_models import HELDOUT, file_hashes, source_model
+from tiny_checkpoints import KINDS
+
+QUICK = {"recipe": "quarot", "calibration": str(HELDOUT), "samples": 4, "seq_len": 64}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_bits_reproduce_the_original(tmp_path, kind):
+    """Where rounding is fine, only a wrong fold, bias or op could move the logits far (by 1 or more)."""
+    folder = source_model(tmp_path / "m", kind, hardened=True)
+    fine = ["weights.bits=8", "activations.bits=8", "activations.clip=1", "kv.bits=16", "lm_head.bits=8"]
+    model = rotquant.load(quantize(str(folder), tmp_path / "out", settings=fine, **QUICK))
+    ids = torch.arange(5, 60)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert (model(ids).logits - expected).norm() / expected.norm() < 0.06
+
+
+def test_the_output_is_a_complete_model_folder(tmp_path):
+    folder = source_model(tmp_path / "m", "qwen2", dtype=torch.bfloat16)
+    (folder / "code.py").write_text("print('never copied')")
+    out = quantize(str(folder), tmp_path / "out", settings=["lm_head.bits=8"], **QUICK)
+    names = set(os.listdir(out))
+    shards = {f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)}
+    assert names == shards | {
+        "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "README.md", "rotquant_basis.safetensors",
+    }  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    parsed = CheckpointFormat(config["quantization_config"], config["rotquant"], 32)
+    assert parsed.kv is not None
+    assert parsed.kv.rotate == 32
+    down = parsed.linear("model.layers.1.mlp.down_proj")
+    assert ([(t.kind, t.block) for t in down.transforms], down.act_clip) == ([("hadamard", 16)], 0.9)
+    assert parsed.linear("lm_head").weight_bits == 8
+    card = (out / "README.md").read_text()
+    assert "vllm serve out --quantization rotquant" in card
+    assert "W4A4KV4" in card
+    assert "`quarot`" in card
+    source = Source(out)
+    assert source.dtypes["model.embed_tokens.weight"] == "BF16"
+    assert "model.layers.0.mlp.down_proj.R4_input.weight" in source.files
+    assert {file.name for file in source.files.values()} == shards  # the basis is no weight
+
+
+def test_portable_loads_in_plain_transformers(tmp_path):
+    folder = source_model(tmp_path / "m", "llama", initializer_range=0.02)
+    out = quantize(str(folder), tmp_path / "out", profile="portable", **QUICK)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "kv_cache_scheme" not in config
+    assert "transform_config" not in config
+    ids = torch.arange(5, 60)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    ours = rotquant.load(out)(ids).logits
+    # absmax / 7.5 puts the extreme of each row on the tie at ±7.5, where the last bit of a sum decides.
+    assert (ours - theirs).norm() / theirs.norm() < 0.1
+
+
+def test_one_seed_gives_one_set_of_files(tmp_path):
+    folder = source_model(tmp_path / "m", "qwen3")
+    first, second = (quantize(str(folder), tmp_path / f"{n}" / "out", seed=5, **QUICK) for n in (1, 2))
+    assert file_hashes(first) == file_hashes(second)
+    other = quantize(str(folder), tmp_path / "3" / "out", seed=6, **QUICK)
+    assert (
+        file_hashes(first)["model-00002-of-00004.safetensors"] != file_hashes(other)["model-00002-of-00004.safetensors"]
+    )
+
+
+def start(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rotquant", "quantize", str(folder), "-o", str(out), "--recipe", "quarot"]
+    command += ["--calibration", str(HELDOUT), "--samples", "4", "--seq-len", "64", *more]
+    # A shell starts background jobs with SIGINT ignored, which would be inherited.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+
+
+def steps_done(out: Path) -> int:
+    try:
+        return len(json.loads((out.with_name(out.name + ".partial") / "journal.json").read_text())["steps"])
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, kill):
+    steps = random.randint(2, 6)  # the gate, the embedding, then layers; enough are left to be killed in
+    print(f"killed after {steps} steps")
+    folder = source_model(tmp_path / "m", "llama", layers=10)
+    whole = quantize(str(folder), tmp_path / "whole" / "out", **QUICK)
+    out = tmp_path / "killed" / "out"
+    process = start(folder, out)
+    while steps_done(out) < steps and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(kill)
+    errors = process.communicate()[1]
+    assert process.returncode == (-9 if kill == signal.SIGKILL else 130), errors
+    assert not out.exists()
+    assert steps <= steps_done(out) < 13
+    if kill == signal.SIGINT:
+        assert "--resume" in errors
+    resumed = start(folder, out, "--resume")
+    errors = resumed.communicate()[1]
+    assert "equivalence gate" not in errors, "finished steps were done again"
+    assert resumed.returncode == 0
+    assert file_hashes(out) == file_hashes(whole)
+    assert not out.with_name("out.partial").exists()
+
+
+def test_an_unfinished_run_is_only_continued_by_its_own_settings(tmp_path, monkeypatch):
+    folder, out = source_model(tmp_path / "m", "llama", layers=3), tmp_path / "out"
+    real = Journal.finish
+
+    def interrupted(self, step, *arguments, **facts):
+        real(self, step, *arguments, **facts)
+        if step == "layer 1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(folder), out, **QUICK)
+    monkeypatch.setattr(Journal, "finish", real)
+    with pytest.raises(RotQuantError, match="unfinished run; add --resume"):
+        quantize(str(folder), out, **QUICK)
+    with pytest.raises(RotQuantError, match="differs in seed"):
+        quantize(str(folder), out, resume=True, seed=3, **QUICK)
+    shard = next((tmp_path / "out.partial").glob("model-00002-*"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1])
+    with pytest.raises(RotQuantError, match="changed since step layer 0"):
+        quantize(str(folder), out, resume=True, **QUICK)
+    shard.write_bytes(good)
+    quantize(str(folder), out, resume=True, **QUICK)
+    assert quantize(str(folder), out, resume=True, **QUICK) == out  # finished: nothing to do
+    with pytest.raises(RotQuantError, match="output folder exists"):
+        quantize(str(folder), out, resume=True, seed=3, **QUICK)
+
+
+def test_memory_holds_two_layers_at_most(tmp_path, monkeypatch):
+    """When a layer is read, of all those before it only the last one may still be there."""
+    import gc
+    import weakref
+
+    alive: list[list[weakref.ref]] = []
+    real = Source.layer
+
+    def watched(self, prefix):
+        gc.collect()
+        assert not [ref for layer in alive[:-1] for ref in layer if ref() is not None], prefix
+        tensors = real(self, prefix)
+        alive.append([weakref.ref(t) for t in tensors.values()])
+        return tensors
+
+    monkeypatch.setattr(Source, "layer", watched)
+    quantize(str(source_model(tmp_path / "m", "llama", layers=4)), tmp_path / "out", **QUICK)
+    assert len(alive) == 8

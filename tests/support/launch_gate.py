@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Compiles every Triton kernel as servers launch it, for GPUs that are not there: does it compile, does it fit?
+
+    python tests/support/launch_gate.py                       the core list, all architectures, the installed Triton
+    python tests/support/launch_gate.py --full --arch 89,90   every op, model, tensor-parallel size and kind of batch
+    PYTHONPATH=DIR python tests/support/launch_gate.py        another Triton: pip install --target DIR
+
+Each launch goes through the host code that serves (`stand_in_gpu`). A failure is one line; the last line counts. A
+kernel must fit the shared memory of the architecture and spill at most SPILLED bytes of registers a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in ("kernels", "tests/support")]
+    os.environ.setdefault("ROTQUANT_CPU_TIER", "reference")
+
+import torch
+import triton
+
+from rotquant_kernels.cuda import gemm, kv4, layout, rows
+from rotquant_kernels.reference import kv_token_bytes
+from stand_in_gpu import GPUS, Compiled, stand_in
+
+Launch = tuple[str, Callable[[], Any]]  # in words, the call
+# Bytes of registers of a thread that may lie in memory. Prefill keeps a block of sums besides its tile; 8-bit weights
+# in large groups keep two.
+SPILLED = {"prefill": 640, "linear_kernel": 288}
+SPILLED_ELSE = 128
+BATCHES = (1, 2, 16, 33)  # numbers that Triton tells apart: 1, multiples of 16, others
+
+
+class Model(NamedTuple):
+    """The shape of a model."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    bias: bool = False
+
+
+MODELS = {
+    "demo": Model(256, 768, 4, 2, 64, 2048),
+    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152),
+    "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151936, True),
+    "Qwen2.5-7B": Model(3584, 18944, 28, 4, 128, 152064, True),
+    "Qwen2.5-14B": Model(5120, 13824, 40, 8, 128, 152064, True),
+    "Qwen2.5-32B": Model(5120, 27648, 40, 8, 128, 152064, True),
+    "Qwen3-8B": Model(4096, 12288, 32, 8, 128, 151936),
+    "Qwen3-14B": Model(5120, 17408, 40, 8, 128, 151936),
+    "Qwen3-32B": Model(5120, 25600, 64, 8, 128, 151936),
+    "Llama-3-8B": Model(4096, 14336, 32, 8, 128, 128256),
+    "Llama-3-70B": Model(8192, 28672, 64, 8, 128, 128256),
+}
+RANKS = (1, 2, 4, 8)
+
+
+def linear(
+    m: int, k: int, n: int, bits: int = 4, groups: int = 1, rank: int = 0, symmetric: bool = False, bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16, act_bits: int = 4,
+) -> None:  # fmt: skip
+    """A layer [n, k] of m tokens, behind its quantization."""
+    codes = torch.empty(m, k, dtype=torch.int8)
+    quantized = codes, torch.empty(m, 1), torch.empty(m, 1, dtype=torch.int32)
+    rows_padded, columns = layout.multiple(n, layout.CHANNELS), layout.multiple(k, layout.COLUMNS)
+    words = torch.empty(columns * bits // 32 * rows_padded + groups * rows_padded, dtype=torch.int32)
+    branch = (torch.empty(m, rank), torch.empty(rank, n, dtype=dtype)) if rank else (None, None)
+    gemm.product(
+        quantized, words, torch.empty(n, groups), torch.empty(n, dtype=dtype) if bias else None, bits, symmetric,
+        dtype, *branch,
+    )  # fmt: skip
+
+
+def quantize(
+    m: int, k: int, block: int = 0, silu: bool = False, bits: int = 4, symmetric: bool = False,
+    dtype: torch.dtype = torch.bfloat16, order: str = "natural",
+) -> None:  # fmt: skip
+    """Rows of k numbers, a Hadamard of `block` in front."""
+    x = torch.empty(m, 2 * k if silu else k, dtype=dtype)
+    rows.quantize_rows(x, "hadamard" if block else "none", block, None, bits, symmetric, 0.9, silu, order)
+
+
+def transform(m: int, k: int, block: int, silu: bool = False) -> None:
+    x = torch.empty(m, 2 * k if silu else k, dtype=torch.bfloat16)
+    rows.transform_rows(x, "hadamard", block, None, silu)
+
+
+def norm(m: int, k: int, residual: bool = True, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    x = torch.empty(m, k, dtype=dtype)
+    rows.rms_norm_quantize(x, x if residual else None, torch.empty(k, dtype=dtype), 1e-5, 4, symmetric, 0.9)
+
+
+def write(tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmetric: bool = False) -> None:
+    qkv = torch.empty(tokens, 3 * heads * dim, dtype=torch.bfloat16)  # K and V are views, as in a model
+    key, value = qkv.view(tokens, 3 * heads, dim).split(heads, 1)[1:]
+    pages = torch.empty(4, heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
+    kv4.write(key, value, pages, torch.zeros(tokens, dtype=torch.int64), rotate, symmetric, 1.0, 1.0)
+
+
+def attend(
+    tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
+    page: int = 16, symmetric: bool = False, longest: int = 16384, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """A step of so many new tokens, over pages of sequences of at most `longest`."""
+    query = torch.empty(tokens, heads, dim, dtype=dtype)
+    pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
+    starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
+    table = torch.zeros(sequences, -(-longest // page), dtype=torch.int32)
+    kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric)
+
+
+def core() -> Iterator[Launch]:
+    """One of each kernel in the form that is hardest to compile: a few seconds an architecture."""
+    yield "decode, 1 sequence", lambda: attend(1, 1)
+    yield "KV write, 1 token", lambda: write(1, 8, 128, 128)
+    yield "silu, Hadamard 512, 18944 inputs", lambda: quantize(2, 18944, 512, silu=True)
+    yield "silu, Hadamard 2048, 14336 inputs", lambda: quantize(1, 14336, 2048, silu=True)
+    yield "norm, 4096 inputs", lambda: norm(1, 4096)
+    yield "linear, 1 token", lambda: linear(1, 4096, 512)
+    yield "linear, 256 tokens", lambda: linear(256, 4096, 512)
+    yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
+    yield "prefill, 1 sequence", lambda: attend(700, 1)
+
+
+def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
+    """What one rank of a server of this model launches."""
+    heads, kv_heads = model.heads // ranks, max(model.kv_heads // ranks, 1)
+    inner, q, kv = model.intermediate // ranks, heads * model.head_dim, kv_heads * model.head_dim
+    where = f"{name}, TP {ranks}:"
+    layers = {
+        "qkv": (model.hidden, q + 2 * kv, model.bias), "o": (q, model.hidden, False),
+        "gate_up": (model.hidden, 2 * inner, False), "down": (inner, model.hidden, False),
+        "lm_head": (model.hidden, -(-model.vocabulary // ranks), False),
+    }  # fmt: skip
+    for m in (*BATCHES, 65, 256):
+        for layer, (k, n, bias) in layers.items():
+            bits = 8 if layer == "lm_head" else 4
+            yield f"{where} {layer}, {m} tokens", lambda m=m, k=k, n=n, b=bias, w=bits: linear(m, k, n, w, bias=b)
+    for symmetric in (False, True):
+        for residual in (False, True):
+            yield f"{where} norm", lambda s=symmetric, r=residual: norm(3, model.hidden, r, s)
+        yield f"{where} rows of o", lambda s=symmetric: quantize(3, q, symmetric=s)
+        for most in (ranks_ for ranks_ in RANKS if ranks_ >= ranks):  # --tp-max it was quantized with
+            block = (found := model.intermediate // most) & -found
+            yield f"{where} down, R4 {block}", lambda b=block, s=symmetric: quantize(3, inner, b, True, symmetric=s)
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": model.head_dim, "rotate": model.head_dim}
+    for m in BATCHES:
+        yield f"{where} KV write, {m} tokens", lambda m=m: write(m, kv_heads, model.head_dim, model.head_dim)
+        for longest in (16, 16384):
+            yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
+    for tokens, sequences in ((6, 2), (700, 1), (4096, 16)):
+        yield f"{where} {tokens} tokens of {sequences}", lambda t=tokens, s=sequences: attend(t, s, **shape)
+
+
+def odd() -> Iterator[Launch]:
+    """Shapes and settings of no particular model."""
+    for m in (1, 20, 64, 200):
+        yield f"odd linear, {m}", lambda m=m: linear(m, 100, 70, symmetric=True)
+        yield f"one column, {m}", lambda m=m: linear(m, 1, 1)
+        for size in (32, 64, 96, 128, 160, 256, 1024):
+            for bits in (4, 8):
+                yield f"W{bits} g{size}, {m}", lambda m=m, g=size, w=bits: linear(m, 3 * g, 512, w, groups=3)
+        for rank in (1, 20, 64, 96):
+            yield f"rank {rank}, {m}", lambda m=m, r=rank: linear(m, 4096, 512, rank=r, bias=True)
+        for dtype in (torch.float16, torch.float32):
+            yield f"linear {dtype}, {m}", lambda m=m, d=dtype: linear(m, 4096, 512, dtype=d)
+    for k in (1, 7, 100, 4096, 16384, 18944, 32768, 53248, 65536):
+        block = k & -k
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield f"rows of {k}, {dtype}", lambda k=k, b=block, d=dtype: quantize(3, k, b, bits=8, dtype=d)
+        yield f"rows of {k} turned", lambda k=k, b=block: transform(3, k, b)
+        yield f"silu, rows of {k} turned", lambda k=k, b=block: transform(1, k, b, True)
+        yield f"silu, rows of {k}, no Hadamard", lambda k=k: quantize(1, k, silu=True)
+        if k <= rows.LONGEST_NORM:
+            yield f"norm of {k}", lambda k=k: norm(1, k)
+    for order in ("humming8", "humming4"):
+        for k in (4096, 18944):
+            yield f"{order}, {k}", lambda o=order, k=k: quantize(3, k, k & -k, True, symmetric=True, order=o)
+    for shape in (
+        (2, 2, 14, 2, 64, 64), (1, 1, 28, 4, 128, 128), (40, 1, 28, 4, 128, 128), (3, 1, 8, 1, 256, 256),
+        (300, 1, 8, 1, 256, 256), (5, 5, 12, 12, 96, 32, 32), (300, 2, 14, 2, 80, 16, 16), (8, 8, 71, 1, 64, 64),
+        (9, 3, 32, 32, 128, 0), (1, 1, 16, 1, 16, 16, 64), (64, 4, 8, 8, 128, 128, 128),
+    ):  # fmt: skip
+        for symmetric in (False, True):
+            yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
+    for dim in (16, 64, 80, 96, 256):
+        yield f"KV write, heads of {dim}", lambda d=dim: write(1, 1, d, d & -d, 48, True)
+
+
+def full() -> Iterator[Launch]:
+    yield from core()
+    for name, model in MODELS.items():
+        for ranks in RANKS:
+            if model.heads % ranks == 0 and model.intermediate % ranks == 0:
+                yield from of_model(name, model, ranks)
+    yield from odd()
+
+
+def faults(arch: int, made: Compiled) -> Iterator[str]:
+    """What is wrong with a kernel on an architecture."""
+    most = GPUS[arch][0] * 1024
+    if made.shared > most:
+        yield f"{made.name} wants {made.shared} bytes of shared memory, sm_{arch} allows {most}"
+    allowed = SPILLED.get(made.name, SPILLED_ELSE)
+    if (spilled := made.spilled()) > allowed:
+        yield f"{made.name} spills {spilled} bytes of registers a thread, {allowed} are allowed"
+
+
+def check(arch: int, launches: Iterator[Launch], tell: Callable[[str], object] = print) -> tuple[int, int, int]:
+    """Compiles the launches for an architecture; a line for each that fails.
+
+    Returns: numbers of launches, of distinct kernels and of failures.
+    """
+    total, failed = 0, 0
+    with stand_in(arch) as found:
+        for what, launch in launches:
+            total, known, wrong = total + 1, len(found), []
+            try:
+                launch()
+            except Exception as error:  # of the compiler: the others are compiled all the same
+                wrong.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:200]}")
+            wrong += [fault for made in found[known:] for fault in faults(arch, made)]
+            failed += bool(wrong)
+            for fault in wrong:
+                tell(f"sm_{arch} {what}: {fault}")
+    return total, len(found), failed
+
+
+def main() -> int:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--arch", default=",".join(map(str, GPUS)), help="sm numbers (default: all)")
+    ask.add_argument("--full", action="store_true", help="every shape: 5 to 10 minutes an architecture")
+    args = ask.parse_args()
+    total = failed = 0
+    for arch in map(int, args.arch.split(",")):
+        started = sum(os.times()[:4])
+        counts = check(arch, full() if args.full else core(), lambda line: print(line, flush=True))
+        total, failed = total + counts[0], failed + counts[2]
+        print(f"sm_{arch}: {counts[0]} launches, {counts[1]} kernels, {counts[2]} failed, "
+              f"{sum(os.times()[:4]) - started:.0f} s of CPU", flush=True)  # fmt: skip
+    print(f"triton {triton.__version__}: {total} launches, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Full-precision model folders for the quantizer's tests, with the demo model's tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from rotquant.data import DATA
+from rotquant.models.harden import harden
+from tiny_checkpoints import KINDS
+
+HELDOUT = DATA / "heldout.txt"
+SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
+VOCABULARY = 2056  # 2048 of the demo model's tokenizer, one that transformers adds for Qwen2, and some of no token
+# Families that differ from Llama in what a layer computes; sizes and scalars such that each difference matters.
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {
+            "hidden_size": 128, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+            "logits_scaling": 2.0, "num_local_experts": 0, "shared_intermediate_size": 176, "mamba_n_heads": 4,
+            "position_embedding_type": "rope", "layer_types": ["attention", "attention"],
+        },
+    ),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 128, "pad_token_id": None, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "ministral3": (
+        Ministral3Config,
+        Ministral3ForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 32,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+class Demo(NamedTuple):
+    """The demo model made hard, and its checkpoints."""
+
+    hard: Path
+    rtn: Path
+    quarot: Path
+    portable: Path
+
+
+def source_model(
+    folder: Path, kind: str, *, hardened: bool = False, shard_size: str = "200KB", dtype: torch.dtype = torch.float32,
+    layers: int = 2, **config: Any,
+) -> Path:  # fmt: skip
+    """Saves a random model of `tiny_checkpoints.KINDS` or of FAMILIES whose biases and norm gains matter."""
+    config_class, model_class, extra = (KINDS | FAMILIES)[kind]
+    torch.manual_seed(3)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+    }  # fmt: skip
+    if kind == "qwen2":  # vLLM's has heads of hidden_size / num_attention_heads, whatever head_dim says
+        sizes["hidden_size"] = 128
+    model = model_class(config_class(**(sizes | extra | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    if hardened:
+        harden(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DATA / "demo" / file, folder)
+    return folder
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    import hashlib
+
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
