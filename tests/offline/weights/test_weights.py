@@ -36,7 +36,7 @@ def test_clip_search_lowers_the_error():
 
 @pytest.mark.parametrize("group", [0, 64])
 def test_the_coarse_walk_finds_what_every_ratio_would(group):
-    """40 ratios one by one, on rows of light and of heavy tails: nearly all rows get the same, none a much worse one."""
+    """All 40 ratios, on rows of light and of heavy tails: nearly all rows get the same, none a much worse one."""
     weight = torch.randn(64, 256) * torch.rand(64, 1).exp()
     weight[32:] *= torch.randn(32, 256).abs()
     groups = rtn.grouped(weight, group)
