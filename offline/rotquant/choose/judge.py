@@ -149,7 +149,7 @@ class Judge:
         learner = None
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
-        chain = entering.to(job.dtype) if recipe.weights.needs_inputs else None
+        chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
         quantizer = LayerQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.device)
         fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
         for index in stretch:

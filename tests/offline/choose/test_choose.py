@@ -136,6 +136,14 @@ def test_the_judge_measures_what_is_served(model: Path, tmp_path: Path, monkeypa
     assert provenance(out)["choice"]["trials"][0]["kl"] == pytest.approx(found.kl, rel=0.02)
 
 
+def test_no_trial_sees_another(model: Path, tmp_path: Path) -> None:
+    """The same numbers where the same is tried again, also where nothing turns what full precision left."""
+    bare = {"rotations": {"r1": "none", "r2": "none", "r3": "none", "r4": "none"}}
+    name = recipe(tmp_path, {"as good as the same": {"weights.damping": 0.01 + 1e-12}}, **bare)
+    base, same = provenance(quantize(str(model), tmp_path / "out", recipe=name, **QUICK))["choice"]["trials"]
+    assert same["kl"] == pytest.approx(base["kl"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
