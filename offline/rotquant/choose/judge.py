@@ -97,7 +97,7 @@ class Judge:
         """Residual streams float32 [n, T, hidden] entering each stretch, and the judged ones behind the last layer."""
         starts = {stretch.start for stretch in self.stretches}
         tokens, judged = (self._embedded(windows) for windows in (self.model.tokens, self.model.judged))
-        found = {}
+        found: dict[str, Tensor] = {}
         with Progress("choosing: full precision, layer", self.arch.layers, short=True) as progress:
             for index in range(self.arch.layers):
                 if index in starts:
