@@ -205,10 +205,11 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
 
 
 def choose(run: Run, journal: Journal) -> Run:
-    """The run with those of its recipe's candidates that its model takes."""
+    """The run with those of its recipe's candidates that its model takes; the gate comes before this work, too."""
     if not run.recipe.chooses or run.calibrated is None or run.calibrated.aside is None:
         return run
     if not journal.done("choice"):
+        pass_gate(run, journal, "gate of the base")
         found = Search(run.recipe, partial(begin, run), run.calibrated.aside, journal)()
         journal.finish("choice", **found.as_dict())
     return with_choice(run, Choice.from_dict(journal.facts("choice")))
@@ -265,9 +266,9 @@ def learn_transforms(run: Run, journal: Journal) -> None:
     learn(job, learned(journal, run.recipe) if run.choice else journal)
 
 
-def pass_gate(run: Run, journal: Journal) -> None:
+def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
     """The folded model must equal the original before anything is quantized."""
-    if journal.done("gate"):
+    if journal.done(step):
         return
     if run.calibrated:
         tokens = run.calibrated.tokens[0, :GATE_TOKENS]
@@ -276,7 +277,7 @@ def pass_gate(run: Run, journal: Journal) -> None:
     with Progress("equivalence gate", run.arch.layers) as progress:
         distance = check_equivalence(run.source, run.arch, run.fold, tokens, lambda _: progress.step())
     say(f"equivalence gate: logits of the folded model differ by {distance:.1e} (limit 1e-4)")
-    journal.finish("gate", distance=f"{distance:.0e}")
+    journal.finish(step, distance=f"{distance:.0e}")
 
 
 def write_embedding(run: Run, journal: Journal) -> None:

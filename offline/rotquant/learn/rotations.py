@@ -58,7 +58,7 @@ def residual_rows(job: Learner, options: Surrogate, journal: Journal | Scope) ->
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found = job.arch, []
-    random, chain = generator(job.seed, "rows"), job.embedded(options.windows or len(job.tokens))
+    random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]

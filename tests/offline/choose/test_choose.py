@@ -136,6 +136,17 @@ def test_the_judge_measures_what_is_served(model: Path, tmp_path: Path, monkeypa
     assert provenance(out)["choice"]["trials"][0]["kl"] == pytest.approx(found.kl, rel=0.02)
 
 
+def test_the_gate_comes_before_the_trials(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> float:
+        raise RotQuantError("equivalence gate: layer 0")
+
+    monkeypatch.setattr("rotquant.pipeline.check_equivalence", refuse)
+    monkeypatch.setattr(Search, "__call__", lambda search: pytest.fail("a trial before the gate"))
+    with pytest.raises(RotQuantError, match="equivalence gate"):
+        quantize(str(model), tmp_path / "out", recipe=recipe(tmp_path, HELPS), **QUICK)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_no_trial_sees_another(model: Path, tmp_path: Path) -> None:
     """The same numbers where the same is tried again, also where nothing turns what full precision left."""
     bare = {"rotations": {"r1": "none", "r2": "none", "r3": "none", "r4": "none"}}
@@ -210,6 +221,11 @@ def test_shipped_candidates_change_their_base() -> None:
         found = load_recipe(name)
         for changes in (found.choose.candidates | found.choose.thorough).values() if found.choose else ():
             assert found.with_changes(changes) != found
+
+
+def test_effort_needs_candidates() -> None:
+    with pytest.raises(RotQuantError, match="choose: this recipe has no candidates to choose from; take best"):
+        load_recipe("quarot", ["choose.effort=2"])
 
 
 # ---- text and numbers ------------------------------------------------------------------------------------------------
