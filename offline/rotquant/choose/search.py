@@ -31,7 +31,7 @@ from rotquant.learn import plan
 from rotquant.learn.stream import Learner
 from rotquant.recipe import Recipe
 
-MARGIN = 1.0
+MARGIN = 2.0
 UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head"}  # by a trial
 R1_KEYS = ("r1", "walsh_block", "mean_to_ones")
 
@@ -62,8 +62,9 @@ class Search:
         wanted = max(1, len(job.tokens) * min(self.effort, CALIBRATED) // CALIBRATED)
         step = len(job.tokens) // wanted
         tokens = job.tokens[which * step // 2 :: step][:wanted]
-        aside = self.aside[which :: min(2, len(self.aside))][:, :WINDOW]
-        model = Model(job.source, job.arch, tokens, aside if len(aside) else self.aside, job.device)
+        every = self.aside[:, :WINDOW]
+        judged = every if len(every) == 1 else every[which::2]
+        model = Model(job.source, job.arch, tokens, judged, job.device)
         return Judge(model, self.effort, Scope(self.journal, f"judge {which}"))
 
     def __call__(self) -> Choice:

@@ -189,7 +189,7 @@ def test_what_is_set_by_hand_is_not_chosen() -> None:
     every = names()
     assert every - names("activations.symmetric=true") == {"asymmetric activations"}
     assert every - names("learn.surrogate.steps=20") == {"learned R1"}
-    assert every - names("weights={method: rtn}") == {"GPTQ by attention", "no refit"}
+    assert every - names("weights={method: rtn}") == {"GPTQ by attention"}
     assert load_recipe("best", ["choose=null"]).choose is None
 
 
