@@ -1,8 +1,9 @@
 """What a recipe does to the model in hand, on tokens that nothing learned from, at a fraction of a whole run.
 
 A few stretches of layers, each of neighbours, are quantized as the recipe says; all others stay in full precision.
-Each stretch is calibrated on a part of the windows, which enter it as full precision has them and pass through it as it
-is served, so that its layers see each other's errors. The judged windows run through the whole of it:
+Windows of the calibration enter each stretch as full precision has them and pass through it as it is served, so that
+its layers see each other's errors. It is layers that are saved, and of the windows only what nothing needs: with few
+tokens an input, what fits weights to text looks worse than it will be. The judged windows run through the whole of it:
 
     full precision -> stretch as served -> full precision -> stretch as served -> ... -> logits
     KL of a token = sum p (log p - log q),  p of the full-precision model, q of this one
@@ -29,12 +30,13 @@ from rotquant.models.decoder import decoders, rms_norm
 from rotquant.transforms.fold import Fold
 from rotquant.weights.layerwise import LayerQuantizer
 
-SHARE = 5  # one layer in so many is quantized, and at least LEAST
+SHARE = 10  # one layer in so many is quantized, and at least LEAST
 LEAST = 3
 STRETCH = 2  # neighbours quantized one behind the other
 JUDGED = 2048  # tokens, in windows of at most WINDOW: contexts differ more than tokens of one
 WINDOW = 512
-CALIBRATED = 4  # of so many windows one calibrates a trial
+CALIBRATED = 4  # of so many windows one calibrates a trial, but more where they are few:
+TOKENS = 4  # for each input of the widest linear
 LOGIT_ROWS = 512
 RUN = 32  # neighbouring tokens whose KL is not independent; shorter where there are fewer than RUNS of them
 RUNS = 8
@@ -46,16 +48,21 @@ def judged_windows(seq_len: int, effort: int) -> int:
 
 
 def stretches(layers: int, effort: int) -> list[range]:
-    """Which layers a trial quantizes: the first ones always, and stretches at equal distances up to the last ones."""
+    """Which layers a trial quantizes: the first ones, and stretches at equal distances behind them."""
     wanted = min(layers, max(LEAST, math.ceil(layers * effort / SHARE)))
     count = math.ceil(wanted / STRETCH)
     sizes = [wanted // count + (i < wanted % count) for i in range(count)]
-    free, found, start = layers - wanted, [], 0
-    for i, size in enumerate(sizes):
-        first = start + round(free * i / (count - 1)) if count > 1 else 0
-        found.append(range(first, first + size))
-        start += size
-    return found
+    free = layers - wanted
+    starts = [sum(sizes[:i]) + free * i // count for i in range(count)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def calibration(tokens: Tensor, arch: Architecture, effort: int) -> Tensor:
+    """The windows that calibrate a trial, spread over the run's int64 [samples, T]."""
+    widest = max(inputs for _, (_, inputs) in arch.linears())
+    enough = max(len(tokens) * effort / CALIBRATED, TOKENS * effort * widest / tokens.shape[1])
+    wanted = min(len(tokens), math.ceil(enough))
+    return tokens[torch.arange(wanted) * len(tokens) // wanted]
 
 
 @dataclass(frozen=True)
@@ -119,16 +126,17 @@ class Judge:
         linear = decoder.float_linear(tensors)
         return torch.stack([decoder.layer(tensors, h.to(self.model.device), linear).cpu() for h in chain])
 
-    def __call__(self, job: Learner, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
+    def __call__(self, job: Learner, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
 
         Args:
+            turn: 0 or 1, on every other window from this one on.
             job: a recipe, and its transforms with what belongs to the whole model known. Those of the stretches'
                 layers are learned here unless the recipe learns end to end, which completes all.
             slots: by step, of loops of learning; progress: hears of each quantized layer.
         """
         matrix = basis(job, self.arch.hidden_size)
-        done, following = self.known["judged 0"], 0
+        done, following = self.judged("judged 0", turn), 0
         with torch.no_grad():
             for stretch in self.stretches:
                 for index in range(following, stretch.start):
@@ -137,7 +145,12 @@ class Judge:
                 following = stretch.stop
             for index in range(following, self.arch.layers):
                 done = self._layer(index, done)
-            return torch.cat([self._kl(p, q) for p, q in zip(self.known["judged"], done, strict=True)])
+            return torch.cat([self._kl(p, q) for p, q in zip(self.judged("judged", turn), done, strict=True)])
+
+    def judged(self, where: str, turn: int) -> Tensor:
+        """Half of the judged windows in full precision; where there is but one window, that."""
+        every = self.known[where]
+        return every if len(every) == 1 else every[turn::2]
 
     def _served(
         self, job: Learner, stretch: range, matrix: Tensor | None, judged: Tensor, slots: Callable[[str], Slot],

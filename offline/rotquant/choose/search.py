@@ -2,8 +2,8 @@
 
 The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
 the KL by more than MARGIN times the standard error of the difference. Then all that was taken has to win against the
-base once more, calibrated on other windows and judged on others: which windows calibrate moves the KL, too, and he who
-tries much finds something. Where it does not, or nothing was taken, the base stands as it is.
+base once more, judged on other windows: he who tries much finds something. Where it does not, or nothing was taken, the
+base stands as it is.
 
 What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
 later trials and the run itself. So is each trial's result: a killed run repeats none.
@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.choose.choice import AGAIN, BASE, Choice, Trial
-from rotquant.choose.judge import CALIBRATED, WINDOW, Judge, Model, error_of
+from rotquant.choose.judge import WINDOW, Judge, Model, calibration, error_of
 from rotquant.choose.options import Changes
 from rotquant.common.progress import Progress, clock, say
 from rotquant.errors import RotQuantError
@@ -54,18 +53,11 @@ class Search:
         assert self.base.choose is not None
         self.effort, self.candidates = self.base.choose.effort, self.base.choose.tried
         self.started, self.number, self.total = time.monotonic(), 1, len(self.candidates) + 3
-        self.judge = self._judge(0)
-
-    def _judge(self, which: Literal[0, 1]) -> Judge:
-        """The first judge, or the second, who has other windows as far as there are any."""
         job = self.begin(self.base)
-        wanted = max(1, len(job.tokens) * min(self.effort, CALIBRATED) // CALIBRATED)
-        step = len(job.tokens) // wanted
-        tokens = job.tokens[which * step // 2 :: step][:wanted]
-        every = self.aside[:, :WINDOW]
-        judged = every if len(every) == 1 else every[which::2]
-        model = Model(job.source, job.arch, tokens, judged, job.device)
-        return Judge(model, self.effort, Scope(self.journal, f"judge {which}"))
+        tokens = calibration(job.tokens, job.arch, self.effort)
+        self.judge = Judge(
+            Model(job.source, job.arch, tokens, self.aside[:, :WINDOW], job.device), self.effort, self.journal
+        )
 
     def __call__(self) -> Choice:
         """Tries everything, in its order."""
@@ -82,12 +74,11 @@ class Search:
         return Choice(tuple(trials), again, self.judge.layers, model.tokens.numel(), len(kl))
 
     def _again(self, recipe: Recipe) -> Trial:
-        """What was taken against the base, by the second judge."""
-        self.judge = self._judge(1)
+        """What was taken against the base, on the other windows."""
         self.number += 1
-        before = self._kl(AGAIN, self.begin(self.base))
+        before = self._kl(AGAIN, self.begin(self.base), turn=1)
         self.number += 1
-        kl = self._kl(AGAIN, self.begin(recipe))
+        kl = self._kl(AGAIN, self.begin(recipe), turn=1)
         trial = compared(AGAIN, {}, kl, before)
         self._report(trial)
         return trial
@@ -105,17 +96,17 @@ class Search:
         trial = compared(name, changes, kl, before)
         return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
 
-    def _kl(self, name: str, job: Learner) -> Tensor:
+    def _kl(self, name: str, job: Learner, turn: int = 0) -> Tensor:
         """KL float32 [judged tokens] with a recipe, from the journal where it is known."""
-        step, place = f"trial {digest(job.recipe.model_dump(exclude=UNSEEN))}", self.judge.journal
-        if known := place.kept(step):
+        step = f"trial {turn} {digest(job.recipe.model_dump(exclude=UNSEEN))}"
+        if known := self.journal.kept(step):
             return known["kl"]
         plan.learn_whole(job, learned(self.journal, job.recipe))
-        slot = partial(Slot, Scope(place, step))
+        slot = partial(Slot, Scope(self.journal, step))
         title = f"choosing {self.number}/{self.total}, {name}: layer"
         with Progress(title, self.judge.layers, short=True) as progress:
-            kl = self.judge(job, slot, progress)
-        place.keep(step, {"kl": kl})
+            kl = self.judge(job, turn, slot, progress)
+        self.journal.keep(step, {"kl": kl})
         return kl
 
     def _report(self, trial: Trial) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from rotquant import load
 from rotquant.checkpoint.journal import Journal
-from rotquant.choose import search
+from rotquant.choose import judge
 from rotquant.choose.judge import Judge, error_of, stretches
 from rotquant.choose.search import Search
 from rotquant.errors import RotQuantError
@@ -126,7 +126,7 @@ def test_a_killed_search_goes_on(model: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_the_judge_measures_what_is_served(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all layers and all windows a trial's KL is that of the checkpoint, as `compare` has it."""
-    monkeypatch.setattr(search, "CALIBRATED", 1)
+    monkeypatch.setattr(judge, "CALIBRATED", 1)
     name = recipe(tmp_path, HURTS)
     out = quantize(str(model), tmp_path / "out", recipe=name, **QUICK)
     calibrated = prepare(str(model), name, [], str(HELDOUT), 4, 64, "cpu", "full", 1, 0).calibrated
@@ -262,9 +262,10 @@ def test_one_window_of_text_leaves_the_base(model: Path, tmp_path: Path, capsys:
 def test_stretches(layers: int, effort: int) -> None:
     found = [index for stretch in stretches(layers, effort) for index in stretch]
     assert found == sorted(set(found))
-    assert (found[0], found[-1]) == (0, layers - 1) or layers <= 3
-    assert len(found) >= min(layers, 3)
-    assert len(found) <= max(3, layers * effort // 5 + 1)
+    assert found[0] == 0
+    assert found[-1] >= layers // 2
+    assert found[-1] < layers
+    assert min(layers, 3) <= len(found) <= max(3, layers * effort // 10 + 1)
 
 
 def test_the_error_of_a_mean() -> None:
