@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rotquant.checkpoint.format import LinearFormat
-from rotquant_kernels import online, ops
+from rotquant_kernels import calls, online
 from vllm_rotquant import compat, rotation
 
 
@@ -61,12 +61,12 @@ class QuantizingNorm(torch.nn.Module):
     def __init__(self, norm: Any, linear: LinearFormat) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
-        self.settings = linear.act_bits, linear.act_symmetric, linear.act_clip
+        self.rows = linear.rows
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """(codes, scale, zero) of norm(x + residual), see `ops.rms_norm_quantize`; beside it x + residual if given."""
-        *quantized, stream = ops.rms_norm_quantize(x, residual, self.weight, self.eps, *self.settings)
-        return tuple(quantized) if residual is None else (tuple(quantized), stream)
+        quantized, stream = calls.norm_quantize(x, residual, self.weight, self.eps, self.rows)
+        return quantized if residual is None else (quantized, stream)
 
 
 def fuse(layers: Iterable[Any], holders: Holders) -> None:

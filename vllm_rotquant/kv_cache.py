@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.format import KVFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import ops, reference
+from rotquant_kernels import calls
+from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.formats.kv import kv_token_bytes
 from vllm_rotquant import compat
 from vllm_rotquant.warmup import warm_attention
 
@@ -82,8 +83,7 @@ class KV4Impl(compat.AttentionImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Stores the step's K and V, [T, KV heads, d], in the pages `kv_cache`; slot -1 is padding."""
-        kv = self.kv
-        ops.kv4_write(key, value, kv_cache, slot_mapping, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+        calls.kv_write(key, value, kv_cache, slot_mapping, self.kv)
 
     def forward(
         self,
@@ -110,8 +110,7 @@ class KV4Impl(compat.AttentionImpl):
         self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor
     ) -> None:
         """Fills output [T, heads, d]; see `reference.kv4_attention`."""
-        kv = self.kv
-        ops.kv4_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, kv.rotate, kv.symmetric)
+        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv)
 
 
 class KV4Backend(compat.AttentionBackend):
@@ -142,14 +141,14 @@ class KV4Backend(compat.AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: compat.AttentionSpec) -> compat.AttentionSpec:
-        return compat.opaque_pages(spec, reference.kv_token_bytes(spec.head_size, cls.symmetric))
+        return compat.opaque_pages(spec, kv_token_bytes(spec.head_size, cls.symmetric))
 
     @classmethod
     def get_kv_cache_shape(
         cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *context: Any, **more: Any
     ) -> tuple[int, ...]:
         """Asked by vLLM 0.28; later versions take it from the spec."""
-        return num_blocks, num_kv_heads, block_size, reference.kv_token_bytes(head_size, cls.symmetric)
+        return num_blocks, num_kv_heads, block_size, kv_token_bytes(head_size, cls.symmetric)
 
 
 class SymmetricKV4Backend(KV4Backend):

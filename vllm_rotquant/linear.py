@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import convention, online, ops
+from rotquant_kernels import calls, online, ops
 from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.proof import Proof
 
@@ -71,20 +71,20 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             layer: the layer while a model is built, a bare module when its weights are loaded anew (`reload`).
         """
         inputs, outputs, loader = self.inputs, sum(self.parts), self.loader
-        group, per_word = self.format.group_size, 32 // self.format.weight_bits
+        weights = self.format.weights
         packed = compat.PackedvLLMParameter(
-            data=torch.full((outputs, -(-inputs // per_word)), UNLOADED, dtype=torch.int32),
+            data=torch.full((outputs, weights.words(inputs)), UNLOADED, dtype=torch.int32),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
-            packed_factor=per_word,
+            packed_factor=weights.per_word,
             weight_loader=loader,
         )
         # The op reads float32 scales; NaN shows after loading which rows the checkpoint did not fill.
-        scales = torch.full((outputs, inputs // group if group else 1), torch.nan, dtype=torch.float32)
+        scales = torch.full((outputs, weights.groups(inputs)), torch.nan, dtype=torch.float32)
         scale = (
             compat.GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
-            if group
+            if weights.group_size
             else compat.ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=loader)
         )
         shape = compat.BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
@@ -107,7 +107,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         tp_size = all_inputs // inputs
         for transform in self.format.transforms:
             rotation.check_shard(self.prefix, transform, inputs, all_inputs)
-        per_word, group = 32 // self.format.weight_bits, self.format.group_size
+        per_word, group = self.format.weights.per_word, self.format.weights.group_size
         for what, size in (("packed words of", per_word if tp_size > 1 else 1), ("scale groups of", group or 1)):
             if inputs % size:
                 raise RotQuantError(
@@ -165,7 +165,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         linear = self.format
         bias = layer.shift_correction is not None or self.biased
         before, _ = online.split(rotation.stages(layer, linear.transforms))
-        settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
+        settings = linear.weights, self.inputs, linear.rows, bias, bool(linear.rank)
         dtype = torch.float32 if before else self.dtype
         try:
             weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
@@ -176,10 +176,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""
         layer.weight_packed.data.random_(-(1 << 31), (1 << 31) - 1)
-        low, high = convention.int_range(self.format.weight_bits)
+        low, high = self.format.weights.rows.bounds
         layer.weight_scale.data.fill_((self.inputs / 12) ** -0.5 / (high - low))  # uniform codes
 
-    def apply(self, layer: Any, x: Tensor | tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor | calls.Quantized, bias: Tensor | None = None) -> Tensor:
         """Linear layer on integers.
 
         Args:
@@ -190,8 +190,8 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """
         linear, correction = self.format, layer.shift_correction
         if isinstance(x, tuple):
-            weights = layer.weight_packed, layer.weight_scale, bias, linear.weight_bits
-            return ops.quantized_linear(*x, *weights, linear.act_symmetric, self.dtype)
+            weight = layer.weight_packed, layer.weight_scale, bias
+            return calls.quantized_linear(x, *weight, linear.weights, linear.rows, self.dtype)
         if correction is not None:
             bias = correction if bias is None else bias + correction
         return online.linear(
@@ -199,11 +199,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             layer.weight_packed,
             layer.weight_scale,
             bias,
-            linear.weight_bits,
+            linear.weights,
             rotation.stages(layer, linear.transforms),
-            linear.act_bits,
-            linear.act_symmetric,
-            linear.act_clip,
+            linear.rows,
             layer.low_rank_down,
             layer.low_rank_up,
             self.silu_mul,

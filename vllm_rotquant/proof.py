@@ -19,7 +19,7 @@ from torch import Tensor
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
-from rotquant_kernels import ops, reference
+from rotquant_kernels import ops
 from rotquant_kernels.online import split
 from vllm_rotquant import agreement, compat, rotation
 from vllm_rotquant.environment import refuse_rounded_products
@@ -224,8 +224,7 @@ def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
     lines = [f"rotquant start-up check{of}, {rank_and_stage(proof.layers)}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
-        symmetric = attention[0].quant_method.format.symmetric
-        ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
+        ours = sum(a.quant_method.format.token_bytes(a.head_size) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
     else:
@@ -250,7 +249,7 @@ def rank_and_stage(layers: list[Any]) -> str:
 
 def sort_of(layer: Any) -> tuple[str, LinearFormat]:
     """What linear layers of one line of the report have in common: all but the clip ratio."""
-    return kind_of(layer), replace(layer.quant_method.format, act_clip=1.0)
+    return kind_of(layer), replace(layer.quant_method.format, rows=layer.quant_method.format.rows.clipped(1.0))
 
 
 def kind_of(layer: Any) -> str:
@@ -288,17 +287,17 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
     used += ["online_stage"] if split(stages)[0] else []
     kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
-    group = f" g{linear.group_size}" if linear.group_size else ""
+    group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
         kind_of(layer),
         count,
         " + ".join(sorted(kernels)),
-        f"W{linear.weight_bits} A{linear.act_bits}{group}{rank}",
+        f"W{linear.weights.bits} A{linear.rows.bits}{group}{rank}",
         "silu_mul" if method.silu_mul else "rms_norm" if method.norm is not None else "-",
         " + ".join(str(transform) for transform in linear.transforms) or "none",
         max(distance(together, expected), distance(alone, expected)),
-        limit(x.dtype, linear.act_bits),
+        limit(x.dtype, linear.rows.bits),
         method.prefix,
     )
 
@@ -334,11 +333,10 @@ def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: 
     Returns:
         For each sequence [T, heads, d].
     """
-    device, heads, token = query[0].device, layer.num_kv_heads, reference.kv_token_bytes
+    device, heads = query[0].device, layer.num_kv_heads
     spaces = -(-max(len(q) for q in query) // PAGE)  # pages a sequence
     table = torch.arange(len(query) * spaces, dtype=torch.int32, device=device).flip(0).view(len(query), spaces)
-    symmetric = layer.quant_method.format.symmetric
-    shape = (table.numel(), heads, PAGE, token(layer.head_size, symmetric))
+    shape = (table.numel(), heads, PAGE, layer.quant_method.format.token_bytes(layer.head_size))
     cache = torch.zeros(shape, dtype=torch.uint8, device=device)
     out = [torch.empty_like(q) for q in query]
     ends = [0] * len(query)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rotquant_kernels import ops, reference
+from rotquant_kernels import ops
 
 
 @torch.inference_mode()
@@ -33,8 +33,8 @@ def warm_linears(layers: Iterable[Any]) -> None:
 @torch.inference_mode()
 def warm_attention(layer: Any, page: int, device: torch.device) -> None:
     """Runs an attention layer on zeros over one page of `page` tokens."""
-    heads, kv_heads, dim, symmetric = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.impl.kv.symmetric
-    cache = torch.zeros(1, kv_heads, page, reference.kv_token_bytes(dim, symmetric), dtype=torch.uint8, device=device)
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_size
+    cache = torch.zeros(1, kv_heads, page, layer.impl.kv.token_bytes(dim), dtype=torch.uint8, device=device)
     for tokens, pages in ops.distinct_batches(device.type, heads // kv_heads, page):
         query, key = (torch.zeros(tokens, h, dim, dtype=layer.dtype, device=device) for h in (heads, kv_heads))
         nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)

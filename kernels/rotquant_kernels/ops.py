@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rotquant_kernels import cuda, fused, native, reference
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
@@ -147,19 +148,19 @@ class Prepared(NamedTuple):
 
 
 def prepare_linear(
-    packed: Tensor, weight_scale: Tensor, bits: int, columns: int, act_bits: int, act_symmetric: bool, bias: bool,
+    packed: Tensor, weight_scale: Tensor, weights: WeightFormat, columns: int, rows: RowFormat, bias: bool,
     low_rank: bool, dtype: torch.dtype,
 ) -> Prepared:  # fmt: skip
     """`prepare_weight` of a layer of which everything is known, so that the fastest kernel that fits can be chosen.
 
     Args:
-        packed: int32 [N, words], see `prepare_weight`; weight_scale: float32 [N, G].
+        packed: int32 [N, words], see `prepare_weight`; weight_scale: float32 [N, G]; weights, rows: their formats.
         bias, low_rank: whether the layer has them; dtype: of the rows that it will be given.
     """
-    weight, device = prepare_weight(packed, bits, columns, weight_scale.shape[1]), packed.device.type
+    weight, device = prepare_weight(packed, weights.bits, columns, weight_scale.shape[1]), packed.device.type
     kernel = kernel_of("int_linear", device)
     if device == "cuda" and kernel != REFERENCE:
-        shape = (packed.shape[0], columns, bits, act_bits, act_symmetric, bias)
+        shape = (packed.shape[0], columns, weights.bits, rows.bits, rows.symmetric, bias)
         weight, kernel = cuda.offer_to_humming(weight, weight_scale, shape, low_rank, dtype)
         return Prepared(weight, kernel, kernel != cuda.HUMMING)
     return Prepared(weight, kernel, kernel == REFERENCE)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rotquant_kernels import convention
-from rotquant_kernels.convention import qparams, quantize, unpack_int32
+from rotquant_kernels.convention import unpack_int32
+from rotquant_kernels.formats import KVFormat, RowFormat
+from rotquant_kernels.formats.kv import kv_token_bytes as kv_token_bytes
 
 
 def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
@@ -88,13 +90,14 @@ def quantize_rows(
 
     Args:
         x: float [M, K]; if `silu_mul` [M, 2 K], gate then up: the activations are `convention.silu_mul` of it.
-        bits, symmetric, clip: see `convention.qparams`.
+        bits, symmetric, clip: see `RowFormat`.
     Returns:
         codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
     """
     y = transform_rows(convention.silu_mul(x) if silu_mul else x, transform, block, matrix)
-    scale, zero = qparams(y, bits, symmetric, clip)
-    return quantize(y, scale, zero, bits), scale, zero.to(torch.int32)
+    rows = RowFormat(bits, symmetric, clip)
+    scale, zero = rows.qparams(y)
+    return rows.quantize(y, scale, zero), scale, zero.to(torch.int32)
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -166,11 +169,6 @@ def int_linear(
 
 
 # ---- KV cache of 4 bits -------------------------------------------------------------------------------
-
-
-def kv_token_bytes(head_dim: int, symmetric: bool) -> int:
-    """Bytes for K and V of one token and head: two rows of nibbles, two float16 scales, a byte of two zero points."""
-    return head_dim + (4 if symmetric else 5)
 
 
 def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor]:
@@ -248,17 +246,17 @@ def kv4_write(
         slots: int64 [T']; token t goes to block slots[t] // N, position slots[t] % N; -1 skips it.
         rotate: block of the Hadamard applied to K (R3), 0 for none.
     """
-    planes = kv_planes(cache, key.shape[-1], symmetric)
+    planes, form = kv_planes(cache, key.shape[-1], symmetric), KVFormat(symmetric, k_clip, v_clip, rotate)
     stored = slots >= 0
     blocks, offsets = slots[stored] // cache.shape[2], slots[stored] % cache.shape[2]
     touched, where = blocks.unique(return_inverse=True)
     zeros = {}
-    for name, x, clip, block in (("k", key, k_clip, rotate), ("v", value, v_clip, 0)):
+    for name, x, row, block in (("k", key, form.key, rotate), ("v", value, form.value, 0)):
         rows = x[: slots.shape[0]][stored].float()
         rows = hadamard(rows, block) if block else rows
-        scale, zero = convention.kv_qparams(rows, symmetric, clip)
+        scale, zero = row.qparams(rows)
         codes = unpack_codes(planes[name][touched], name, key.shape[-1])
-        codes[where, :, offsets] = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
+        codes[where, :, offsets] = (row.quantize(rows, scale, zero) + 8).to(torch.uint8)
         planes[name][touched] = pack_codes(codes, name)
         planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].nan_to_num(torch.nan).half()  # one kind of NaN
         zeros[name] = (zero[..., 0].nan_to_num(0) + 8).to(torch.uint8)

@@ -285,10 +285,11 @@ def write_head(run: Run, journal: Journal) -> None:
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
     tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
-    if run.recipe.lm_head.bits == 8:
+    if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
-        scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
-        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors(names.head.removesuffix(".weight"), run.dtype)
+        scale = rtn.weight_scale(folded, form, run.dtype)
+        packed = pack(form.quantize(folded, scale), scale, form)
+        tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)

@@ -13,7 +13,7 @@ lm_head      16 (as it is) or 8 bits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
 from rotquant.learn.register import SERVES, optimisers
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Site = Literal["attn", "o", "mlp", "down"]
@@ -181,11 +182,19 @@ class Weights(_Part):
     def needs_inputs(self) -> bool:
         return self.method == "gptq" or self.rank > 0
 
+    @property
+    def form(self) -> WeightFormat:
+        return WeightFormat(self.bits, self.group_size)
+
 
 class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     clip: Ratio = 1.0
+
+    @property
+    def rows(self) -> RowFormat:
+        return RowFormat(self.bits, self.symmetric, self.clip)
 
 
 class KVCache(_Part):
@@ -194,9 +203,31 @@ class KVCache(_Part):
     key_clip: Ratio = 0.95
     value_clip: Ratio = 0.95
 
+    def form(self, rotate: int = 0, clips: Mapping[str, float] | None = None) -> KVFormat | None:
+        """The 4-bit cache of a layer that has its own `clips` of "key" and "value"; None where it is not quantized."""
+        if self.bits == 16:
+            return None
+        ratios = {"key": self.key_clip, "value": self.value_clip} | dict(clips or {})
+        return KVFormat(self.symmetric, ratios["key"], ratios["value"], rotate)
+
+    @property
+    def values(self) -> RowFormat:
+        """Rows of V whose scales are not rounded: what R2 is learned from."""
+        return RowFormat(4, self.symmetric, self.value_clip)
+
 
 class LMHead(_Part):
     bits: Literal[8, 16] = 16
+
+    @property
+    def form(self) -> WeightFormat | None:
+        """None where it is not quantized."""
+        return WeightFormat(self.bits) if self.bits == 8 else None
+
+    @property
+    def rows(self) -> RowFormat:
+        """What it reads."""
+        return RowFormat(self.bits)
 
 
 class Calibration(_Part):

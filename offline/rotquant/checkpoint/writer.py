@@ -13,6 +13,7 @@ import torch
 from rotquant.checkpoint.extension import BasisFile
 from rotquant.checkpoint.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.schemes import kv_scheme, linear_scheme
 from rotquant.checkpoint.source import INDEX, save_text
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.recipe import Activations, KVCache, LMHead, OnlineStages, Recipe
@@ -50,21 +51,18 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
 
     `format` stands at the top and in each group: newer compressed-tensors would otherwise infer another.
     """
-    groups = {"group_0": scheme(["Linear"], recipe.weights.bits, recipe.weights.group_size, recipe.activations)}
-    if recipe.lm_head.bits == 8:
-        groups["group_1"] = scheme(["lm_head"], 8, 0, Activations(bits=8))
+    groups = {"group_0": linear_scheme(["Linear"], recipe.weights.form, recipe.activations.rows)}
+    if head := recipe.lm_head.form:
+        groups["group_1"] = linear_scheme(["lm_head"], head, recipe.lm_head.rows)
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [] if recipe.lm_head.bits == 8 else ["lm_head"],
+        "ignore": [] if head else ["lm_head"],
     }
-    if recipe.kv.bits == 4:
-        config["kv_cache_scheme"] = {
-            "num_bits": 4, "type": "int", "symmetric": recipe.kv.symmetric,
-            "strategy": "group", "group_size": arch.head_dim, "dynamic": True,
-        }  # fmt: skip
+    if kv := recipe.kv.form():
+        config["kv_cache_scheme"] = kv_scheme(kv, arch.head_dim)
     declared = {}
     if transforms.r3:
         attention = patterns(kind.attention.module for kind in arch.kinds)
@@ -121,16 +119,6 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
     return out
 
 
-def scheme(targets: list[str], bits: int, group_size: int, activations: Activations) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-    inputs = {
-        "num_bits": activations.bits, "type": "int", "symmetric": activations.symmetric,
-        "strategy": "token", "dynamic": True,
-    }  # fmt: skip
-    return {"targets": targets, "format": "pack-quantized", "weights": weights, "input_activations": inputs}
-
-
 def marker(linear: str, block: int, dtype: torch.dtype) -> Tensors:
     """R4's matrix before a linear, stored once in layer 0.
 
@@ -147,8 +135,8 @@ def extension(
 ) -> dict[str, Any]:  # fmt: skip
     """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
     clip = {"default": recipe.activations.clip}
-    if recipe.lm_head.bits == 8:
-        clip["lm_head"] = 1.0
+    if recipe.lm_head.form:
+        clip["lm_head"] = recipe.lm_head.rows.clip
     for index, (kind, layer) in enumerate(zip(arch.kinds, transforms.layers, strict=True)):
         for linear, parts in kind.stored.items():
             if kind.site_of[parts[0]] in layer.clips:

@@ -18,6 +18,7 @@ from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.initial import generator
 from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
+from rotquant.learn.scale_search import search_scale
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
@@ -25,9 +26,10 @@ from rotquant.transforms import kronecker
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
-from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant.transforms.scaling import smooth_scale
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage, reference
+from rotquant_kernels.formats import WeightFormat
 
 ROWS = 4096  # tokens of a site that are kept
 VALUES_ALPHA = 0.5
@@ -108,7 +110,7 @@ class SampleLearner:
 
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
-        x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
+        x, alpha = self.x[site], self.recipe.scales.alpha
         one = {"attn": (self.kind.attention.query,), "mlp": (self.kind.mlp.up,)}  # what OmniQuant's code looks at
         every = self.kind.sites[site]
         linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
@@ -120,9 +122,8 @@ class SampleLearner:
         def rotate(rows: Tensor) -> Tensor:
             return reference.hadamard(rows, block) if block else rows
 
-        return search_scale(
-            x, weight, rotate, act.bits, act.symmetric, act.clip, self.recipe.weights.bits
-        )[1]  # fmt: skip
+        weights = WeightFormat(self.recipe.weights.bits)  # a scale an output channel, whatever the groups
+        return search_scale(x, weight, rotate, self.recipe.activations.rows, weights)[1]
 
     def values_scale(self) -> Tensor:
         """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""

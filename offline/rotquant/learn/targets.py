@@ -17,11 +17,12 @@ from __future__ import annotations
 from torch import Tensor, arange, finfo, where
 
 from rotquant.learn.quantizers import fake_quantize
+from rotquant_kernels.formats import RowFormat
 
 
-def quantized_target(y: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> Tensor:
+def quantized_target(y: Tensor, rows: RowFormat) -> Tensor:
     """Q(y) per token, in y's dtype."""
-    return fake_quantize(y.detach(), bits, symmetric, clip).to(y.dtype)
+    return fake_quantize(y.detach(), rows).to(y.dtype)
 
 
 def clipped_target(y: Tensor, kappa: float, symmetric: bool = True) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
-from rotquant_kernels import convention
+from rotquant_kernels.formats import WeightFormat
 
 BLOCK = 128
 
@@ -45,7 +45,7 @@ def columns(hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> C
     return Columns(order, dead, inverse_factor(hessian[order][:, order], damping))
 
 
-def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Tensor:
+def quantize(weight: Tensor, scale: Tensor, prepared: Columns, form: WeightFormat) -> Tensor:
     """Codes of a weight matrix.
 
     Args:
@@ -58,14 +58,13 @@ def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Ten
     size = weight.shape[1]
     column_scale = scale.repeat_interleave(size // scale.shape[1], dim=1)[:, order]
     codes = torch.empty_like(weight, dtype=torch.int8)
-    zero = torch.zeros(()).to(scale)
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
         block, corner = weight[:, start:end].clone(), upper[start:end, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):
             s = column_scale[:, start + j]
-            q = convention.quantize(block[:, j], s, zero, bits)
+            q = form.round(block[:, j], s)
             codes[:, start + j] = q
             errors[:, j] = (block[:, j] - q.float() * s) / corner[j, j]
             block[:, j + 1 :] -= errors[:, j : j + 1] * corner[j, j + 1 :]

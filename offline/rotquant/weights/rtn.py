@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention
+from rotquant_kernels.formats import WeightFormat
 
 EXPONENT = 2.4
 GRID = tuple(1 - step / 100 for step in range(0, 80, 2))  # down to 0.22
@@ -17,36 +17,35 @@ CACHED = 1 << 17  # weights searched at a time, so that the steps of a trial sta
 
 
 def weight_scale(
-    weight: Tensor, bits: int, group_size: int, clip_search: bool, dtype: torch.dtype, clip: Tensor | None = None
+    weight: Tensor, form: WeightFormat, dtype: torch.dtype, *, clip_search: bool = False, clip: Tensor | None = None
 ) -> Tensor:
     """Scales of a weight matrix.
 
     Args:
         weight: float [N, K].
-        group_size: inputs that share a scale; 0 for the whole row.
         dtype: in which the checkpoint stores scales; they are rounded to it here, before any code is made.
         clip: known ratios [N, G], which take the search's place.
     Returns:
         float32 [N, G].
     """
-    groups = grouped(weight.float(), group_size)
-    scale = convention.qparams(groups, bits, symmetric=True)[0]
+    groups = form.grouped(weight.float())
+    scale = form.scale(groups)
     if clip is not None:
         return stored(scale.squeeze(-1) * clip.to(scale), dtype)
     if not clip_search:
         return stored(scale, dtype).squeeze(-1)
     rows = max(1, CACHED // weight.shape[1])
-    return torch.cat([searched(part, bits, dtype) for part in groups.split(rows)]).squeeze(-1)
+    return torch.cat([searched(part, form, dtype) for part in groups.split(rows)]).squeeze(-1)
 
 
-def searched(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def searched(groups: Tensor, form: WeightFormat, dtype: torch.dtype) -> Tensor:
     """The scale [n, G, 1] of GRID with the least Σ |error|^EXPONENT for each group of [n, G, K / G]."""
     peak = groups.abs().amax(-1, keepdim=True)  # all that a scale depends on
-    scale, zero = stored(convention.qparams(peak, bits, True)[0], dtype), torch.zeros(()).to(peak)
+    scale = stored(form.scale(peak), dtype)
     best = torch.full_like(scale, float("inf"))
     for ratio in GRID:
-        trial = stored(convention.qparams(peak, bits, True, ratio)[0], dtype)
-        error = groups - convention.dequantize(convention.quantize(groups, trial, zero, bits), trial, zero)
+        trial = stored(form.scale(peak, ratio), dtype)
+        error = groups - form.round(groups, trial).float() * trial
         loss = error.abs_().log_().mul_(EXPONENT).exp_().sum(-1, keepdim=True)  # five times as fast as pow
         scale = torch.where(loss < best, trial, scale)
         best = torch.minimum(loss, best)
@@ -56,20 +55,3 @@ def searched(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it comes back from the checkpoint: rounded to its dtype, never 0."""
     return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
-
-
-def grouped(weight: Tensor, group_size: int) -> Tensor:
-    """[N, K] as [N, G, K / G]."""
-    return weight.unflatten(1, (-1, group_size or weight.shape[1]))
-
-
-def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 codes [N, K] of weight float [N, K] with scale float32 [N, G]."""
-    groups = grouped(weight, weight.shape[1] // scale.shape[1])
-    return convention.quantize(groups, scale.unsqueeze(-1), torch.zeros(()).to(scale), bits).flatten(1)
-
-
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 weight [N, K]."""
-    groups = grouped(codes, codes.shape[1] // scale.shape[1])
-    return (groups.float() * scale.unsqueeze(-1)).flatten(1)

@@ -143,11 +143,10 @@ def _sites(
     figures: dict[str, dict[tuple[int, str], dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     out = []
-    for (layer, site), rows in formats.items():
+    for (layer, site), quantized in formats.items():
         heads, width = shapes[layer, site]
-        site_format = {"bits": rows.bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": rows.rotate}
         both = {when: figures.get(when, {}).get((layer, site)) for when in WHEN}
-        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": site_format, **both})
+        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": quantized.facts(), **both})
     return out
 
 
