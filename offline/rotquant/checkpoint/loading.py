@@ -28,9 +28,10 @@ from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint.content import check_content
 from rotquant.checkpoint.format import CheckpointFormat, KVFormat, claims
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.quant_linear import QuantLinear, StoredInput
 from rotquant.checkpoint.sizes import check_sizes
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.source import Source
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, read_config

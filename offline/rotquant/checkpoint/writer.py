@@ -15,34 +15,13 @@ from rotquant.checkpoint.format import FORMAT_VERSION, CheckpointFormat
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.source import INDEX, save_text
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.recipe import Activations, KVCache, LMHead, OnlineStages, Recipe
+from rotquant.recipe import Activations, Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
 from rotquant.weights.layerwise import stored_stage
 from rotquant_kernels.reference import hadamard, kv_token_bytes
 
 R4_NAME = "R4"
-
-
-def for_profile(recipe: Recipe, profile: str) -> Recipe:
-    """The recipe as a profile can express it.
-
-    "portable" keeps what transformers and stock vLLM read exactly: folded rotations, int4 weights and
-    symmetric unclipped activations; no online transform, no low-rank branch, no KV scheme, a 16-bit lm_head.
-    """
-    if profile == "full":
-        return recipe
-    return recipe.model_copy(
-        update={
-            "rotations": recipe.rotations.model_copy(update={"r3": "none", "r4": "none"}),
-            "online": OnlineStages(),
-            "learn": recipe.learn.without_clips(),
-            "weights": recipe.weights.model_copy(update={"rank": 0}),
-            "activations": Activations(bits=recipe.activations.bits, symmetric=True, clip=1.0),
-            "kv": KVCache(bits=16),
-            "lm_head": LMHead(bits=16),
-        }
-    )
 
 
 def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:

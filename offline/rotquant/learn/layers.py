@@ -18,6 +18,7 @@ from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.initial import generator
 from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
+from rotquant.learn.scale_search import search_scale
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
@@ -25,7 +26,7 @@ from rotquant.transforms import kronecker
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
-from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant.transforms.scaling import smooth_scale
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage, reference
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.format import CheckpointFormat, claims
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source
 from rotquant.common import metrics
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
