@@ -22,11 +22,13 @@ from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
+from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.original import read_original
+from rotquant.checkpoint.packed import pack
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
@@ -44,7 +46,7 @@ from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, pack
+from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
 ROWS = 8192  # rows of the vocabulary that are folded at a time
@@ -314,6 +316,4 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    writer.write_card(
-        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
-    )
+    write_card(journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before)

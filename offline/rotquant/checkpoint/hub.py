@@ -1,4 +1,4 @@
-"""A model as a local folder, from the Hugging Face hub where it is of there: each weight once, and what travels with it."""
+"""A model as a local folder, from the Hugging Face hub where need be: each weight once, and what travels with it."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
     config = arch.config
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    checkpoint = CheckpointFormat.of(config)
     check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
