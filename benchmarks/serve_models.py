@@ -21,7 +21,8 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 
 from rotquant.checkpoint.companions import copy_companions
-from rotquant.checkpoint.source import Source, fetch, save_tensors, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source, save_tensors, save_text
 from rotquant.checkpoint.writer import write_index
 from rotquant.common.progress import Progress, say
 from rotquant.data import DATA

@@ -12,7 +12,8 @@ from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.models import describe, is_known
+from rotquant.models import describe, head_size, is_known
+from rotquant.models.config_fields import check_off
 from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.environment import refuse_batch_invariance
@@ -98,9 +99,9 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         refuse_batch_invariance()
         text = hf_config.get_text_config()
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if getattr(text, "dual_chunk_attention_config", None):
-            raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
+        self.head_dim = head_size(text)
+        chunks = "dual_chunk_attention_config"  # vLLM has an attention of its own for it, of any architecture
+        check_off("config.json", chunks, {chunks: getattr(text, chunks, None)})
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
         checkpoint = self._parse()
         if is_known(hf_config):  # their module names are known

@@ -7,7 +7,6 @@ for doctor, a problem found), 2 bad input or usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from rotquant.common.faults import is_disk_full
 from rotquant.common.signals import ctrl_c_remembered
 from rotquant.errors import RotQuantError
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2, args.debug)
     except Exception as error:
         line = " ".join(str(error).split())
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in line:
+        if is_disk_full(error):
             where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
             return _complain(f"the disk is full{where}; free some space and try again", 2, args.debug)
         if isinstance(error, OSError):
@@ -425,7 +425,7 @@ def _adapter(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from rotquant.recipe import shipped
+    from rotquant.recipes import shipped
 
     found = shipped()
     width = max(len(name) for name, _ in found)

@@ -8,7 +8,6 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +22,15 @@ from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
+from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.checkpoint.packed import pack
+from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -36,13 +39,14 @@ from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders
-from rotquant.recipe import Recipe, load_recipe
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, pack
+from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
 ROWS = 8192  # rows of the vocabulary that are folded at a time
@@ -145,7 +149,7 @@ def prepare(
     """Reads and checks everything that can be checked before any work is done."""
     if profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = writer.for_profile(load_recipe(recipe, settings), profile).check_learning()
+    chosen = load_recipe(recipe, settings).for_profile(profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
     check_shapes(chosen, arch)
@@ -199,7 +203,7 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise RotQuantError(f"{folder}: disk full; free some space and run again with --resume") from error
         raise
 
@@ -313,6 +317,4 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    writer.write_card(
-        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
-    )
+    write_card(journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before)

@@ -1,4 +1,4 @@
-"""Recipes: a quantization method as data. One YAML file each, in `recipes/`, or a file of your own.
+"""Recipes: a quantization method as data. One YAML file each, in `recipes/`, which reads them, or a file of your own.
 
 rotations    what R1 to R4 start from: residual stream, values, queries and keys (online), down_proj's input (online)
 scales       channel factors that are folded: behind the norms, between values and o_proj, between up and down_proj
@@ -13,21 +13,21 @@ lm_head      16 (as it is) or 8 bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
-from rotquant.learn.register import SERVES, optimisers
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
-Site = Literal["attn", "o", "mlp", "down"]
+
+# What can learn what. procrustes alternates between a target for each row (`learn.targets`) and the rotation that comes
+# nearest to all of them; the others take steps of a gradient (`learn.objectives`) on the orthogonal matrices.
+PROCRUSTES = ("quantization_error", "clip", "corner", "uniform")
+GRADIENT = ("quantization_error", "whip", "kurtosis", "variance", "gsr")
+SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "cayley", "adam"), GRADIENT)
 
 
 class _Part(BaseModel):
@@ -110,7 +110,7 @@ class Surrogate(_Part):
     def _pair(self) -> Surrogate:
         """An optimiser that serves the objective."""
         if self.objective not in SERVES[self.optimiser]:
-            fitting = " or ".join(optimisers(self.objective))
+            fitting = " or ".join(name for name, objectives in SERVES.items() if self.objective in objectives)
             raise ValueError(f"optimiser {self.optimiser} cannot learn objective {self.objective}: take {fitting}")
         return self
 
@@ -277,6 +277,26 @@ class Recipe(_Part):
             or any(self.online.of(site) for site in ("attn", "o", "mlp", "down"))
         )
 
+    def for_profile(self, profile: str) -> Recipe:
+        """The recipe as a profile can express it.
+
+        "portable" keeps what transformers and stock vLLM read exactly: folded rotations, int4 weights and
+        symmetric unclipped activations; no online transform, no low-rank branch, no KV scheme, a 16-bit lm_head.
+        """
+        if profile == "full":
+            return self
+        return self.model_copy(
+            update={
+                "rotations": self.rotations.model_copy(update={"r3": "none", "r4": "none"}),
+                "online": OnlineStages(),
+                "learn": self.learn.without_clips(),
+                "weights": self.weights.model_copy(update={"rank": 0}),
+                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
+                "kv": KVCache(bits=16),
+                "lm_head": LMHead(bits=16),
+            }
+        )
+
     def check_learning(self) -> Recipe:
         """The recipe itself, unless a stage of learning has nothing to learn.
 
@@ -297,61 +317,3 @@ class Recipe(_Part):
 
     def _by_surrogate(self, rotation: str) -> bool:
         return self.learn.surrogate is not None and rotation in self.learn.surrogate.targets
-
-
-def shipped() -> list[tuple[str, str]]:
-    """Name and description of every recipe in the package."""
-    found = sorted(p.name for p in files("rotquant").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
-    return [(name[:-5], load_recipe(name[:-5]).description) for name in found]
-
-
-def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` settings to it.
-
-    Args:
-        recipe: name of a shipped recipe, or a path ending in .yaml.
-        settings: e.g. ["weights.method=rtn", "kv.bits=16"]; values are read as YAML.
-    Raises:
-        RotQuantError: unknown recipe, unknown key, or a value that the key does not take.
-    """
-    if recipe.endswith((".yaml", ".yml")):
-        source, where = Path(recipe), recipe
-    else:
-        source, where = (
-            Path(str(files("rotquant").joinpath("recipes", f"{Path(recipe).name}.yaml"))),
-            f"recipe {recipe}",
-        )
-    if not source.is_file():
-        folder = files("rotquant").joinpath("recipes")
-        names = ", ".join(sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")))
-        raise RotQuantError(f"unknown recipe {recipe!r}: take one of {names}, or give the path of a .yaml file")
-    try:
-        data = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise RotQuantError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise RotQuantError(f"{where}: a recipe is a YAML mapping")
-    for setting in settings:
-        _set(data, setting)
-    try:
-        return Recipe.model_validate(data).check_learning()
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RotQuantError(f"{where}: {key}: {short(message)}") from error
-
-
-def _set(data: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    if not equals:
-        raise RotQuantError(f"--set {setting}: write it as key=value, e.g. weights.method=rtn")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise RotQuantError(f"--set {setting}: {parent} has no keys below it")
-    try:
-        data[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RotQuantError(f"--set {setting}: the value is not valid YAML: {short(error, 100)}") from error

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotquant.common.schema import first_error
+from rotquant.common.faults import first_error
 from rotquant.errors import RotQuantError
 from rotquant_kernels.online import KINDS
 

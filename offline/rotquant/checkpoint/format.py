@@ -14,12 +14,14 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.claim import claims as claims
 from rotquant.checkpoint.extension import FORMAT_VERSION, Extension, read_extension
 from rotquant.checkpoint.schemes import check_kv, check_linear, expect, read_linear, refuse, text
 from rotquant.common.schema import read_schema
 from rotquant.errors import RotQuantError
+from rotquant.models import head_size
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
 __all__ = ["FORMAT_VERSION", "CheckpointFormat", "LinearFormat", "Transform", "claims", "matches"]
@@ -89,6 +91,11 @@ class CheckpointFormat:
         self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)
         if self.extension.profile == "portable":
             self._expect_portable()
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> CheckpointFormat:
+        """Of a whole config.json that has a `quantization_config`."""
+        return cls(config.quantization_config, getattr(config, "rotquant", {}), head_size(config))
 
     @property
     def schemes(self) -> list[QuantizationScheme]:

@@ -28,9 +28,10 @@ from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint.content import check_content
 from rotquant.checkpoint.format import CheckpointFormat, claims
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.quant_linear import QuantLinear, StoredInput
 from rotquant.checkpoint.sizes import check_sizes
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.source import Source
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, read_config
@@ -179,7 +180,7 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
     config = arch.config
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    checkpoint = CheckpointFormat.of(config)
     check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"

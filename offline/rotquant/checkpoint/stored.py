@@ -7,7 +7,7 @@
     reflection   v float [block], of length 1, or 0 for none
     shift        b float [K]; and `<module>.<name>_output.weight`, W b of the weight before quantization, float [N]
 
-One reader for `rotquant.load` and the vLLM plugin. K is the layer's whole input.
+Written by `stored_stage`; one reader, `check`, for `rotquant.load` and the vLLM plugin. K is the layer's whole input.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rotquant.checkpoint.format import Transform
 from rotquant.errors import RotQuantError
+from rotquant_kernels import Stage
 from rotquant_kernels.reference import hadamard
 
 UNIT = 0.01  # how far a reflection's v may be from length 1: bfloat16 rounds by less
@@ -30,6 +31,12 @@ def shape(transform: Transform, inputs: int) -> tuple[int, ...]:
     if transform.kind == "kronecker":
         return ((inputs // block) ** 2 + block**2,)
     return (block,) if transform.kind == "reflection" else (inputs,)
+
+
+def stored_stage(stage: Stage) -> Tensor:
+    """A stage's tensor as the checkpoint stores it: indices int32, a transform in full float32 precision."""
+    assert stage.tensor is not None
+    return stage.tensor.to(torch.int32 if stage.kind == "permutation" else torch.float32).contiguous()
 
 
 def check_block(layer: str, transform: Transform, inputs: int) -> None:

@@ -161,8 +161,7 @@ class SampleLearner:
         if kind == "dense":
             return [Stage("dense", block, rotation(block, random))]
         if kind == "greedy":
-            symmetric = self.recipe.activations.symmetric
-            made = greedy_stages(x, block, random, options.greedy, symmetric, self.job.tp_max)
+            made = greedy_stages(x, block, random, options.greedy, self.recipe.activations.rows, self.job.tp_max)
             if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
                 made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
             return made

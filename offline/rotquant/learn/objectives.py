@@ -17,9 +17,7 @@ from rotquant_kernels.formats import RowFormat
 UNIFORM_KURTOSIS = 1.8
 
 
-def quantization_error(
-    y: Tensor, rows: RowFormat, clip: Clip | None = None, weights: Tensor | None = None
-) -> Tensor:
+def quantization_error(y: Tensor, rows: RowFormat, clip: Clip | None = None, weights: Tensor | None = None) -> Tensor:
     """Σ w_t |y_t - Q(y_t)|² / Σ w_t |y_t|², Q quantization per token (DFRot's loss, arXiv 2412.00648).
 
     Gradients are straight-through (`quantizers`): they follow how the error grows with each row's range, not which

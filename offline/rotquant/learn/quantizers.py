@@ -33,14 +33,15 @@ def fake_quantize(x: Tensor, rows: RowFormat, clip: Clip | None = None) -> Tenso
         float32 [..., K] (float64 if x is).
     """
     x = _wide(x)
-    wanted, smallest = rows.range_of(*_Extremes.apply(x), rows.clip if clip is None else clip)
+    smallest, largest = _Extremes.apply(x)
+    wanted, bottom = rows.range_of(smallest, largest, rows.clip if clip is None else clip)
     # A scale that is rounded has the gradient of the exact one.
     rounded = rows.scale_dtype != torch.float32
     scale = _straight_through(wanted, rows.stored(wanted.detach())) if rounded else rows.stored(wanted)
-    if smallest is None:
+    if bottom is None:
         return _Round.apply(x, scale, None, rows)
-    held = rows.stored_zero(smallest.detach(), scale.detach())
-    return _Round.apply(x, scale, _straight_through(rows.zero_of(smallest, scale), held), rows)
+    held = rows.stored_zero(bottom.detach(), scale.detach())
+    return _Round.apply(x, scale, _straight_through(rows.zero_of(bottom, scale), held), rows)
 
 
 def fake_quantize_weight(
@@ -57,7 +58,8 @@ def fake_quantize_weight(
     """
     groups, rows = form.grouped(_wide(weight)), form.rows
     ratio = clip.unsqueeze(-1) if isinstance(clip, Tensor) else clip
-    scale = rows.stored(rows.range_of(*_Extremes.apply(groups), ratio)[0])
+    smallest, largest = _Extremes.apply(groups)
+    scale = rows.stored(rows.range_of(smallest, largest, ratio)[0])
     stored = scale.detach().to(dtype).to(scale.dtype).clamp(min=torch.finfo(dtype).tiny)
     return _Round.apply(groups, _straight_through(scale, stored), None, rows).flatten(1)
 

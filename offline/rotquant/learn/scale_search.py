@@ -1,4 +1,4 @@
-"""The strength of smoothing (`transforms.scaling`) by trial: which alpha leaves a linear's quantized output nearest."""
+"""How far a site's scales should go: alpha of `transforms.scaling.smooth_scale` by least error on a grid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def search_scale(
 
     Args:
         x: sample of inputs, float [n, K]; the maxima are the sample's.
-        weight: float [N, K]; x and W are rounded to nearest.
+        weight: float [N, K]; x and W are rounded to nearest, in their formats.
         rotate: rows [..., K] to x H, e.g. `lambda x: hadamard(x, block)`.
         step: distance of alphas in 0 .. 1.
     Returns:

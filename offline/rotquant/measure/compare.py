@@ -23,7 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rotquant.checkpoint.source import Source, fetch, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source, save_text
 from rotquant.common.progress import clock, say
 from rotquant.common.signals import terminated_like_interrupted
 from rotquant.data import DATA
@@ -31,7 +32,8 @@ from rotquant.errors import RotQuantError
 from rotquant.measure.compare_table import Comparison
 from rotquant.measure.evaluate import SEQ_LEN, text_windows
 from rotquant.models import read_architecture
-from rotquant.recipe import Recipe, load_recipe, shipped
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe, shipped
 from rotquant.text import read_text
 
 STOP_SECONDS = 30  # an interrupted run notes what it has done

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotquant.checkpoint.format import claims
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.original import load_transformers
-from rotquant.checkpoint.source import fetch
 from rotquant.common.json_files import short
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError

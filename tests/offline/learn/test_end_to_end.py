@@ -15,7 +15,7 @@ from rotquant.learn.end_to_end import QuantizedModel, loss_of
 from rotquant.learn.stream import Learner
 from rotquant.models import read_architecture
 from rotquant.pipeline import prepare
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.resources import end_to_end
 from source_models import source_model
 

@@ -28,7 +28,7 @@ from rotquant.models import read_architecture
 from rotquant.models.decoder import Decoder, decoders, rms_norm
 from rotquant.models.registry import BY_CLASS
 from rotquant.pipeline import quantize
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rotquant.errors import RotQuantError
 from rotquant.learn.quantizers import fake_quantize
+from rotquant.learn.scale_search import search_scale
 from rotquant.transforms import householder, kronecker, permutation, scaling
 from rotquant.transforms.givens import givens
 from rotquant.transforms.hadamard import hadamard_rows, paley, split_order
@@ -237,14 +238,14 @@ def test_search_finds_a_scale_that_rotation_alone_does_not_replace():
     x, w = normal(128, 64).float(), normal(48, 64, seed=1).float()
     x[:, ::8] *= 30 * normal(128, 8, seed=2).float().abs().clamp(min=0.1)
     rotate = lambda rows: hadamard(rows, 64)  # noqa: E731
-    alpha, scale, errors = scaling.search_scale(x, w, rotate)
+    alpha, scale, errors = search_scale(x, w, rotate)
     assert len(errors) == 22
     assert errors[alpha] == min(errors.values())
     assert errors[alpha] < 0.8 * errors[None]
     seen, stored = fake_quantize(rotate(x / scale.float()), 4, True), fake_quantize(rotate(w * scale.float()), 4, True)
     exact = x @ w.T
     assert errors[alpha] == pytest.approx(((seen @ stored.T - exact).norm() / exact.norm()).item() ** 2, rel=1e-4)
-    even = scaling.search_scale(normal(64, 32).float(), normal(32, 32, seed=3).float(), rotate=lambda rows: rows)
+    even = search_scale(normal(64, 32).float(), normal(32, 32, seed=3).float(), rotate=lambda rows: rows)
     assert even[2][even[0]] <= even[2][None]
 
 

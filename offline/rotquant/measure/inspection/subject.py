@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.format import CheckpointFormat, claims
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source
 from rotquant.common import metrics
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
@@ -62,8 +63,7 @@ def read_subject(name: str) -> Subject:
             f"{where}: quantization_config: inspect reads full-precision models and rotquant checkpoints; this one is"
             " quantized by something else"
         )
-    extension = getattr(config, "rotquant", {})
-    checkpoint = CheckpointFormat(quantization, extension, arch.head_dim) if quantization else None
+    checkpoint = CheckpointFormat.of(config) if quantization else None
     return Subject(name, folder, config, arch, checkpoint)
 
 
