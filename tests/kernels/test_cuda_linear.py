@@ -13,6 +13,7 @@ from rotquant_kernels import convention, cuda, fused, ops
 pytest.importorskip("triton")
 
 from rotquant_kernels.cuda import humming
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 
 def test_kernels_meet_the_specification_in_the_interpreter():
@@ -117,7 +118,9 @@ def test_fused_ops_hold_their_schemas_and_fakes():
 def test_who_reads_quantized_rows():
     """`humming_checks.py` has what a GPU decides."""
     packed = convention.pack_int32(torch.zeros(64, 64, dtype=torch.int8), 4)
-    prepared = ops.prepare_linear(packed, torch.ones(64, 1), 4, 64, 4, True, False, False, torch.bfloat16)
+    prepared = ops.prepare_linear(
+        packed, torch.ones(64, 1), WeightFormat(), 64, RowFormat(), False, False, torch.bfloat16
+    )
     assert torch.equal(prepared.weight, ops.prepare_weight(packed, 4, 64))
     assert prepared.kernel == ops.kernel_of("int_linear")
     assert prepared.reads_quantized is ("native" not in prepared.kernel)

@@ -173,7 +173,7 @@ PAIRS = list(product(OBJECTIVES, SERVES))
 
 
 @pytest.mark.parametrize(("objective", "optimiser"), PAIRS)
-@pytest.mark.parametrize("quantizer", [Activations(), KVCache()])
+@pytest.mark.parametrize("quantizer", [Activations().rows, KVCache().values])
 def test_every_pair_of_objective_and_optimiser_learns_or_is_refused(objective, optimiser, quantizer):
     """At load, not after the rows were collected."""
     chosen = [f"learn.surrogate.{key}" for key in (f"objective={objective}", f"optimiser={optimiser}", "steps=2")]

@@ -82,7 +82,7 @@ def test_settings_are_checked(child: Any, base: Path, first: Any, given: Any, me
 
 def test_the_config_is_copied_whole(child: Any, base: Path) -> None:
     original, *made = child(ranks.copies, base)
-    assert original.act_clip == BASE.act_clip
+    assert original.rows.clip == BASE.act_clip
     assert made == [original] * 3
 
 

@@ -14,6 +14,9 @@ from rotquant.learn.quantizers import fake_quantize
 from rotquant.learn.targets import clipped_target, corner_target, quantized_target, uniform_target
 from rotquant.transforms.hadamard import RandomHadamard
 from rotquant.transforms.householder import mean_to_ones, reflect_rows
+from rotquant_kernels.formats import RowFormat
+
+ASYMMETRIC = RowFormat(symmetric=False)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -83,7 +86,7 @@ def test_alternation_sees_all_batches_and_weights():
 
 def test_alternation_stops_early_and_goes_on_with_the_next_target():
     x, hidden = corners(300, 8)
-    _, losses = alternate(lambda: [x], hidden, [corner_target] * 20 + [quantized_target] * 2)
+    _, losses = alternate(lambda: [x], hidden, [corner_target] * 20 + [partial(quantized_target, rows=RowFormat())] * 2)
     assert 6 < len(losses) < 10
     clips = annealed_clip(5)
     assert [t.keywords["kappa"] for t in clips] == pytest.approx([3.2, 2.875, 2.55, 2.225, 1.9])
@@ -95,7 +98,7 @@ def test_massive_tokens():
     x[9, [1, 20]] = torch.tensor([-50.0, 40.0])
     assert massive_tokens(x).nonzero().flatten().tolist() == [7, 9]
     assert torch.equal(massive_tokens(1e-4 * x), massive_tokens(x))
-    error = (x - quantized_target(x)).norm(dim=1) / x.norm(dim=1)
+    error = (x - quantized_target(x, RowFormat())).norm(dim=1) / x.norm(dim=1)
     assert error[[7, 9]].max() < error[massive_tokens(x).logical_not()].min() + 0.1  # DFRot's rule is about these
     assert token_weights(x, 10.0)[[7, 0]].tolist() == [100, 1]
 
@@ -152,7 +155,8 @@ def test_learning_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    "objective", [whip, kurtosis, variance, gsr_loss, partial(quantization_error, bits=4, symmetric=True)]
+    "objective",
+    [whip, kurtosis, variance, partial(gsr_loss, rows=ASYMMETRIC), partial(quantization_error, rows=RowFormat())],
 )
 def test_every_objective_falls_when_it_is_trained(objective):
     x, _ = corners(400, 16, seed=4)
@@ -180,7 +184,7 @@ def test_mean_to_ones_corrects_the_bias_of_normal_tokens_and_spares_massive_ones
         exact = (normal, massive)
         turned = [way(x) for x in exact]
         error[name] = [
-            ((y - fake_quantize(y, 4, False)).square().sum() / x.square().sum()).item()
+            ((y - fake_quantize(y, ASYMMETRIC)).square().sum() / x.square().sum()).item()
             for x, y in zip(exact, turned, strict=True)
         ]
     assert error["ones"][0] < 0.7 * error["h"][0]
@@ -204,7 +208,7 @@ class Toy:
 
     def errors(self, r: torch.Tensor) -> tuple[float, float]:
         """Held-out relative error of 4-bit asymmetric tokens: (normal, massive)."""
-        return tuple(quantization_error(x @ r.float(), 4, False).item() for x in self.test)
+        return tuple(quantization_error(x @ r.float(), ASYMMETRIC).item() for x in self.test)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +227,11 @@ def test_hadamard_suits_massive_tokens_and_learning_suits_the_others(toy):
         r, _ = learn_rotation(lambda: [toy.train], whip, toy.hadamard.float(), "qr", 100, 0.02, weights)
         return toy.errors(r)
 
-    start, corner, dfrot = toy.errors(toy.hadamard), alternated(corner_target), alternated(quantized_target)
+    start, corner, dfrot = (
+        toy.errors(toy.hadamard),
+        alternated(corner_target),
+        alternated(partial(quantized_target, rows=RowFormat())),
+    )
     plain, heavy = whipped(1.0), whipped(10.0)
     assert start[1] < 0.7 * toy.errors(toy.random)[1]
     assert max(corner[0], plain[0]) < 0.7 * start[0]

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from rotquant.learn import objectives, targets
 from rotquant_kernels import convention
+from rotquant_kernels.formats import RowFormat
 
 GAUSS = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
 LOSSES = {
-    "quantization": partial(objectives.quantization_error, bits=4, symmetric=True),
-    "gsr": objectives.gsr_loss,
+    "quantization": partial(objectives.quantization_error, rows=RowFormat()),
+    "gsr": partial(objectives.gsr_loss, rows=RowFormat(symmetric=False)),
     "whip": objectives.whip,
     "kurtosis": objectives.kurtosis,
     "variance": objectives.variance,
@@ -25,10 +26,10 @@ def test_quantization_error_is_that_of_the_served_arithmetic():
     y = GAUSS[:8, :256]
     scale, zero = convention.qparams(y, 4, False, 0.8)
     error = (y - convention.dequantize(convention.quantize(y, scale, zero, 4), scale, zero)).square().sum(1)
-    loss = objectives.quantization_error(y, 4, False, 0.8)
+    loss = objectives.quantization_error(y, RowFormat(4, False, 0.8))
     assert loss.item() == pytest.approx((error.sum() / y.square().sum()).item(), rel=1e-5)
     weights = torch.tensor([4.0] + [0.0] * 7)
-    loss = objectives.quantization_error(y, 4, False, 0.8, weights)
+    loss = objectives.quantization_error(y, RowFormat(4, False), 0.8, weights)
     assert loss.item() == pytest.approx((error[0] / y[0].square().sum()).item(), rel=1e-5)
 
 
@@ -39,7 +40,8 @@ def test_the_best_clip_ratio_of_gaussian_tokens(d, symmetric, clip, gain):
     """Wide tokens want much more clipping than short ones: the rows of a residual stream, and the heads of KV."""
     y = GAUSS.reshape(-1, d)
     errors = {
-        c: objectives.quantization_error(y, 4, bool(symmetric), c).item() for c in [i / 20 for i in range(10, 21)]
+        c: objectives.quantization_error(y, RowFormat(4, bool(symmetric), c)).item()
+        for c in [i / 20 for i in range(10, 21)]
     }
     best = min(errors, key=lambda c: errors[c])
     assert best == pytest.approx(clip, abs=0.06)
@@ -48,11 +50,11 @@ def test_the_best_clip_ratio_of_gaussian_tokens(d, symmetric, clip, gain):
 
 def test_gsr_by_hand_and_as_prediction_of_the_rounding_error():
     y = torch.tensor([[3.0, -1.0, -1.0, -1.0]])
-    assert objectives.gsr_loss(y, 4, False).item() == pytest.approx((4 / 15) ** 2 / 12 / 3)
-    assert objectives.gsr_loss(y, 4, True).item() == pytest.approx((6 / 15) ** 2 / 12 / 3)
+    assert objectives.gsr_loss(y, RowFormat(4, False)).item() == pytest.approx((4 / 15) ** 2 / 12 / 3)
+    assert objectives.gsr_loss(y, RowFormat(4, True)).item() == pytest.approx((6 / 15) ** 2 / 12 / 3)
     for symmetric in (True, False):
-        error = objectives.quantization_error(GAUSS, 4, symmetric)
-        assert objectives.gsr_loss(GAUSS, 4, symmetric).item() == pytest.approx(error.item(), rel=0.05)
+        error = objectives.quantization_error(GAUSS, RowFormat(4, symmetric))
+        assert objectives.gsr_loss(GAUSS, RowFormat(4, symmetric)).item() == pytest.approx(error.item(), rel=0.05)
 
 
 def test_losses_by_hand():
@@ -109,7 +111,7 @@ ROWS = {
     "corner": targets.corner_target,
     "uniform": targets.uniform_target,
     "uniform about the mean": partial(targets.uniform_target, symmetric=False),
-    "quantized": targets.quantized_target,
+    "quantized": partial(targets.quantized_target, rows=RowFormat()),
 }
 
 
@@ -141,4 +143,4 @@ def test_targets_are_what_they_say():
         assert torch.allclose(steps, steps[:, :1].expand_as(steps))
     scale, zero = convention.qparams(y, 4, True, 0.9)
     served = convention.dequantize(convention.quantize(y.float(), scale, zero, 4), scale, zero)
-    assert torch.allclose(targets.quantized_target(y, 4, True, 0.9), served.double(), atol=1e-5)
+    assert torch.allclose(targets.quantized_target(y, RowFormat(4, True, 0.9)), served.double(), atol=1e-5)

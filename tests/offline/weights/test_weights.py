@@ -5,6 +5,7 @@ import torch
 
 from rotquant.errors import RotQuantError
 from rotquant.weights import gptq, rtn
+from rotquant_kernels.formats import WeightFormat
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -19,7 +20,7 @@ def _seed():
 
 def test_scales_are_stored_before_codes_are_made():
     weight = torch.randn(16, 64)
-    scale = rtn.weight_scale(weight, 4, 0, False, torch.bfloat16)
+    scale = rtn.weight_scale(weight, WeightFormat(), torch.bfloat16)
     assert torch.equal(scale, scale.bfloat16().float())
     assert torch.allclose(scale[:, 0], weight.abs().amax(1) / 7.5, rtol=0.01)
 
@@ -27,10 +28,10 @@ def test_scales_are_stored_before_codes_are_made():
 def test_clip_search_lowers_the_error():
     weight = torch.randn(32, 256)
     weight[:, 5] *= 6
-    errors = []
+    errors, form = [], WeightFormat()
     for search in (False, True):
-        scale = rtn.weight_scale(weight, 4, 0, search, torch.float32)
-        errors.append((rtn.dequantize(rtn.quantize(weight, scale, 4), scale) - weight).abs().pow(2.4).sum())
+        scale = rtn.weight_scale(weight, form, torch.float32, clip_search=search)
+        errors.append((form.dequantize(form.quantize(weight, scale), scale) - weight).abs().pow(2.4).sum())
     assert errors[1] < 0.8 * errors[0]
 
 
@@ -38,18 +39,20 @@ def test_clip_search_lowers_the_error():
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_beats_rounding_on_correlated_inputs(group, act_order):
     x, weight = correlated(2000, 192), torch.randn(48, 192)
-    scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
+    form = WeightFormat(4, group)
+    scale = rtn.weight_scale(weight, form, torch.float32)
     hessian = x.T @ x / len(x)
-    rounded = rtn.dequantize(rtn.quantize(weight, scale, 4), scale)
-    better = rtn.dequantize(gptq.quantize(weight, scale, gptq.columns(hessian, act_order=act_order), 4), scale)
+    rounded = form.dequantize(form.quantize(weight, scale), scale)
+    better = form.dequantize(gptq.quantize(weight, scale, gptq.columns(hessian, act_order=act_order), form), scale)
     error = [((w - weight) @ x.T).square().sum() for w in (rounded, better)]
     assert error[1] < 0.7 * error[0]
 
 
 def test_gptq_is_rounding_where_inputs_are_independent():
     weight = torch.randn(8, 64)
-    scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
-    assert torch.equal(gptq.quantize(weight, scale, gptq.columns(torch.eye(64)), 4), rtn.quantize(weight, scale, 4))
+    scale = rtn.weight_scale(weight, WeightFormat(), torch.float32)
+    codes = gptq.quantize(weight, scale, gptq.columns(torch.eye(64)), WeightFormat())
+    assert torch.equal(codes, WeightFormat().quantize(weight, scale))
 
 
 def test_refit_takes_back_what_quantization_does_to_every_token():
@@ -75,8 +78,8 @@ def test_refit_changes_nothing_where_inputs_are_exact():
 def test_gptq_survives_dead_and_singular_inputs():
     x, weight = correlated(10, 64), torch.randn(8, 64)
     x[:, 3] = 0
-    scale = rtn.weight_scale(weight, 4, 0, False, torch.float32)
-    codes = gptq.quantize(weight, scale, gptq.columns(x.T @ x), 4)
+    scale = rtn.weight_scale(weight, WeightFormat(), torch.float32)
+    codes = gptq.quantize(weight, scale, gptq.columns(x.T @ x), WeightFormat())
     assert (codes[:, 3] == 0).all()
     with pytest.raises(RotQuantError, match="singular"):
         gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)
