@@ -23,7 +23,8 @@ def test_the_parts_that_learning_uses_are_the_whole(form):
     assert torch.equal(zero, whole[1])
     codes, inside = form.nearest(x / scale + zero)
     assert torch.equal(codes.to(torch.int8), form.quantize(x, *whole))
-    assert inside.all() == (form.clip == 1)
+    exact, (low, high) = (x / scale + zero).round(), form.bounds
+    assert torch.equal(inside, (exact >= low) & (exact <= high))
     assert torch.equal(form.dequantize(form.quantize(x, *whole), *whole), form.fake_quantize(x))
     if bottom is not None:  # what is held is the formula's, rounded
         assert (form.zero_of(bottom, scale) - zero).abs().max() <= 0.5 + 1e-4
