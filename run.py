@@ -34,7 +34,7 @@ CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
 def gpu_vllm() -> str:
     """The vLLM for a GPU as pip wants it: what the plugin says in SUPPORTED_VLLM, which nothing here can import yet."""
-    source = (ROOT / "vllm_rotquant" / "__init__.py").read_text()
+    source = (ROOT / "vllm_rotquant" / "versions.py").read_text()
     values = {
         node.targets[0].id: node.value
         for node in ast.parse(source).body

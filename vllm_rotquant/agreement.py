@@ -18,7 +18,9 @@ from typing import Any
 
 from rotquant.errors import RotQuantError
 from rotquant_kernels import OPS, kernel_of
-from vllm_rotquant import compat, settings, version
+from vllm_rotquant import compat, settings
+from vllm_rotquant.origin import Origin
+from vllm_rotquant.versions import version
 
 ROLL_CALL_SECONDS = 300.0  # ranks begin to build together; vLLM has just joined them
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file of weights
@@ -123,11 +125,11 @@ def begin(defaults: Mapping[str, Any]) -> tuple[Ranks, settings.Settings]:
     return ranks, found
 
 
-def checkpoint_facts(find: Callable[[], Path | None]) -> Callable[[], dict[str, str]]:
-    """What `Ranks.compare` wants of a loaded model; `find` gives the folder that it came from."""
+def checkpoint_facts(origin: Callable[[], Origin]) -> Callable[[], dict[str, str]]:
+    """What `Ranks.compare` wants of a loaded model, which came from there."""
 
     def facts() -> dict[str, str]:
-        folder = find()
+        folder = origin().folder()
         return {"checkpoint files": "no local folder" if folder is None else fingerprint(folder)}
 
     return facts

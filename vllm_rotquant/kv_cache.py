@@ -8,7 +8,7 @@ so other models in the process keep vLLM's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from rotquant_kernels import calls
 from rotquant_kernels.formats import KVFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from vllm_rotquant import compat
+from vllm_rotquant.collector import Collector
 from vllm_rotquant.warmup import warm_attention
-
-if TYPE_CHECKING:
-    from vllm_rotquant.config import RotQuantConfig
 
 PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a plane is aligned
 
@@ -165,9 +163,10 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
     Everything else (spec, groups, metadata builder, block size) vLLM derives from the layer later.
     """
 
-    def __init__(self, config: RotQuantConfig, kv: KVFormat, prefix: str) -> None:
+    def __init__(self, config: Any, kv: KVFormat, prefix: str, head_dim: int, collector: Collector) -> None:
+        """`config`: what vLLM's base class keeps; head_dim: what config.json says."""
         super().__init__(config)
-        self.format, self.prefix, self.head_dim, self.proof = kv, prefix, config.head_dim, config.proof
+        self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
@@ -182,8 +181,8 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
             )
         layer.attn_backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
         layer.impl = KV4Impl(layer, self.format)
-        self.proof.expect(layer)
+        self.collector.expect(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        self.proof.loaded(layer)
+        self.collector.loaded(layer)

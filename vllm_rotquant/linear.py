@@ -12,7 +12,7 @@ from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant_kernels import calls, online, ops
 from vllm_rotquant import adapters, compat, low_rank, rotation
-from vllm_rotquant.proof import Proof
+from vllm_rotquant.collector import Collector
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
 UNLOADED = 0x1F2E3D4C
@@ -27,9 +27,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof, pieces: int = 1) -> None:
+    def __init__(self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1) -> None:
         """`pieces`: layers of the checkpoint that vLLM runs as this one."""
-        self.format, self.prefix, self.proof, self.pieces = linear, prefix, proof, pieces
+        self.format, self.prefix, self.collector, self.pieces = linear, prefix, collector, pieces
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
         self.ready, self.biased = False, False  # loaded, and in the form that serves; whether the layer has a bias
 
@@ -62,7 +62,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         self.span = slice(first, first + inputs)
         self.declare(layer)
         self.names = tuple(name for name, _ in layer.named_parameters())
-        self.proof.expect(layer)
+        self.collector.expect(layer)
 
     def declare(self, layer: torch.nn.Module) -> None:
         """Gives a module the parameters of the checkpoint's tensors (compressed-tensors' `pack-quantized`).
@@ -125,11 +125,11 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         if self.dummy:
             self._fill_at_random(layer)
         self.check_loaded(layer)
-        self.proof.keep(layer, layer.weight_packed.data)
+        self.collector.keep(layer, layer.weight_packed.data)
         self.biased = getattr(layer, "bias", None) is not None
         self.prepare(layer)
         self.ready = True
-        self.proof.loaded(layer)
+        self.collector.loaded(layer)
 
     def check_loaded(self, layer: Any) -> None:
         """Refuses weights that the checkpoint left out, in part or as a whole.

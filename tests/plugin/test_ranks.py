@@ -90,7 +90,7 @@ def test_a_worker_has_the_same_rotquant(child: Any, base: Path) -> None:
     with pytest.raises(RotQuantError, match=r"this worker \(.*\) has rotquant 9.9, the server's first process has"):
         child(ranks.unpickled, base, version="9.9")
     with pytest.raises(RotQuantError, match=r"worker on .*: rotquant's vLLM plugin does not import \(.*: reinstall"):
-        child(ranks.unpickled, base, failure="rotquant.format")
+        child(ranks.unpickled, base, failure="rotquant.checkpoint.format")
 
 
 # ---- agreement ------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
 from vllm_rotquant import rotation, witness
+from vllm_rotquant.collector import Collector
 from vllm_rotquant.fusion import QuantizingNorm
 from vllm_rotquant.kv_cache import KV4Impl
 from vllm_rotquant.linear import RotQuantLinearMethod
-from vllm_rotquant.proof import Proof
 from vllm_rotquant.warmup import warm_attention, warm_linears
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, PAGE = 256, 768, 8, 2, 64, 1000, 32
@@ -50,7 +50,7 @@ def linear(name: str, inputs: int, outputs: int, bits: int = 4, block: int = 0, 
     """A loaded layer as the plugin keeps it."""
     transforms = (Transform("hadamard", block, "R4"),) if block else ()
     linear_format = LinearFormat(WeightFormat(bits), RowFormat(bits, False, 0.9), transforms)
-    method = RotQuantLinearMethod(linear_format, name, Proof())
+    method = RotQuantLinearMethod(linear_format, name, Collector())
     method.inputs, method.dtype, method.adds_correction = inputs, DTYPE, True
     weight = ops.prepare_weight(torch.zeros(outputs, inputs * bits // 32, dtype=torch.int32), bits, inputs)
     return SimpleNamespace(
@@ -146,7 +146,7 @@ def test_the_warm_up_is_needed(on_the_gpu):
 
 def test_weight_groups_that_the_kernels_do_not_read_are_refused_by_name(on_the_gpu):
     method = RotQuantLinearMethod(
-        LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9)), "model.layers.3.mlp.down_proj", Proof()
+        LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9)), "model.layers.3.mlp.down_proj", Collector()
     )
     method.inputs, method.dtype = 48, DTYPE
     layer = SimpleNamespace(weight_scale=torch.ones(64, 3), shift_correction=None)

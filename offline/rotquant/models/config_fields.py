@@ -180,7 +180,7 @@ def check_architecture(where: str, raw: Fields) -> Known:
 
 
 def check_off(where: str, name: str, raw: Fields) -> None:
-    """Refuses any but the values of a field in `OFF` that change nothing; 1 and 1.0 are one value, 1 and True are not."""
+    """Refuses a field of `OFF` but for the values that change nothing; 1 and 1.0 are one value, 1 and True are not."""
     accepted, otherwise = OFF[name]
     value = raw[name]
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
