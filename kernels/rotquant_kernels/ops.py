@@ -7,16 +7,17 @@ same schema for its own dispatch key and so wins; `kernel_of` tells which one ru
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotquant_kernels import cuda, fused, native, reference
+from rotquant_kernels.stages import KINDS
 
 REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
-    "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
     "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip,"
     " bool silu_mul=False) -> (Tensor, Tensor, Tensor)",
@@ -39,13 +40,11 @@ SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) fo
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
+# What a native `online_stage` calls for kinds that it has no kernel of.
+_library.define("reference_stage" + OPS["online_stage"])
+_library.impl("reference_stage", reference.online_stage, "CompositeExplicitAutograd")
 native.choose(os.environ.get(native.TIER) or "auto", SPECIFICATION)  # a wrong one is an error now, not when it is used
 cuda.load(_library)
-
-
-@torch.library.register_fake("rotquant::transform_rows", lib=_library)
-def _(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.register_fake("rotquant::online_stage", lib=_library)
@@ -112,7 +111,6 @@ def _(*arguments: object) -> None:
     return None
 
 
-transform_rows = torch.ops.rotquant.transform_rows
 online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
@@ -191,7 +189,35 @@ def distinct_batches(device: str, group: int, page: int) -> list[tuple[int, int]
 
 
 def kernel_of(op: str, device: str = "cpu") -> str:
-    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
+    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's.
+
+    Of `online_stage`, whose kinds need not have one kernel, each name and its kinds.
+    """
+    if op == "online_stage":
+        return by_kind(KINDS, device)
+    return _kernel_of(op, device)
+
+
+def kernel_of_stage(kind: str, device: str = "cpu") -> str:
+    """What `online_stage` runs for a kind."""
+    name = _kernel_of("online_stage", device)
+    if name == REFERENCE:
+        return REFERENCE
+    known = cuda.stages() if device.startswith("cuda") else native.stages()
+    return name if kind in known else REFERENCE
+
+
+def by_kind(kinds: Iterable[str], device: str) -> str:
+    """Kernels of kinds of stages: "native (avx2) for hadamard, dense; reference (torch) for shift", one name for all."""
+    kernels: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(kinds):
+        kernels.setdefault(kernel_of_stage(kind, device), []).append(kind)
+    if len(kernels) == 1:
+        return next(iter(kernels))
+    return "; ".join(f"{name} for {', '.join(found)}" for name, found in kernels.items())
+
+
+def _kernel_of(op: str, device: str) -> str:
     key = "CUDA" if device.startswith("cuda") else "CPU"
     native_tier = native.tier() if key == "CPU" else ""
     if native_tier == native.REFERENCE or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):

@@ -33,7 +33,6 @@ def calls(pack: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[str
     scale, bias = torch.rand(N, 1), torch.rand(N).to(dtype)
     weight, low_rank = pack(packed, 4, K, 1), (torch.rand(K, 4).to(dtype), torch.rand(4, N).to(dtype))
     for transform in TRANSFORMS:
-        yield "transform_rows", (x, *transform)
         for silu_mul in (False, True):
             rows = both if silu_mul else x
             yield "quantize_rows", (rows, *transform, 4, False, 0.9, silu_mul)

@@ -131,7 +131,7 @@ def swapped(how: str) -> Iterator[None]:
         return honest_linear(x, w, s, b, bits, "none", 0, None, *rest[3:])
 
     def sixteen_bit_activations(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, kind: str, *rest: Any) -> Tensor:
-        y = reference.transform_rows(convention.silu_mul(x) if rest[-1] else x, kind, *rest[:2])
+        y = reference.turned(convention.silu_mul(x) if rest[-1] else x, kind, *rest[:2])
         codes = convention.unpack_int32(w, bits, y.shape[-1])
         weight = codes * s.repeat_interleave(y.shape[-1] // s.shape[1], dim=1)
         return (y @ weight.t() + (0 if b is None else b)).to(x.dtype)

@@ -39,8 +39,9 @@ def test_quantized_rows_are_the_references_bit_for_bit(seed, m, shape, dtype, bi
     x = inputs(m, k, seed, dtype)
     settings = ("hadamard" if block else "none", block, None, bits, symmetric, clip)
     assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
-    rotated = reference.transform_rows(x, *settings[:3])
-    assert same(rows.transform_rows(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+    if block:
+        rotated = reference.online_stage(x, *settings[:3])
+        assert same(rows.online_stage(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
 
 
 @pytest.mark.parametrize(("k", "block"), [(18944, 512), (24576, 8192), (32768, 32768), (70000, 0)])
@@ -52,8 +53,8 @@ def test_rows_that_go_through_a_program_in_parts_are_the_references_too(k, block
         settings = (*turn, bits, symmetric, 0.9)
         assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
         assert all_same(rows.quantize_rows(both, *settings, True), reference.quantize_rows(both, *settings, True))
-    rotated = reference.transform_rows(x, *turn)
-    assert same(rows.transform_rows(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+    rotated = reference.turned(x, *turn)
+    assert same(rows.turned(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
 
 
 @few
