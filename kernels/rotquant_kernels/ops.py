@@ -193,28 +193,22 @@ def kernel_of(op: str, device: str = "cpu") -> str:
 
     Of `online_stage`, whose kinds need not have one kernel, each name and its kinds.
     """
-    if op == "online_stage":
-        return by_kind(KINDS, device)
-    return _kernel_of(op, device)
+    if op != "online_stage":
+        return _kernel_of(op, device)
+    found = kernels_of_stages(KINDS, device)
+    return "; ".join(name if len(found) == 1 else f"{name} for {', '.join(kinds)}" for name, kinds in found.items())
 
 
-def kernel_of_stage(kind: str, device: str = "cpu") -> str:
-    """What `online_stage` runs for a kind."""
-    name = _kernel_of("online_stage", device)
-    if name == REFERENCE:
-        return REFERENCE
-    known = cuda.stages() if device.startswith("cuda") else native.stages()
-    return name if kind in known else REFERENCE
-
-
-def by_kind(kinds: Iterable[str], device: str) -> str:
-    """Kernels of kinds of stages: "native (avx2) for hadamard, dense; reference (torch) for shift", one name for all."""
-    kernels: dict[str, list[str]] = {}
+def kernels_of_stages(kinds: Iterable[str], device: str = "cpu") -> dict[str, list[str]]:
+    """What `online_stage` runs for kinds of online transforms: the kinds by the name of their kernel."""
+    kernel = _kernel_of("online_stage", device)
+    known: tuple[str, ...] = ()
+    if kernel != REFERENCE:
+        known = cuda.stages() if device.startswith("cuda") else native.stages()
+    found: dict[str, list[str]] = {}
     for kind in dict.fromkeys(kinds):
-        kernels.setdefault(kernel_of_stage(kind, device), []).append(kind)
-    if len(kernels) == 1:
-        return next(iter(kernels))
-    return "; ".join(f"{name} for {', '.join(found)}" for name, found in kernels.items())
+        found.setdefault(kernel if kind in known else REFERENCE, []).append(kind)
+    return found
 
 
 def _kernel_of(op: str, device: str) -> str:

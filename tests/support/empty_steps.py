@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention, reference
+from rotquant_kernels import KINDS, convention, reference
 
 K, N, DIM = 128, 64, 64
 TRANSFORMS = (("none", 0, None), ("hadamard", 64, None), ("dense", 64, torch.eye(64)))
-STAGES = (
-    ("hadamard", 64, None),
-    ("dense", 64, torch.eye(64)),
-    ("kronecker", 32, torch.rand(4 * 4 + 32 * 32)),
-    ("permutation", 0, torch.arange(K, dtype=torch.int32)),
-    ("reflection", 64, torch.rand(64)),
-    ("shift", 0, torch.rand(K)),
-)
+STAGES = [(name, 64, kind.sample(64, K, torch.Generator().manual_seed(0))) for name, kind in KINDS.items()]
 
 
 def calls(pack: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:

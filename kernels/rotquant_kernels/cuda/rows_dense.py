@@ -1,4 +1,4 @@
-"""Triton: x (I ⊗ T), a dense matrix for blocks of a row, in float32 whatever a server lets torch's products round to."""
+"""Triton: x (I ⊗ T), a dense matrix for each block of a row, in float32 whatever torch's products may round to."""
 
 # ruff: noqa: N803 (Triton's compile-time constants are upper case)
 from __future__ import annotations

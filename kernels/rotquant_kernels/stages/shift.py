@@ -1,6 +1,6 @@
 """The stage `shift`: x - b, b [K].
 
-    (x - b) Wᵀ + b Wᵀ = x Wᵀ        W stays, and b Wᵀ is stored beside it and added like a bias
+(x - b) Wᵀ + b Wᵀ = x Wᵀ        W stays, and b Wᵀ is stored beside it and added like a bias
 """
 
 from __future__ import annotations

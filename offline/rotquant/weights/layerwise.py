@@ -19,7 +19,7 @@ from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant.weights import gptq, low_rank, rtn
-from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
+from rotquant_kernels import KINDS, Stage, convention, linear, prepare_weight, quantize_rows, transform
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,8 @@ class LayerQuantizer:
 
 
 def stored_stage(stage: Stage) -> Tensor:
-    """A stage's tensor as the checkpoint stores it: indices int32, a transform in full float32 precision."""
-    assert stage.tensor is not None
-    return stage.tensor.to(torch.int32 if stage.kind == "permutation" else torch.float32).contiguous()
+    """A stage's tensor as the checkpoint stores it, in its kind's dtype."""
+    return stage.held.to(KINDS[stage.kind].dtype).contiguous()
 
 
 def kv_format(recipe: Recipe, transforms: Transforms, layer: LayerTransforms) -> KVFormat | None:
