@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels_report import table
-from rotquant_kernels import OPS, convention, ops, reference
+from rotquant_kernels import OPS, convention, ops, reference, stages
 
 Case = tuple[str, tuple[Any, ...]]  # in words, arguments on the CPU
 KINDS = [(4, True, 1.0), (4, False, 0.9), (8, True, 1.0), (8, False, 0.8)]
@@ -49,22 +49,13 @@ def rows(quick: bool) -> Iterator[tuple[str, Tensor, tuple[str, int, Tensor | No
             yield f"{m} x {k} {dtype}", randn(m, k, seed=m, dtype=dtype), ("hadamard" if block else "none", block, None)
 
 
-def transform_rows(quick: bool) -> Iterator[Case]:
-    for words, x, settings in rows(quick):
-        yield f"{words} {settings[:2]}", (x, *settings)
-
-
 def online_stage(quick: bool) -> Iterator[Case]:
-    x = randn(7, 96 if quick else 3584, seed=7)
-    k = x.shape[1]
-    outer = k // 32
-    tensors = {
-        "hadamard": None, "dense": torch.randn(32, 32), "kronecker": torch.randn(outer * outer + 32 * 32) / 32,
-        "permutation": torch.randperm(k), "reflection": torch.nn.functional.normalize(torch.randn(32), dim=0),
-        "shift": torch.randn(k),
-    }  # fmt: skip
-    for kind, tensor in tensors.items():
-        yield kind, (x, kind, 32, tensor)
+    for words, x, (transform, block, _) in rows(quick):
+        if block:
+            yield f"{words} {transform} {block}", (x, transform, block, None)
+    x, random = randn(7, 96 if quick else 3584, seed=7), torch.Generator().manual_seed(7)
+    for name, kind in stages.KINDS.items():
+        yield name, (x, name, 32, kind.sample(32, x.shape[1], random))
 
 
 def quantize_rows(quick: bool) -> Iterator[Case]:

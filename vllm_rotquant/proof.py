@@ -182,14 +182,15 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     factors = layer.low_rank_down, layer.low_rank_up
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
-    used += ["online_stage"] if split(stages)[0] else []
     kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
+    of_stages = ops.kernels_of_stages((stage.kind for stage in split(stages)[0]), packed.device.type)
+    named = [f"{name} for {', '.join(kinds)}" for name, kinds in of_stages.items() if name not in kernels]
     group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
         kind_of(layer),
         count,
-        " + ".join(sorted(kernels)),
+        " + ".join([*sorted(kernels), *named]),
         f"W{linear.weights.bits} A{linear.rows.bits}{group}{rank}",
         "silu_mul" if method.silu_mul else "rms_norm" if method.norm is not None else "-",
         " + ".join(str(transform) for transform in linear.transforms) or "none",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.format import LinearFormat
-from rotquant_kernels import Stage, reference
+from rotquant_kernels import KINDS, Stage, reference
 from rotquant_kernels.formats import KVFormat
 
 STRETCH = 1 << 24  # weights of a layer that are float64 at a time
@@ -126,7 +126,7 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     x takes the sign. Rounding to `dtype` may turn a sign back where c is large, so there are rows to choose from.
     """
     x = exact(trial(4 * rows, inputs, dtype=torch.float32, device=torch.device("cpu")))
-    shifted = any(stage.kind == "shift" for stage in stages)
+    shifted = any(KINDS[stage.kind].affine for stage in stages)
     center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
     x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
     good = sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)

@@ -1,43 +1,23 @@
-"""Online transforms of a linear layer's input as a chain of stages, and the linear layer behind it.
+"""A chain of online transforms (`stages`) in front of a linear layer, and the layer behind it.
 
-Stages run in their order, in float32, on the rows x of K numbers:
-
-    hadamard     x (I ⊗ H / sqrt(block))                              no tensor
-    dense        x (I ⊗ T)                                            T float [block, block]
-    kronecker    x (P ⊗ Q): rows as matrices X [K / block, block], Pᵀ X Q    float [(K / block)² + block²], P then Q
-    permutation  x[..., p]                                            p int [K]
-    reflection   x (I ⊗ (I - 2 vᵀv)), v a unit row                     v float [block]
-    shift        x - b (x W'ᵀ then lacks b Wᵀ, which the caller adds as a bias)    b float [K]
-
-A hadamard or dense stage that comes last runs inside `int_linear`, as most checkpoints want it.
+A stage that is `inside` runs within `int_linear` where it comes last, as most checkpoints want it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from rotquant_kernels import calls
 from rotquant_kernels.formats import RowFormat, WeightFormat
 from rotquant_kernels.ops import online_stage
-
-INSIDE = ("hadamard", "dense")
-KINDS = (*INSIDE, "kronecker", "permutation", "reflection", "shift")
-
-
-class Stage(NamedTuple):
-    """One step of a chain; see the table above."""
-
-    kind: str
-    block: int
-    tensor: Tensor | None = None
+from rotquant_kernels.stages import KINDS, Stage
 
 
 def split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Stage]:
     """What runs before `int_linear`, and the stage that runs inside."""
-    return (stages[:-1], stages[-1]) if stages and stages[-1].kind in INSIDE else (stages, Stage("none", 0))
+    return (stages[:-1], stages[-1]) if stages and KINDS[stages[-1].kind].inside else (stages, Stage("none", 0))
 
 
 def transform(x: Tensor, stages: Sequence[Stage]) -> Tensor:

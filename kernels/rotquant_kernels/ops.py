@@ -7,6 +7,7 @@ same schema for its own dispatch key and so wins; `kernel_of` tells which one ru
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from rotquant_kernels import cuda, fused, native, reference
 from rotquant_kernels.formats import RowFormat, WeightFormat
+from rotquant_kernels.stages import KINDS
 
 REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
-    "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
     "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip,"
     " bool silu_mul=False) -> (Tensor, Tensor, Tensor)",
@@ -40,13 +41,11 @@ SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) fo
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
+# What a native `online_stage` calls for kinds that it has no kernel of.
+_library.define("reference_stage" + OPS["online_stage"])
+_library.impl("reference_stage", reference.online_stage, "CompositeExplicitAutograd")
 native.choose(os.environ.get(native.TIER) or "auto", SPECIFICATION)  # a wrong one is an error now, not when it is used
 cuda.load(_library)
-
-
-@torch.library.register_fake("rotquant::transform_rows", lib=_library)
-def _(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.register_fake("rotquant::online_stage", lib=_library)
@@ -113,7 +112,6 @@ def _(*arguments: object) -> None:
     return None
 
 
-transform_rows = torch.ops.rotquant.transform_rows
 online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
@@ -192,7 +190,29 @@ def distinct_batches(device: str, group: int, page: int) -> list[tuple[int, int]
 
 
 def kernel_of(op: str, device: str = "cpu") -> str:
-    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
+    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's.
+
+    Of `online_stage`, whose kinds need not have one kernel, each name and its kinds.
+    """
+    if op != "online_stage":
+        return _kernel_of(op, device)
+    found = kernels_of_stages(KINDS, device)
+    return "; ".join(name if len(found) == 1 else f"{name} for {', '.join(kinds)}" for name, kinds in found.items())
+
+
+def kernels_of_stages(kinds: Iterable[str], device: str = "cpu") -> dict[str, list[str]]:
+    """What `online_stage` runs for kinds of online transforms: the kinds by the name of their kernel."""
+    kernel = _kernel_of("online_stage", device)
+    known: tuple[str, ...] = ()
+    if kernel != REFERENCE:
+        known = cuda.stages() if device.startswith("cuda") else native.stages()
+    found: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(kinds):
+        found.setdefault(kernel if kind in known else REFERENCE, []).append(kind)
+    return found
+
+
+def _kernel_of(op: str, device: str) -> str:
     key = "CUDA" if device.startswith("cuda") else "CPU"
     native_tier = native.tier() if key == "CPU" else ""
     if native_tier == native.REFERENCE or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):

@@ -12,39 +12,12 @@ from rotquant_kernels import convention
 from rotquant_kernels.convention import unpack_int32
 from rotquant_kernels.formats import KVFormat, RowFormat
 from rotquant_kernels.formats.kv import kv_token_bytes as kv_token_bytes
-
-
-def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
-    """Online transform of the last dimension: x (I ⊗ T), T of size block x block.
-
-    Args:
-        x: float [..., K], block divides K.
-        transform: "none"; "hadamard", T = H / sqrt(block), Sylvester's H; "dense", T = matrix.
-        block: size of T; a power of two for "hadamard".
-        matrix: float [block, block] for "dense", else None.
-    Returns:
-        float32 [..., K].
-    """
-    return x.float() if transform == "none" else online_stage(x, transform, block, matrix)
-
-
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """x (I ⊗ H / sqrt(block)) by the fast Walsh-Hadamard transform, float32 or float64 as x is.
-
-    The order of additions is part of the specification (it decides the last bit): butterflies of
-    stride 1, 2, 4, ..., each (a + b, a - b), then one product with block^-0.5.
-    """
-    y = x.reshape(-1, block)
-    stride = 1
-    while stride < block:
-        pair = y.reshape(-1, 2, stride)
-        y = torch.stack((pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]), dim=1)
-        stride *= 2
-    return (y.reshape(-1, block) * block**-0.5).reshape(x.shape)
+from rotquant_kernels.stages import KINDS, Stage
+from rotquant_kernels.stages.hadamard import hadamard as hadamard
 
 
 def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
-    """One stage of a chain of online transforms; `online` lists the kinds and their tensors.
+    """One stage of a chain of online transforms; `stages` has the kinds and their tensors.
 
     Args:
         x: float [..., K].
@@ -55,25 +28,26 @@ def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Ten
 
 
 def stage_rows(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
-    """`online_stage` in x's dtype, float32 or float64: folding needs more digits than serving."""
-    if kind == "hadamard":
-        return hadamard(x, block)
-    assert tensor is not None
-    if kind == "permutation":
-        return x[..., tensor.long()]
-    tensor = tensor.to(x)
-    if kind == "dense":
-        return (x.unflatten(-1, (-1, block)) @ tensor).flatten(-2)
-    if kind == "kronecker":
-        outer = x.shape[-1] // block
-        left, right = tensor.split((outer * outer, block * block))
-        return (left.view(outer, outer).T @ (x.unflatten(-1, (outer, block)) @ right.view(block, block))).flatten(-2)
-    if kind == "reflection":
-        rows = x.unflatten(-1, (-1, block))
-        return (rows - 2 * (rows @ tensor).unsqueeze(-1) * tensor).flatten(-2)
-    if kind == "shift":
-        return x - tensor
-    raise ValueError(f"unknown online transform {kind!r}")
+    """`online_stage` in x's dtype, float32 or float64: folding needs more digits than serving.
+
+    Raises:
+        ValueError: an unknown kind, or one without the tensor that it needs.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown online transform {kind!r}")
+    return KINDS[kind].rows(x, Stage(kind, block, tensor))
+
+
+def turned(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
+    """What `quantize_rows` and `int_linear` read: the rows after the transform that runs inside them.
+
+    Args:
+        x: float [..., K], block divides K.
+        transform: "none", or a stage that is `inside`: "hadamard", "dense" with its matrix float [block, block].
+    Returns:
+        float32 [..., K].
+    """
+    return x.float() if transform == "none" else online_stage(x, transform, block, matrix)
 
 
 def quantize_rows(
@@ -94,7 +68,7 @@ def quantize_rows(
     Returns:
         codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
     """
-    y = transform_rows(convention.silu_mul(x) if silu_mul else x, transform, block, matrix)
+    y = turned(convention.silu_mul(x) if silu_mul else x, transform, block, matrix)
     rows = RowFormat(bits, symmetric, clip)
     scale, zero = rows.qparams(y)
     return rows.quantize(y, scale, zero), scale, zero.to(torch.int32)
@@ -150,7 +124,7 @@ def int_linear(
         weight_scale: float32 [N, G]; G = 1 per channel, else one scale per group of K / G inputs.
         bias: float [N] or None.
         weight_bits, act_bits: 4 or 8.
-        transform, block, matrix: see `transform_rows`.
+        transform, block, matrix: see `turned`.
         low_rank_down, low_rank_up: D float [K, r] and U float [r, N], a branch in full precision, or None.
     Returns:
         [..., N] in x's dtype. Epilogue in float32: for each group acc * s_w, summed in the order of
@@ -162,7 +136,7 @@ def int_linear(
     codes = unpack_int32(weight, weight_bits, rows.shape[1])
     y = scaled_product(q, scale, zero, codes, weight_scale, act_symmetric)
     if low_rank_down is not None and low_rank_up is not None:
-        y = y + transform_rows(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
+        y = y + turned(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])

@@ -68,13 +68,16 @@ class Scales(_Part):
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 
-class OnlineStages(_Part):
-    """Online transforms at each site, in order, after R4. greedy: RUQuant's or DuQuant's product of rotations."""
+OnlineWord = Literal["kronecker", "dense", "greedy", "shift"]
 
-    attn: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    o: list[Literal["heads", "kronecker", "dense", "greedy", "shift"]] = []
-    mlp: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    down: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
+
+class OnlineStages(_Part):
+    """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for."""
+
+    attn: list[OnlineWord] = []
+    o: list[OnlineWord | Literal["heads"]] = []
+    mlp: list[OnlineWord] = []
+    down: list[OnlineWord] = []
     block: int = Field(default=128, ge=2, description="largest block of dense and greedy, which are powers of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 

@@ -40,7 +40,7 @@ def library():
 def test_kernels_register_for_cuda_alone_and_are_named(library):
     before = ops.kernel_of("int_linear")
     cuda.register(library)
-    for op in ("transform_rows", "quantize_rows", "rms_norm_quantize", "quantized_linear"):
+    for op in ("online_stage", "quantize_rows", "rms_norm_quantize", "quantized_linear"):
         assert ops.kernel_of(op, "cuda").startswith("triton")
     assert ops.kernel_of("int_linear", "cuda") == "triton (int8 tensor cores)"
     assert ops.kernel_of("int_linear", "cpu") == before

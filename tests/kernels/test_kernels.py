@@ -147,6 +147,6 @@ def test_schemas_and_fakes_hold_under_torch_compile():
     kv = (x.view(3, 1, 32), x.view(3, 1, 32), cache, torch.tensor([0, 5, -1]), 32, True, 1.0, 1.0)
     torch.library.opcheck(torch.ops.rotquant.kv4_write.default, kv, test_utils=checks)
     assert set(OPS) == {
-        "transform_rows", "online_stage", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention",
+        "online_stage", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention",
         "rms_norm_quantize", "quantized_linear",
     }  # fmt: skip

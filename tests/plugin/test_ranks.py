@@ -104,7 +104,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "version": ({"names": {"version": ranks.other_version}}, "rotquant version: .* has 9.9, .* install the same"),
     "setting": ({"environment": {"ROTQUANT_STRICT": "0"}}, "setting strict: .* has False, .* has True"),
     "option": ({"options": {"additional_config": {"rotquant": {"cpu_tier": "scalar"}}}}, "setting cpu_tier: .*scalar"),
-    "kernel": ({"names": {"kernel_of": ranks.other_kernel}}, "kernel of transform_rows: .* has old, .* the tier"),
+    "kernel": ({"names": {"kernel_of": ranks.other_kernel}}, "kernel of online_stage: .* has old, .* the tier"),
 }
 
 

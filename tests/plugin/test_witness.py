@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotquant.checkpoint import stored
-from rotquant.checkpoint.format import LinearFormat, Transform
+from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import Stage, convention, online
+from rotquant_kernels import KINDS, Stage, convention, online
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from vllm_rotquant import witness
 from vllm_rotquant.environment import refuse_rounded_products
@@ -46,10 +45,11 @@ class Rounding(TorchFunctionMode):
 
 
 def chain() -> list[Stage]:
+    """Every kind, the one that `int_linear` runs itself last."""
     torch.manual_seed(0)
-    kinds = [("shift", 0), ("permutation", BLOCK), ("reflection", BLOCK), ("kronecker", 8), ("dense", BLOCK)]
-    stages = [Stage(kind, block, stored.sample(Transform(kind, block, "T0"), INPUTS)) for kind, block in kinds]
-    return [*stages, Stage("hadamard", BLOCK)]
+    kinds = sorted(KINDS.values(), key=lambda kind: kind.inside)
+    random = torch.Generator().manual_seed(0)
+    return [Stage(kind.name, BLOCK, kind.sample(BLOCK, INPUTS, random)) for kind in kinds]
 
 
 def numbers(*shape: int) -> Tensor:

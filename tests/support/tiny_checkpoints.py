@@ -83,7 +83,7 @@ def write_checkpoint(
             continue
         weight = tensors.pop(f"{name}.weight")
         if name.endswith("down_proj") and r4 != "none":  # x T (W T)ᵀ = x Wᵀ for an orthogonal T
-            weight = reference.transform_rows(weight, r4, BLOCK, matrix)
+            weight = reference.online_stage(weight, r4, BLOCK, matrix)
             marker = reference.hadamard(torch.eye(BLOCK), BLOCK)
             tensors[f"{name}.R4_input.weight"] = (matrix if r4 == "dense" else marker).clone()
         tensors |= pack(name, weight, 8 if name == "lm_head" else 4, group)

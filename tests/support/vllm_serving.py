@@ -147,7 +147,7 @@ def swapped(how: str) -> Iterator[None]:
         x: Tensor, weight: Tensor, scale: Tensor, bias: Any, weights: Any, stage: Any, rows: Any, down: Any, up: Any,
         silu_mul: bool,
     ) -> Tensor:  # fmt: skip
-        y = reference.transform_rows(convention.silu_mul(x) if silu_mul else x, *stage)
+        y = reference.turned(convention.silu_mul(x) if silu_mul else x, *stage)
         codes = weights.unpack(weight, y.shape[-1])
         return (y @ weights.dequantize(codes, scale).t() + (0 if bias is None else bias)).to(x.dtype)
 

@@ -78,3 +78,10 @@ def kernel_of(op: str) -> str:
 
         return "humming, triton where it does not fit" if humming.chosen() else "triton (int8 tensor cores)"
     return "triton (int8 tensor cores)" if op == "quantized_linear" else "triton"
+
+
+def stages() -> tuple[str, ...]:
+    """Kinds of online transforms that have a kernel; they are registered."""
+    from rotquant_kernels.cuda import rows
+
+    return rows.STAGES

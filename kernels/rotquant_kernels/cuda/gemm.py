@@ -192,7 +192,7 @@ def int_linear(
         y = humming.int_linear(flat, parts, bias, layer, (transform, block, matrix), act_clip, silu_mul)
         return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
-        flat, transform, silu_mul = rows.transform_rows(flat, transform, block, matrix, silu_mul), "none", False
+        flat, transform, silu_mul = rows.turned(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:
         down = flat.float() @ low_rank_down.float()
     quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip, silu_mul)

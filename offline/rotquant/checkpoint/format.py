@@ -23,16 +23,14 @@ from rotquant.common.schema import read_schema
 from rotquant.errors import RotQuantError
 from rotquant.models import head_size
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
+from rotquant_kernels.stages import KINDS
 
 __all__ = ["FORMAT_VERSION", "CheckpointFormat", "LinearFormat", "Transform", "claims", "matches"]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Online transform of a linear input: kind and block as in `rotquant_kernels.online`; `stored` has its tensors.
-
-    A permutation of block b moves inputs only within blocks of b; block 0 means within all inputs.
-    """
+    """Online transform of a linear input: kind and block as in `rotquant_kernels.stages`; `stored` has its tensor."""
 
     kind: str
     block: int
@@ -40,9 +38,7 @@ class Transform:
 
     def span(self, inputs: int) -> int:
         """How many neighbouring inputs of `inputs` it mixes with each other: who runs it must hold all of them."""
-        if self.kind == "shift":
-            return 1
-        return inputs if self.kind == "kronecker" or not self.block else self.block
+        return KINDS[self.kind].span(self.block, inputs)
 
     def __str__(self) -> str:
         return f"{self.name} {self.kind}" + (f" {self.block}" if self.block else "")
@@ -85,7 +81,7 @@ class CheckpointFormat:
         self.rotated = [a for s in transforms.config_groups.values() for a in s.apply if a.location != "input"]
         self.transforms, rotate = read_transforms(transforms, head_dim)
         for entry in self.extension.input_transforms:
-            block = 0 if entry.kind == "shift" else entry.block
+            block = entry.block if KINDS[entry.kind].has_block else 0
             args = TransformArgs(targets=entry.targets, location="input")
             self.transforms.append((args, Transform(entry.kind, block, entry.name)))
         self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.errors import RotQuantError
-from rotquant_kernels import Stage, linear, online, ops
+from rotquant_kernels import KINDS, Stage, linear, online, ops
 
 
 class StoredInput(nn.Module):
@@ -22,9 +22,8 @@ class StoredInput(nn.Module):
     def __init__(self, transform: Transform, inputs: int) -> None:
         super().__init__()
         self.transform, self.inputs = transform, inputs
-        dtype = torch.int32 if transform.kind == "permutation" else torch.float32
-        weight = torch.empty(stored.shape(transform, inputs), dtype=dtype, device="meta")
-        self.register_buffer("weight", None if transform.kind == "hadamard" else weight)
+        dtype, shape = KINDS[transform.kind].dtype, stored.shape(transform, inputs)
+        self.register_buffer("weight", None if dtype is None else torch.empty(shape, dtype=dtype, device="meta"))
 
     def load(self, where: str, tensor: Tensor, device: torch.device) -> None:
         """Takes the tensor of the checkpoint; one that no kind needs is only checked."""
@@ -36,9 +35,9 @@ class QuantLinear(nn.Module):
     """A linear layer on packed integer weights; the forward is the op that is served.
 
     Buffers: weight_packed int32 [N, ceil(K * bits / 32)] until `prepare`, then the layout of the device's
-    kernel; weight_scale float32 [N, G], bias [N] or None (with the shift's correction after `prepare`),
+    kernel; weight_scale float32 [N, G], bias [N] or None (with affine stages' corrections after `prepare`),
     low_rank_down [K, r] and low_rank_up [r, N] in the model's dtype or None. Modules: `<transform>_input`, and
-    `<transform>_output` of a shift.
+    `<transform>_output` of an affine stage.
     """
 
     weight_packed: Tensor
@@ -69,18 +68,18 @@ class QuantLinear(nn.Module):
         for transform in layer_format.transforms:
             stored.check_block(name, transform, inputs)
             self.add_module(f"{transform.name}_input", StoredInput(transform, inputs))
-            if transform.kind == "shift":
+            if KINDS[transform.kind].affine:
                 correction = nn.Module()
                 correction.register_buffer("weight", empty(torch.float32, outputs))
                 self.add_module(f"{transform.name}_output", correction)
 
     def prepare(self) -> None:
-        """Brings the loaded weights into the kernel's layout and adds what shifts took away to the bias.
+        """Brings the loaded weights into the kernel's layout and adds what affine stages took away to the bias.
 
         Raises:
             RotQuantError: a weight that the kernels of its device do not read.
         """
-        f, bias = self.format, self.bias is not None or any(t.kind == "shift" for t in self.format.transforms)
+        f, bias = self.format, self.bias is not None or any(KINDS[t.kind].affine for t in self.format.transforms)
         dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
         settings = f.weights, self.in_features, f.rows, bias, bool(f.rank), dtype
         try:
@@ -88,7 +87,7 @@ class QuantLinear(nn.Module):
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.name}: {error}") from None
         for transform in self.format.transforms:
-            if transform.kind == "shift":
+            if KINDS[transform.kind].affine:
                 correction = self.get_buffer(f"{transform.name}_output.weight")
                 self.bias = correction if self.bias is None else self.bias + correction
 

@@ -22,6 +22,7 @@ from rotquant.models import Architecture, Layer, Tensors
 from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
+from rotquant_kernels import KINDS
 from rotquant_kernels.reference import hadamard
 
 R4_NAME = "R4"
@@ -93,7 +94,7 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
         for name, i in own_stages(transforms, site).items():
             stage = layer.inputs[site][i]
             out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
-            if stage.kind == "shift":
+            if KINDS[stage.kind].affine:
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
     if index == 0 and transforms.r4_block:
         out |= marker(kind.mlp.down, transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise, quantized_layer
-from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.initial import generator
-from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
+from rotquant.learn.starts import STARTS, Seen
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
-from rotquant.transforms import kronecker
 from rotquant.transforms.fold import per_query_head
-from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import smooth_scale
 from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import Stage, reference
+from rotquant_kernels import reference
 from rotquant_kernels.formats import WeightFormat
 
 ROWS = 4096  # tokens of a site that are kept
@@ -146,32 +143,9 @@ class SampleLearner:
         chain, x = self.layer.inputs.setdefault(site, []), self.x[site]
         for stage in chain:
             x = reference.online_stage(x, *stage)
-        for kind in wanted:
-            for stage in self.stages(kind, site, x):
+        for word in wanted:
+            random = generator(self.job.seed, f"{word}.{site}.{self.index}")
+            rows, head_dim = self.recipe.activations.rows, self.kind.attention.head_dim
+            for stage in STARTS[word](Seen(x, random, self.recipe.online, head_dim, self.job.tp_max, rows)):
                 chain.append(stage)
                 x = reference.online_stage(x, *stage)
-
-    def stages(self, kind: str, site: str, x: Tensor) -> list[Stage]:
-        """The stages that a name of the recipe stands for; x [n, K] is what they will see."""
-        width, options = x.shape[1], self.recipe.online
-        random = generator(self.job.seed, f"{kind}.{site}.{self.index}")
-        if kind == "shift":
-            return [Stage("shift", width, x[~massive_tokens(x)].mean(0))]
-        block = min(power_of_two_factor(width // self.job.tp_max), options.block)
-        if kind == "dense":
-            return [Stage("dense", block, rotation(block, random))]
-        if kind == "greedy":
-            made = greedy_stages(x, block, random, options.greedy, self.recipe.activations.rows, self.job.tp_max)
-            if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
-                made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
-            return made
-        if kind == "heads":
-            size = self.kind.attention.head_dim
-            return [kronecker.stage(rotation(width // size, random), torch.eye(size))]
-        outer, inner = kronecker.factor_pair(width)
-        return [kronecker.stage(rotation(outer, random), rotation(inner, random))]
-
-
-def rotation(size: int, random: torch.Generator) -> Tensor:
-    """A random Hadamard rotation as a matrix, float32 [size, size]."""
-    return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64)).float()

@@ -7,8 +7,7 @@ convention (`quantizers`), weights to nearest. What learning changes is the cont
     act_clip, kv_clip            clip ratios of the four sites, of keys and values, behind a sigmoid
     weight_clip                  one ratio for each scale of each weight matrix, behind a sigmoid (LWC of OmniQuant)
     r2                           a rotation for each KV head, kept orthogonal by its optimiser
-    online                       the tensors of kronecker, dense, shift and reflection stages (a reflection's v is
-                                 divided by its length)
+    online                       the tensors of stages whose kind is learned (`rotquant_kernels.stages`)
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_layer
 from rotquant.transforms.space import LayerTransforms
 from rotquant.weights import rtn
-from rotquant_kernels import Stage, reference
+from rotquant_kernels import KINDS, Stage, reference
 
-LEARNED_STAGES = ("kronecker", "dense", "shift", "reflection")
 Group = dict[str, Any]
 
 
@@ -67,8 +65,9 @@ class LayerParameters(nn.Module):
         if "online" in learns:
             for site, stages in start.inputs.items():
                 for i, stage in enumerate(stages):
-                    if stage.kind in LEARNED_STAGES and stage.tensor is not None:
-                        self.stages[f"{site}-{i}"] = nn.Parameter(learnable(stage))
+                    if KINDS[stage.kind].learned:
+                        first = KINDS[stage.kind].start(stage.held.float().clone())
+                        self.stages[f"{site}-{i}"] = nn.Parameter(first)
         self.weight_clips = nn.ParameterDict()  # filled by `QuantizedLayer`, which knows the weights
 
     def transforms(self) -> LayerTransforms:
@@ -85,8 +84,7 @@ class LayerParameters(nn.Module):
     def _stage(self, stage: Stage, key: str) -> Stage:
         if key not in self.stages:
             return stage
-        tensor = self.stages[key]
-        return stage._replace(tensor=tensor / tensor.norm() if stage.kind == "reflection" else tensor)
+        return stage._replace(tensor=KINDS[stage.kind].value(self.stages[key]))
 
     def clip(self, name: str, default: float) -> Tensor | float:
         """Clip ratio of a site, of "key" or of "value"."""
@@ -108,15 +106,6 @@ class LayerParameters(nn.Module):
         plain += [{"params": [*self.clips.values(), *self.weight_clips.values()], "lr": clip_lr}]
         rotations = [{"params": [self.r2], "lr": rotation_lr}] if self.r2 is not None else []
         return [group for group in plain if group["params"]], rotations
-
-
-def learnable(stage: Stage) -> Tensor:
-    """Where a stage's parameter starts. A reflection that does nothing (v = 0) has no direction to learn from."""
-    assert stage.tensor is not None
-    tensor = stage.tensor.float().clone()
-    if stage.kind == "reflection" and not tensor.any():
-        tensor = 1 - 2 * (torch.arange(len(tensor)) % 2).float()
-    return tensor
 
 
 class QuantizedLayer:

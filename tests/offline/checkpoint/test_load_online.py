@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,26 @@ def test_bfloat16(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     spec = Spec(**WIDER, extras=everything())
     return write_checkpoint(tmp_path / "out", spec)
+
+
+def test_a_config_is_read_without_kernels(folder: Path) -> None:
+    """They may need minutes to compile, or not compile at all where a config is only looked at."""
+    script = """
+import json, sys, torch
+def load(path):
+    sys.exit(f"{path} is loaded")
+torch.ops.load_library = load
+from rotquant.checkpoint.format import CheckpointFormat
+config = json.load(open(sys.argv[1]))
+read = CheckpointFormat(config["quantization_config"], config["rotquant"], config["head_dim"])
+print([str(t) for t in read.linear("model.layers.0.mlp.down_proj").transforms], hasattr(torch.ops.rotquant, "int_linear"))
+from rotquant_kernels import online_stage
+"""
+    command = [sys.executable, "-c", script, str(folder / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    transforms = ["R4 hadamard 128", "K1 kronecker 32", "S2 shift", "P3 permutation 128"]
+    assert done.stdout == f"{transforms} False\n", done.stderr
+    assert "is loaded" in done.stderr  # what would have been seen
 
 
 def setting(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], Any]:

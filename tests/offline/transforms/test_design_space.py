@@ -14,10 +14,10 @@ from rotquant.transforms.hadamard import hadamard_rows, paley, split_order
 from rotquant.transforms.klt import covariance, equal_variances, klt
 from rotquant.transforms.walsh import walsh_rows
 from rotquant.transforms.williamson import FIRST_ROWS, williamson
-from rotquant_kernels import reference
+from rotquant_kernels import KINDS, Stage, reference, transform
 from rotquant_kernels.formats import RowFormat, WeightFormat
-from rotquant_kernels.online import Stage, transform
 from rotquant_kernels.reference import hadamard
+from rotquant_kernels.stages.kronecker import factors
 
 SEEDS = st.integers(0, 2**31)
 
@@ -171,8 +171,8 @@ def test_kronecker_is_the_product_and_weights_undo_it(seed, a, b):
     x, w = normal(5, a * b, seed=seed + 2), normal(3, a * b, seed=seed + 3)
     y = reference.stage_rows(x, *stage)
     assert same(y, x @ torch.kron(left, right))
-    assert same(y @ reference.stage_rows(w, *kronecker.inverse_transposed(stage)).T, x @ w.T, atol=1e-7)
-    assert all(map(torch.equal, kronecker.factors(stage), (left, right)))
+    assert same(y @ KINDS["kronecker"].weights(w, stage).T, x @ w.T, atol=1e-7)
+    assert all(map(torch.equal, factors(stage), (left, right)))
     served = transform(x, [stage._replace(tensor=stage.tensor.float())])
     assert torch.allclose(served.double(), y, rtol=1e-4, atol=1e-3)
 
