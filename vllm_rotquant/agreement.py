@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rotquant.errors import RotQuantError
-from rotquant_kernels import OPS, kernel_of
+from rotquant_kernels import OPS
+from rotquant_kernels.backends import backends_of, kernel_of
 from vllm_rotquant import compat, settings
 from vllm_rotquant.origin import Origin
 from vllm_rotquant.versions import version
@@ -120,9 +121,18 @@ def begin(defaults: Mapping[str, Any]) -> tuple[Ranks, settings.Settings]:
     with ranks.verdict(facts):
         found = settings.from_additional_config(compat.additional_config(settings.KEY), defaults)
         found.use()
+        check_device(compat.device_type())
         chosen.update(asdict(found))
     compat.tell_compiled_graphs_apart(settings.KEY, chosen)
     return ranks, found
+
+
+def check_device(device: str) -> None:
+    """Refuses a type of device that rotquant has no kernels for."""
+    try:
+        backends_of(device)
+    except ValueError as error:
+        raise RotQuantError(f"{error}: start vLLM there") from None
 
 
 def checkpoint_facts(origin: Callable[[], Origin]) -> Callable[[], dict[str, str]]:

@@ -53,7 +53,7 @@ def fuse(layers: Iterable[Any], holders: Holders) -> None:
         if compat.silu_mul_before(layer, holder) and not online.split(stages)[0]:
             holder.act_fn, method.silu_mul = torch.nn.Identity(), True
         name = compat.norm_before(layer, decoder)
-        if name and not stages and not method.format.rank and method.reads_quantized:
+        if name and not stages and not method.format.rank and method.backend.reads_quantized:
             method.norm = QuantizingNorm(getattr(decoder, name), method.format)
             setattr(decoder, name, method.norm)
             norms += 1

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant_kernels import calls, online, ops
+from rotquant_kernels.backends import Layer
 from vllm_rotquant import adapters, compat, low_rank, rotation
 from vllm_rotquant.collector import Collector
 
@@ -165,10 +166,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         linear = self.format
         bias = layer.shift_correction is not None or self.biased
         before, _ = online.split(rotation.stages(layer, linear.transforms))
-        settings = linear.weights, self.inputs, linear.rows, bias, bool(linear.rank)
         dtype = torch.float32 if before else self.dtype
+        known = Layer(len(packed), self.inputs, linear.weights, linear.rows, bias, bool(linear.rank), dtype)
         try:
-            weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
+            weight, self.backend, self.kernel = ops.prepare_linear(packed, layer.weight_scale, known)
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.prefix}: {error}") from None
         return weight

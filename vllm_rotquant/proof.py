@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
-from rotquant_kernels import ops
+from rotquant_kernels.backends import kernel_of, stages_of
 from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.collector import Collector, kind_of, sort_of
@@ -182,8 +182,8 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     factors = layer.low_rank_down, layer.low_rank_up
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
-    kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
-    of_stages = ops.kernels_of_stages((stage.kind for stage in split(stages)[0]), packed.device.type)
+    kernels = {method.kernel if op == "int_linear" else kernel_of(op, packed.device) for op in used}
+    of_stages = stages_of((stage.kind for stage in split(stages)[0]), packed.device)
     named = [f"{name} for {', '.join(kinds)}" for name, kinds in of_stages.items() if name not in kernels]
     group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
@@ -215,7 +215,7 @@ def attention_row(layer: Any, count: int) -> Row:
     expected = torch.cat(
         [float_attention(q, k, v, layer.impl.scale, kv) for q, k, v in zip(query, key, value, strict=True)]
     )
-    kernels = {ops.kernel_of(op, device.type) for op in ("kv4_write", "kv4_attention")}
+    kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
     error, most = distance(got, expected), limit(layer.dtype, 4)
     return Row(

@@ -14,6 +14,8 @@ from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.errors import RotQuantError
 from rotquant_kernels import convention, cuda, ops
+from rotquant_kernels.backends import BACKENDS, REFERENCE
+from rotquant_kernels.backends.triton import Triton
 from rotquant_kernels.cuda import gemm, kv4
 from rotquant_kernels.cuda.device import Device
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
@@ -30,6 +32,12 @@ HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, PAGE = 256, 768, 8, 2, 64, 1000
 DTYPE = torch.bfloat16
 
 
+class Compiled(Triton):
+    """Triton's kernels under the CPU's key."""
+
+    device = "cpu"
+
+
 @pytest.fixture
 def on_the_gpu(monkeypatch):
     """CPU tensors take the ops' CUDA implementations, which compile for sm_90."""
@@ -40,7 +48,7 @@ def on_the_gpu(monkeypatch):
         torch.library.Library.impl(library, op, function, "CPU", allow_override=True)
 
     cuda.register(library)
-    monkeypatch.setattr(ops, "kernel_of", lambda op, device="cpu": cuda.kernel_of(op))
+    monkeypatch.setitem(BACKENDS, "cpu", (Compiled(), REFERENCE))
     with stand_in(90) as found:
         yield found
     library._destroy()

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rotquant_kernels import calls, convention, fused, online, ops, reference
+from rotquant_kernels import backends, calls, convention, fused, online, ops, reference
 
 DEFAULTS = {
     "skip_tokenizer_init": True,
@@ -169,7 +169,9 @@ def swapped(how: str) -> Iterator[None]:
     linear, attention = calls.int_linear, calls.kv_attention
     # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
     norms: Kernels = {
-        (ops, "prepare_linear"): lambda packed, *_: ops.Prepared(packed.clone(), ops.kernel_of("int_linear"), True),
+        (ops, "prepare_linear"): lambda packed, *_: ops.Prepared(
+            packed.clone(), backends.REFERENCE, ops.kernel_of("int_linear")
+        ),
         (ops, "int_linear"): reference.int_linear,
         (ops, "kv4_attention"): reference.kv4_attention,
     }
@@ -181,7 +183,7 @@ def swapped(how: str) -> Iterator[None]:
         "no transform": {(calls, "int_linear"): changed(linear, stage=("none", 0, None))},
         "16-bit activations": {
             (calls, "int_linear"): sixteen_bit_activations,
-            (ops, "prepare_weight"): lambda packed, *_: packed,
+            (backends.Backend, "prepare"): lambda self, packed, *_: packed,
         },
         "no bias": {(calls, "int_linear"): changed(linear, bias=None)},
         "no low rank": {(calls, "int_linear"): changed(linear, low_rank_down=None, low_rank_up=None)},

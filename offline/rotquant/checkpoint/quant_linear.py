@@ -9,6 +9,7 @@ from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.errors import RotQuantError
 from rotquant_kernels import KINDS, Stage, linear, online, ops
+from rotquant_kernels.backends import Layer
 
 
 class StoredInput(nn.Module):
@@ -81,9 +82,9 @@ class QuantLinear(nn.Module):
         """
         f, bias = self.format, self.bias is not None or any(KINDS[t.kind].affine for t in self.format.transforms)
         dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
-        settings = f.weights, self.in_features, f.rows, bias, bool(f.rank), dtype
+        layer = Layer(self.out_features, self.in_features, f.weights, f.rows, bias, bool(f.rank), dtype)
         try:
-            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, *settings).weight
+            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, layer).weight
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.name}: {error}") from None
         for transform in self.format.transforms:

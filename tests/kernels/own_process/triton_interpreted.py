@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import empty_steps
 from rotquant_kernels import KINDS, convention, fused, reference
-from rotquant_kernels.cuda import gemm, layout, rows
+from rotquant_kernels.cuda import gemm, layout, linear, rows
 from test_linear_native import activations, gate_up, linear_case, same
 
 SEEDS = st.integers(0, 2**31)
@@ -257,7 +257,7 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_without_rows(dtype):
-    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS}
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS}
     assert empty_steps.check(kernels, dtype) >= {
         "online_stage",
         "quantize_rows",
