@@ -169,9 +169,7 @@ def swapped(how: str) -> Iterator[None]:
     linear, attention = calls.int_linear, calls.kv_attention
     # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
     norms: Kernels = {
-        (ops, "prepare_linear"): lambda packed, *_: ops.Prepared(
-            packed.clone(), backends.REFERENCE, ops.kernel_of("int_linear")
-        ),
+        (ops, "prepare_linear"): lambda packed, *_: ops.Prepared(packed.clone(), backends.REFERENCE, "reference"),
         (ops, "int_linear"): reference.int_linear,
         (ops, "kv4_attention"): reference.kv4_attention,
     }
