@@ -97,6 +97,10 @@ class RowFormat:
         codes = y.round_().clamp(*self.bounds)
         return codes, codes == y
 
+    def snap_(self, y: Tensor) -> Tensor:
+        """Codes of y as of `nearest`, in place; NaN stays."""
+        return y.round_().clamp_(*self.bounds)
+
     def __str__(self) -> str:
         return f"int{self.bits}"
 

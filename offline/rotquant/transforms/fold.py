@@ -37,6 +37,7 @@ from torch import Tensor
 
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.architecture import Attention
+from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage
 
@@ -197,5 +198,10 @@ def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
         kind = KINDS[stage.kind]
         if (moved := kind.moved(weight, stage)) is not None:
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
-        weight = kind.weights(weight, stage)
+        if (
+            stage.kind == "hadamard"
+        ):  # symmetric and orthogonal; two dense products are faster than the kind's butterflies
+            weight = hadamard_rows(weight, stage.block)
+        else:
+            weight = kind.weights(weight, stage)
     out[f"{linear}.weight"] = weight
