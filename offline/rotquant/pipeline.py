@@ -43,13 +43,12 @@ from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
-ROWS = 8192  # rows of the vocabulary that are folded at a time
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ def write_head(run: Run, journal: Journal) -> None:
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:

@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
-
-Ratio = Annotated[float, Field(gt=0, le=1)]
 
 # What can learn what. procrustes alternates between a target for each row (`learn.targets`) and the rotation that comes
 # nearest to all of them; the others take steps of a gradient (`learn.objectives`) on the orthogonal matrices.
@@ -82,7 +81,7 @@ class OnlineStages(_Part):
     @model_validator(mode="after")
     def _sizes(self) -> OnlineStages:
         """Blocks that divide a power of two, and one shift a site: what it adds to the outputs is stored once."""
-        if self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise ValueError(f"block {self.block} is not a power of two")
         for site in ("attn", "o", "mlp", "down"):
             if self.of(site).count("shift") > 1:

@@ -22,13 +22,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rotquant.common.faults import first_error
+from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant_kernels.online import KINDS
 
 FORMAT_VERSION = 1
 WITHOUT_BLOCK = ("permutation", "shift")  # kinds that may leave `block` out
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
 Targets = Annotated[list[str], Field(min_length=1)]
 
 
@@ -80,7 +80,7 @@ class InputTransform(Part):
     def _has_a_block(self) -> InputTransform:
         if not self.block and self.kind not in WITHOUT_BLOCK:
             raise ValueError(f"{self.name}: kind {self.kind!r} needs a block")
-        if self.kind == "hadamard" and self.block & (self.block - 1):
+        if self.kind == "hadamard" and not is_power_of_two(self.block):
             raise ValueError(f"{self.name}: a Hadamard block of {self.block} is not a power of two")
         return self
 

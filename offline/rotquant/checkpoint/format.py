@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.claim import claims as claims
 from rotquant.checkpoint.extension import FORMAT_VERSION, Extension, read_extension
+from rotquant.common.numbers import is_power_of_two
 from rotquant.common.schema import read_schema
 from rotquant.errors import RotQuantError
 from rotquant.models import head_size
@@ -235,7 +236,7 @@ def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[
     if attention and (len(attention) != 2 or len(set(attention.values())) != 1):
         refuse("quantization_config.transform_config", "q_attn and k_cache that differ")
     rotate = attention.get("k_cache", 0)
-    if rotate and (not _power_of_two(rotate) or head_dim % rotate):
+    if rotate and (not is_power_of_two(rotate) or head_dim % rotate):
         refuse("quantization_config.transform_config", f"a Hadamard of size {rotate} on heads of {head_dim}")
     return inputs, rotate
 
@@ -244,7 +245,7 @@ def _input_transform(where: str, name: str, scheme: TransformScheme) -> Transfor
     if not scheme.head_dim:
         refuse(f"{where}.head_dim", "an online transform of unstated block size")
     block = int(scheme.head_dim or 0)
-    if scheme.type == "hadamard" and not _power_of_two(block):
+    if scheme.type == "hadamard" and not is_power_of_two(block):
         refuse(f"{where}.head_dim", f"a Hadamard block of {block} (not a power of two)")
     return Transform("hadamard" if scheme.type == "hadamard" else "dense", block, name)
 
@@ -275,7 +276,3 @@ def refuse(where: str, what: str) -> None:
 def _text(value: Any) -> Any:
     """The plain value of an enum member."""
     return getattr(value, "value", value)
-
-
-def _power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0

@@ -7,11 +7,12 @@ import zlib
 import torch
 from torch import Tensor
 
+from rotquant.common.numbers import is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
 from rotquant.recipe import Recipe
 from rotquant.transforms.dense import Dense
-from rotquant.transforms.hadamard import RandomHadamard, is_power_of_two, power_of_two_factor
+from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant.transforms.walsh import walsh_rows
 from rotquant_kernels import Stage
