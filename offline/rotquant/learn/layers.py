@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
-from rotquant.learn.blockwise import learn_blockwise, quantized_layer
+from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.greedy import greedy_stages
 from rotquant.learn.initial import generator
 from rotquant.learn.procrustes import massive_tokens
@@ -37,7 +37,7 @@ VALUES_ALPHA = 0.5
 class LayerLearner:
     """Learns the layers from the first to the last.
 
-    The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+    The full-precision chain is kept here.
     """
 
     def __init__(self, job: Learner) -> None:
@@ -45,7 +45,6 @@ class LayerLearner:
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
         self.chain = job.embedded(samples)
-        self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
@@ -59,12 +58,7 @@ class LayerLearner:
         after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
-            inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, decoder, tensors, layer, inputs, after, index, slot, report)
-        if self.block and self.quantized is not None:
-            fixed = quantized_layer(job, decoder, tensors, layer, [], self.block.weight_bits)
-            with torch.no_grad():
-                self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
+            layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
         self.chain = after
         return layer
 
@@ -158,8 +152,6 @@ class SampleLearner:
         if kind == "shift":
             return [Stage("shift", width, x[~massive_tokens(x)].mean(0))]
         block = min(power_of_two_factor(width // self.job.tp_max), options.block)
-        if kind == "dense":
-            return [Stage("dense", block, rotation(block, random))]
         if kind == "greedy":
             symmetric = self.recipe.activations.symmetric
             made = greedy_stages(x, block, random, options.greedy, symmetric, self.job.tp_max)
