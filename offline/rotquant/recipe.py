@@ -117,7 +117,9 @@ class Blockwise(_Part):
     clip_lr: float = Field(default=5e-2, gt=0)
     rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
     samples: int = Field(default=128, ge=1)
-    weight_bits: Literal[4, 8, 16] = Field(default=4, description="while learning; 16 leaves the weights to GPTQ")
+    weight_bits: Literal[4, 8, 16] | None = Field(
+        default=None, description="while learning; null: weights.bits; 16 leaves the weights to GPTQ"
+    )
 
 
 class EndToEnd(_Part):
@@ -131,7 +133,7 @@ class EndToEnd(_Part):
     lr: float = Field(default=1e-2, gt=0, description="of the rotations")
     scale_lr: float = Field(default=2e-3, gt=0)
     top: int = Field(default=1000, ge=1, description="kl_top: how many of the teacher's tokens")
-    weight_bits: Literal[4, 8, 16] = 16
+    weight_bits: Literal[4, 8, 16] | None = Field(default=16, description="as of blockwise")
 
 
 class Learning(_Part):

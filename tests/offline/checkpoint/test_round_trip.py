@@ -22,8 +22,7 @@ from rotquant.models import Architecture, Layer, Tensors, describe, read_config
 from rotquant.recipe import Activations, KVCache, LMHead, Recipe, Weights
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant_kernels import Stage, convention
-from source_models import FAMILIES
-from tiny_checkpoints import KINDS
+from source_models import FAMILIES, KINDS
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -82,7 +82,7 @@ def test_kl_top():
     assert torch.autograd.gradcheck(lambda s: objectives.kl_top(s, teacher, 7), student)
 
 
-@pytest.mark.parametrize("name", ["gsr", "whip", "kurtosis", "variance"])
+@pytest.mark.parametrize("name", ["gsr", "whip", "kurtosis"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradients(name, weighted):
     y = GAUSS[:3, :9].double().requires_grad_()
