@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,27 @@ from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
-ROWS = 8192  # rows of the vocabulary that are folded at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model; see `quantize`."""
+
+    recipe: str = "best"
+    settings: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    profile: str = "full"
+    tp_max: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Run:
     arch: Architecture
     recipe: Recipe
     profile: str
-    transforms: Transforms  # those that need no learning at first; `learn_transforms` completes them
+    transforms: Transforms  # before `learn_transforms` those that need no learning
     calibrated: Calibrated | None
     dtype: torch.dtype
     device: str
@@ -118,7 +133,8 @@ def quantize(
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    run = prepare(model, asked)
     if max_memory is not None:
         check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
     check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
@@ -129,7 +145,7 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
-            learn_transforms(run, journal)
+            run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
@@ -142,29 +158,29 @@ def quantize(
     return output
 
 
-def prepare(
-    model: str, recipe: str, settings: Sequence[str], calibration: str | None, samples: int | None,
-    seq_len: int | None, device: str, profile: str, tp_max: int, seed: int,
-) -> Run:  # fmt: skip
+def prepare(model: str, asked: Settings) -> Run:
     """Reads and checks everything that can be checked before any work is done."""
-    if profile not in ("full", "portable"):
-        raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = load_recipe(recipe, settings).for_profile(profile).check_learning()
+    if asked.profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {asked.profile}: take full or portable")
+    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
-    check_shapes(chosen, arch)
-    transforms = initial_transforms(chosen, arch, tp_max, seed)
+    check_shapes(recipe, arch)
+    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
-    if chosen.needs_calibration:
-        length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
-        count = samples or chosen.calibration.samples
-        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed)
+    if recipe.needs_calibration:
+        length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
+        count = asked.samples or recipe.calibration.samples
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+    device = asked.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
-    return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
+    return Run(
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, device, asked.seed, asked.tp_max
+    )
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -222,14 +238,17 @@ def provenance(run: Run, digest: str) -> dict[str, Any]:
     return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
 
 
-def learn_transforms(run: Run, journal: Journal) -> None:
-    """Finds the values of the transforms that depend on the model, and puts them into the run."""
+def learn_transforms(run: Run, journal: Journal) -> Transforms:
+    """The run's transforms, with the values of those that depend on the model."""
     if not run.recipe.needs_learning:
-        return
+        return run.transforms
     assert run.calibrated is not None
-    tokens = run.calibrated.tokens
-    job = Learner(run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max)
+    job = Learner(
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, device=run.device, tp_max=run.tp_max,
+    )  # fmt: skip
     learn(job, journal)
+    return job.transforms
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -301,7 +320,7 @@ def write_head(run: Run, journal: Journal) -> None:
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:

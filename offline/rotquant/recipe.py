@@ -18,16 +18,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
-
 # What can learn what. procrustes alternates between a target for each row (`learn.targets`) and the rotation that comes
 # nearest to all of them; the others take steps of a gradient (`learn.objectives`) on the orthogonal matrices.
-PROCRUSTES = ("quantization_error", "clip", "corner", "uniform")
-GRADIENT = ("quantization_error", "whip", "kurtosis", "variance", "gsr")
-SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "cayley", "adam"), GRADIENT)
+PROCRUSTES: tuple[str, ...] = ("quantization_error", "clip", "corner")
+GRADIENT: tuple[str, ...] = ("quantization_error", "whip", "kurtosis")
+SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "adam"), GRADIENT)
 
 
 class _Part(BaseModel):
@@ -37,20 +36,15 @@ class _Part(BaseModel):
 class Rotations(_Part):
     """Where the rotations start; `learn` moves R1 and R2. R1 and R2 are folded into the weights, R3 and R4 run online.
 
-    random: a uniformly drawn orthogonal matrix. klt: eigenvectors (of the weights that read the residual stream for R1,
-    of o_proj for R2, as OSTQuant) times a Hadamard. walsh: Walsh matrices in order of sequency on the diagonal.
+    klt: eigenvectors (of the weights that read the residual stream for R1, of o_proj for R2, as OSTQuant) times a
+    Hadamard. walsh: Walsh matrices in order of sequency on the diagonal.
     """
 
-    r1: Literal["none", "hadamard", "walsh", "random", "klt"] = "none"
-    r2: Literal["none", "hadamard", "random", "klt"] = "none"
+    r1: Literal["none", "hadamard", "walsh", "klt"] = "none"
+    r2: Literal["none", "hadamard", "klt"] = "none"
     r3: Literal["none", "hadamard"] = "none"
     r4: Literal["none", "hadamard"] = "none"
     walsh_block: int = Field(default=128, ge=2, description="size of the blocks of r1: walsh")
-    mean_to_ones: bool = Field(
-        default=False,
-        description="append to R1 the reflection of the tokens' mean onto the all-ones direction: the mean becomes a"
-        " constant of each token, which an asymmetric quantizer's zero point takes",
-    )
 
 
 class Scales(_Part):
@@ -68,7 +62,7 @@ class Scales(_Part):
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 
-OnlineWord = Literal["kronecker", "dense", "greedy", "shift"]
+OnlineWord = Literal["kronecker", "greedy", "shift"]
 
 
 class OnlineStages(_Part):
@@ -78,7 +72,7 @@ class OnlineStages(_Part):
     o: list[OnlineWord | Literal["heads"]] = []
     mlp: list[OnlineWord] = []
     down: list[OnlineWord] = []
-    block: int = Field(default=128, ge=2, description="largest block of dense and greedy, which are powers of two")
+    block: int = Field(default=128, ge=2, description="largest block of greedy, a power of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 
     def of(self, site: str) -> list[str]:
@@ -87,7 +81,7 @@ class OnlineStages(_Part):
     @model_validator(mode="after")
     def _sizes(self) -> OnlineStages:
         """Blocks that divide a power of two, and one shift a site: what it adds to the outputs is stored once."""
-        if self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise ValueError(f"block {self.block} is not a power of two")
         for site in ("attn", "o", "mlp", "down"):
             if self.of(site).count("shift") > 1:
@@ -99,10 +93,8 @@ class Surrogate(_Part):
     """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
 
     targets: Annotated[list[Literal["r1", "r2"]], Field(min_length=1)] = ["r1"]
-    objective: Literal["quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"] = (
-        "quantization_error"
-    )
-    optimiser: Literal["procrustes", "qr", "cayley", "adam"] = "procrustes"
+    objective: Literal["quantization_error", "clip", "corner", "whip", "kurtosis"] = "quantization_error"
+    optimiser: Literal["procrustes", "qr", "adam"] = "procrustes"
     steps: int = Field(default=100, ge=1)
     polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
     lr: float = Field(default=0.01, gt=0)
@@ -130,9 +122,6 @@ class Blockwise(_Part):
     clip_lr: float = Field(default=5e-2, gt=0)
     rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
     samples: int = Field(default=128, ge=1)
-    inputs: Literal["full", "quantized"] = Field(
-        default="full", description="what a layer sees while it learns: exact inputs, or what the layers before make"
-    )
     weight_bits: Literal[4, 8, 16] | None = Field(
         default=None, description="while learning; null: weights.bits; 16 leaves the weights to GPTQ"
     )
@@ -266,8 +255,7 @@ class Recipe(_Part):
 
     @property
     def learns_r1(self) -> bool:
-        rotations = self.rotations
-        return rotations.r1 == "klt" or rotations.mean_to_ones or self._by_surrogate("r1")
+        return self.rotations.r1 == "klt" or self._by_surrogate("r1")
 
     @property
     def learns_layers(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from rotquant.checkpoint.claim import claims as claims
 from rotquant.checkpoint.extension import FORMAT_VERSION, Extension, read_extension
 from rotquant.checkpoint.schemes import check_kv, check_linear, expect, read_linear, refuse, text
+from rotquant.common.numbers import is_power_of_two
 from rotquant.common.schema import read_schema
 from rotquant.errors import RotQuantError
 from rotquant.models import head_size
@@ -184,7 +185,7 @@ def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[
     if attention and (len(attention) != 2 or len(set(attention.values())) != 1):
         refuse("quantization_config.transform_config", "q_attn and k_cache that differ")
     rotate = attention.get("k_cache", 0)
-    if rotate and (not _power_of_two(rotate) or head_dim % rotate):
+    if rotate and (not is_power_of_two(rotate) or head_dim % rotate):
         refuse("quantization_config.transform_config", f"a Hadamard of size {rotate} on heads of {head_dim}")
     return inputs, rotate
 
@@ -193,7 +194,7 @@ def _input_transform(where: str, name: str, scheme: TransformScheme) -> Transfor
     if not scheme.head_dim:
         refuse(f"{where}.head_dim", "an online transform of unstated block size")
     block = int(scheme.head_dim or 0)
-    if scheme.type == "hadamard" and not _power_of_two(block):
+    if scheme.type == "hadamard" and not is_power_of_two(block):
         refuse(f"{where}.head_dim", f"a Hadamard block of {block} (not a power of two)")
     return Transform("hadamard" if scheme.type == "hadamard" else "dense", block, name)
 
@@ -208,7 +209,3 @@ def matches(name: str, target: str, module_class: str | None) -> bool:
 def covers(args: TransformArgs, name: str, module_class: str | None) -> bool:
     targeted = any(matches(name, target, module_class) for target in args.targets)
     return targeted and not any(matches(name, target, "Linear") for target in args.ignore)
-
-
-def _power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
-from rotquant.learn.blockwise import learn_blockwise, quantized_layer
+from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
@@ -35,7 +35,7 @@ VALUES_ALPHA = 0.5
 class LayerLearner:
     """Learns the layers from the first to the last.
 
-    The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+    The full-precision chain is kept here.
     """
 
     def __init__(self, job: Learner) -> None:
@@ -43,7 +43,6 @@ class LayerLearner:
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
         self.chain = job.embedded(samples)
-        self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
@@ -57,12 +56,7 @@ class LayerLearner:
         after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
-            inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, decoder, tensors, layer, inputs, after, index, slot, report)
-        if self.block and self.quantized is not None:
-            fixed = quantized_layer(job, decoder, tensors, layer, [], self.block.weight_bits)
-            with torch.no_grad():
-                self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
+            layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
         self.chain = after
         return layer
 

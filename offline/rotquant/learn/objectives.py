@@ -48,15 +48,6 @@ def kurtosis(y: Tensor, weights: Tensor | None = None) -> Tensor:
     return _mean((metrics.kurtosis(y) - UNIFORM_KURTOSIS).abs(), weights)
 
 
-def variance(y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of Var_j |y_tj| / rms_t² = 1 - |y_t|₁² / (d |y_t|₂²): 0 at a corner of the cube, near 1 for one large entry.
-
-    Our reading of the variance loss in DartQuant's ablation: the plain variance of a token is its norm, which no
-    rotation changes.
-    """
-    return _mean(1 - y.abs().mean(-1).square() / metrics.mean_square(y), weights)
-
-
 def kl_top(student_logits: Tensor, teacher_logits: Tensor, k: int = 1000) -> Tensor:
     """Σ_{i in I} p_i log(p_i / q_i), mean over tokens; I the k largest teacher logits (OSTQuant's KL-Top).
 

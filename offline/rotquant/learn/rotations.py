@@ -22,7 +22,6 @@ from rotquant.models.architecture import Attention
 from rotquant.recipe import Surrogate
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
-from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant.transforms.klt import covariance, equal_variances
 from rotquant_kernels.formats import RowFormat
 
@@ -32,24 +31,20 @@ R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 b
 
 def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
     """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
-    options, rotations = job.recipe.learn.surrogate, job.recipe.rotations
+    options = job.recipe.learn.surrogate
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
     assert job.transforms.r1 is not None
     r1 = job.transforms.r1.rows(eye)
     job.transforms.r1 = None  # rows and weights in the model's own basis
-    if rotations.r1 == "klt":
+    if job.recipe.rotations.r1 == "klt":
         r1 = equal_variances(reading_covariance(job))
-    learns = options is not None and "r1" in options.targets
-    if learns or rotations.mean_to_ones:
-        rows = residual_rows(job, options.rows if options else Surrogate().rows, journal)
-        if options and learns:
-            slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
-            done, total = sum(slot.done for slot in slots), options.steps + options.polish
-            with Progress("R1: step", total, done, short=True) as progress:
-                loops = [Loop(slot, progress.step) for slot in slots]
-                r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations.rows, *loops)
-        if rotations.mean_to_ones:
-            r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))
+    if options is not None and "r1" in options.targets:
+        rows = residual_rows(job, options.rows, journal)
+        slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
+        done, total = sum(slot.done for slot in slots), options.steps + options.polish
+        with Progress("R1: step", total, done, short=True) as progress:
+            loops = [Loop(slot, progress.step) for slot in slots]
+            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations.rows, *loops)
     job.transforms.r1 = Dense(r1)
     return {"r1": r1}
 
@@ -119,7 +114,6 @@ def procrustes_targets(options: Surrogate, quantizer: RowFormat) -> list[procrus
         "quantization_error": lambda: [quantized] * options.steps,
         "clip": lambda: procrustes.annealed_clip(options.steps, symmetric=symmetric),
         "corner": lambda: [targets.corner_target] * options.steps,
-        "uniform": lambda: [partial(targets.uniform_target, symmetric=symmetric)] * options.steps,
     }
     return found[options.objective]() + [quantized] * options.polish
 
@@ -128,8 +122,6 @@ def gradient_objective(options: Surrogate, quantizer: RowFormat) -> orthogonal.O
     found: dict[str, orthogonal.Objective] = {
         "whip": objectives.whip,
         "kurtosis": objectives.kurtosis,
-        "variance": objectives.variance,
-        "gsr": partial(objectives.gsr_loss, rows=quantizer),
         "quantization_error": partial(objectives.quantization_error, rows=quantizer),
     }
     return found[options.objective]

@@ -2,7 +2,6 @@
 
     kronecker  two random Hadamard rotations, as near to each other in size as the width's divisors allow
     heads      the same for the heads of o's input alone: channels within a head stay as they are
-    dense      a random Hadamard rotation in blocks
     greedy     RUQuant's or DuQuant's chain (`greedy`)
     shift      the mean of the tokens that are not massive
 
@@ -63,10 +62,6 @@ def heads_start(seen: Seen) -> list[Stage]:
     return [kronecker.stage(seen.rotation(seen.width // seen.head_dim), torch.eye(seen.head_dim))]
 
 
-def dense_start(seen: Seen) -> list[Stage]:
-    return [Stage("dense", seen.block, seen.rotation(seen.block))]
-
-
 def greedy_start(seen: Seen) -> list[Stage]:
     method, width = seen.options.greedy, seen.width
     made = greedy_stages(seen.x, seen.block, seen.random, method, seen.rows, seen.tp_max)
@@ -82,7 +77,6 @@ def shift_start(seen: Seen) -> list[Stage]:
 STARTS: dict[str, Callable[[Seen], list[Stage]]] = {
     "kronecker": kronecker_start,
     "heads": heads_start,
-    "dense": dense_start,
     "greedy": greedy_start,
     "shift": shift_start,
 }

@@ -20,7 +20,11 @@ from typing import Any
 
 PACKAGES = ("rotquant", "torch", "transformers", "compressed-tensors", "safetensors", "vllm")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
-CUDA_ONLY = ("torchvision", "torchaudio")  # vLLM's CPU build pulls them in; beside a CPU torch they break it
+CUDA_ONLY = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # vLLM's CPU build pulls them in; beside a CPU torch they break it
 LEAST_GB = 2.0
 
 

@@ -42,6 +42,7 @@ from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage
 
 Change = Callable[[Tensor], Tensor]
+VOCABULARY_ROWS = 8192  # of embeddings or lm_head, to be folded at a time: float64 is large
 
 
 class Fold:
@@ -198,10 +199,6 @@ def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
         kind = KINDS[stage.kind]
         if (moved := kind.moved(weight, stage)) is not None:
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
-        if (
-            stage.kind == "hadamard"
-        ):  # symmetric and orthogonal; two dense products are faster than the kind's butterflies
-            weight = hadamard_rows(weight, stage.block)
-        else:
-            weight = kind.weights(weight, stage)
+        # A Hadamard is its own inverse transpose, and as two dense products faster than in butterflies.
+        weight = hadamard_rows(weight, stage.block) if stage.kind == "hadamard" else kind.weights(weight, stage)
     out[f"{linear}.weight"] = weight

@@ -19,10 +19,6 @@ from rotquant_kernels.reference import hadamard as power_of_two_rows
 CACHED = 1 << 19  # numbers rotated at a time: a vocabulary in float64 is far larger than the processor's cache
 
 
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
-
-
 def power_of_two_factor(n: int) -> int:
     """Largest power of two that divides n."""
     return n & -n

@@ -161,11 +161,11 @@ class LayerQuantizer:
         """
         hessian: Tensor | None = None
         drift: Tensor | None = None
-        count, rows = 0, self._rows(site)
+        count, form = 0, self._rows(site)
         for i, x in enumerate(inputs):
             exact = transform(x, self.stages.get(site, [])).float()
-            q, scale, zero = calls.quantize(exact, rows)
-            seen = rows.dequantize(q, scale, zero.float())
+            q, scale, zero = calls.quantize(exact, form)
+            seen = form.dequantize(q, scale, zero.float())
             weighted = seen if self.importance is None else seen * self.importance[i][:, None]
             if hessian is None:
                 hessian = exact.new_zeros(exact.shape[1], exact.shape[1])

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from rotquant.errors import RotQuantError
-from rotquant.learn.objectives import gsr_loss, kurtosis, quantization_error, variance, whip
+from rotquant.learn.objectives import gsr_loss, kurtosis, quantization_error, whip
 from rotquant.learn.orthogonal import CayleySGD, QROrth, StiefelAdam, learn_rotation, qr_rotation
 from rotquant.learn.procrustes import alternate, annealed_clip, massive_tokens, nearest_rotation, token_weights
-from rotquant.learn.quantizers import fake_quantize
-from rotquant.learn.targets import clipped_target, corner_target, quantized_target, uniform_target
+from rotquant.learn.targets import clipped_target, corner_target, quantized_target
 from rotquant.transforms.hadamard import RandomHadamard
-from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant_kernels.formats import RowFormat
 
 ASYMMETRIC = RowFormat(symmetric=False)
@@ -43,7 +41,7 @@ def test_nearest_rotation_solves_procrustes():
     assert torch.allclose(nearest_rotation(x.T @ (x @ hidden)), hidden, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", ["procrustes", "cayley", "adam", "qr"])
+@pytest.mark.parametrize("method", ["procrustes", "adam", "qr"])
 def test_hidden_corners_are_found(method):
     """Only signed permutations of the hidden rotation put every row at a corner, where Whip is exp(-1)."""
     x, hidden = corners(1200, 12)
@@ -54,15 +52,15 @@ def test_hidden_corners_are_found(method):
         r, losses = alternate(lambda: x.split(500), start, [corner_target] * 60)
         assert losses[-1] < 1e-6
     else:
-        lr = {"cayley": 20.0, "adam": 0.05, "qr": 0.03}[method]
+        lr = {"adam": 0.05, "qr": 0.03}[method]
         r, losses = learn_rotation(lambda: [x], whip, start, method, steps=250, lr=lr)
     assert is_rotation(r)
     assert whip(x @ r).item() < 0.3679 + 0.02 * (before - 0.3679)
 
 
-@pytest.mark.parametrize("target", ["corner", "clipped", "uniform"])
+@pytest.mark.parametrize("target", ["corner", "clipped"])
 def test_alternation_never_raises_its_loss(target):
-    goals = {"corner": corner_target, "clipped": partial(clipped_target, kappa=1.5), "uniform": uniform_target}
+    goals = {"corner": corner_target, "clipped": partial(clipped_target, kappa=1.5)}
     x = torch.randn(600, 24, generator=generator(), dtype=torch.float64).pow(3)
     weights = partial(token_weights, gamma=10)
     _, losses = alternate(lambda: [x], random_rotation(24, 1), [goals[target]] * 30, weights, tolerance=0)
@@ -155,8 +153,7 @@ def test_learning_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    "objective",
-    [whip, kurtosis, variance, partial(gsr_loss, rows=ASYMMETRIC), partial(quantization_error, rows=RowFormat())],
+    "objective", [whip, kurtosis, partial(gsr_loss, rows=ASYMMETRIC), partial(quantization_error, rows=RowFormat())]
 )
 def test_every_objective_falls_when_it_is_trained(objective):
     x, _ = corners(400, 16, seed=4)
@@ -164,33 +161,6 @@ def test_every_objective_falls_when_it_is_trained(objective):
     start = random_rotation(16, 9).float()
     r, _ = learn_rotation(lambda: x.split(100), objective, start, "qr", steps=160, lr=0.02)
     assert objective(x @ r.float()) < 0.8 * objective(x @ start)
-
-
-def test_mean_to_ones_corrects_the_bias_of_normal_tokens_and_spares_massive_ones():
-    """What a subtracted bias does to the few tokens that do not share the mean, the reflection does not."""
-    mean = torch.randn(128, generator=generator(1))
-    normal = mean + torch.randn(800, 128, generator=generator(2))
-    massive = torch.randn(20, 128, generator=generator(3))
-    massive[:, 9] = 80
-    h = RandomHadamard(128, generator(4)).rows(torch.eye(128, dtype=torch.float64)).float()
-    v = mean_to_ones((normal @ h).mean(0))
-    ways = {
-        "h": lambda x: x @ h,
-        "bias": lambda x: (x - normal.mean(0)) @ h,
-        "ones": lambda x: reflect_rows(x @ h, v),
-    }
-    error = {}
-    for name, way in ways.items():
-        exact = (normal, massive)
-        turned = [way(x) for x in exact]
-        error[name] = [
-            ((y - fake_quantize(y, ASYMMETRIC)).square().sum() / x.square().sum()).item()
-            for x, y in zip(exact, turned, strict=True)
-        ]
-    assert error["ones"][0] < 0.7 * error["h"][0]
-    assert error["ones"][0] < 1.1 * error["bias"][0]
-    assert error["bias"][1] > 1.2 * error["h"][1]
-    assert error["ones"][1] < 1.1 * error["h"][1]
 
 
 class Toy:

@@ -280,7 +280,7 @@ def test_bad_input(tmp_path: Path, capsys: Capture) -> None:
         f"{tmp_path}/gpt2": r"architectures is ['GPT2LMHeadModel'], supported are Llama",
         f"{model} --against {other_model(tmp_path, layers=3)}": "num_hidden_layers is 3, but 2",
         f"{model} --text {tmp_path}/no.txt": "no such file",
-        f"{model} --seq-len 513": "--seq-len 513: must be from 2 to the model's 512 positions",
+        f"{model} --seq-len 513": "--seq-len 513: must be from 2 to 512, as the model has 512 positions",
         f"{model} --html {tmp_path}": "--html",
         f"{model} --html {tmp_path}/nowhere/report.html": "in a folder that exists",
     }
