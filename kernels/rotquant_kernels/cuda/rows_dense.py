@@ -51,6 +51,6 @@ def launch(x: Tensor, block: int, matrix: Tensor | None) -> Tensor:
         tm, tn, tk = SIZE
         dense_kernel[(columns // block * triton.cdiv(block, tn), triton.cdiv(rows, tm))](
             x, matrix.contiguous(), out, x.stride(0) if rows > 1 else 0, rows, columns, block,
-            TM=tm, TN=tn, TK=tk, num_warps=WARPS,
+            TM=tm, TN=tn, TK=tk, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -235,8 +235,10 @@ def test_wrong_arguments_are_refused_by_name():
         layout.pack_weight(packed, 4, 72, 1)
     with pytest.raises(ValueError, match="multiple of 32"):
         layout.pack_weight(packed, 4, 64, 4)
-    for block, matrix, word in ((32, None, "needs its matrix"), (48, torch.eye(48), "48 does not divide 64"),
-                                (32, torch.eye(32).double(), r"float32 \[32, 32\]"), (32, torch.eye(16), "float32")):  # fmt: skip
+    for block, matrix, word in (
+        (32, None, "needs its matrix"), (48, torch.eye(48), "48 does not divide 64"), (32, torch.eye(16), "float32"),
+        (32, torch.eye(32).double(), r"float32 \[32, 32\]"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             rows.online_stage(x, "dense", block, matrix)
     with pytest.raises(ValueError, match="norm of 40000 columns"):
