@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotquant_kernels import cuda, fused, native, reference
+from rotquant_kernels import cuda, native, reference
 from rotquant_kernels.backends import Backend, Layer, choose
 from rotquant_kernels.backends import kernel_of as kernel_of
 
@@ -35,7 +35,7 @@ OPS = {
 }
 
 _library = torch.library.Library("rotquant", "DEF")
-SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) for name in OPS}
+SPECIFICATION = {name: getattr(reference, name) for name in OPS}
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")

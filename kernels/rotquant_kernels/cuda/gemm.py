@@ -198,7 +198,7 @@ def quantized_linear(
     codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     weight_bits: int, act_symmetric: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `fused.quantized_linear`."""
+    """See `reference.quantized_linear`."""
     return product((codes, scale, zero), weight, weight_scale, bias, weight_bits, act_symmetric, dtype)
 
 
