@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from rotquant.transforms.williamson import williamson
-from rotquant_kernels.reference import hadamard as power_of_two_rows
-
-CACHED = 1 << 19  # numbers rotated at a time: a vocabulary in float64 is far larger than the processor's cache
+from rotquant_kernels.stages.hadamard import inner, products, sylvester
 
 
 def is_power_of_two(n: int) -> bool:
@@ -84,26 +82,20 @@ def largest_order(n: int) -> int:
 
 
 def hadamard_rows(x: Tensor, order: int) -> Tensor:
-    """x (I ⊗ H / sqrt(order)) along the last dimension; H = H_m ⊗ H_p of `split_order`.
+    """x (I ⊗ H / sqrt(order)) along the last dimension; H = H_a ⊗ H_b of `factors`."""
+    return products(x, *(matrix.to(x) for matrix in factors(order)))
 
-    With x cut into m x p matrices X, x (H_m ⊗ H_p) is H_mᵀ X H_p.
-    """
+
+@functools.cache
+def factors(order: int) -> tuple[Tensor, Tensor]:
+    """Rotations H_a / sqrt(a) and H_b / sqrt(b), float64, with H_a ⊗ H_b of this order, as nearly square as can be."""
     parts = split_order(order)
     assert parts is not None, f"no Hadamard matrix of order {order}"
-    rows = x.reshape(-1, x.shape[-1])
-    some = max(1, CACHED // x.shape[-1])
-    return torch.cat([_product(part, *parts) for part in rows.split(some)]).view(x.shape)
-
-
-def _product(x: Tensor, m: int, p: int) -> Tensor:
-    """x (I ⊗ H_m ⊗ H_p) / sqrt(m p) for x [n, K]."""
-    y = power_of_two_rows(x, p) if p > 1 else x
-    if m == 1:
-        return y
-    matrix = base(m)
+    m, p = parts
+    b = inner(order, p)
+    matrix = base(m) if m > 1 else torch.ones(1, 1, dtype=torch.float64)
     assert matrix is not None
-    blocks = y.reshape(len(x), -1, m, p)
-    return (matrix.to(y).T @ blocks / m**0.5).reshape(x.shape)
+    return torch.kron(matrix / m**0.5, sylvester(p // b)), sylvester(b)
 
 
 class RandomHadamard:
