@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Generator, Tensor
 
 from rotquant_kernels.stages.kind import Kind, Stage
+
+CACHED = 1 << 19  # numbers turned at a time: a vocabulary in float64 is far larger than the processor's cache
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
@@ -23,6 +27,39 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     return (y.reshape(-1, block) * block**-0.5).reshape(x.shape)
 
 
+def products(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x (I ⊗ H_a ⊗ H_b) by two dense products: several times as fast as butterflies, which read and write all of x
+    log2(block) times, and not the same to the last bit.
+
+    With x cut into a x b matrices X, x (H_a ⊗ H_b) is H_aᵀ X H_b.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    some = max(1, CACHED // x.shape[-1])
+    return torch.cat([_product(part, left, right) for part in rows.split(some)]).view(x.shape)
+
+
+def _product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    blocks = (x.reshape(-1, len(right)) @ right).view(-1, len(left), len(right))
+    return (blocks.mT @ left).mT.reshape(x.shape)
+
+
+def sylvester(n: int) -> Tensor:
+    """H / sqrt(n), float64 [n, n], n a power of two."""
+    return hadamard(torch.eye(n, dtype=torch.float64, device="cpu"), n)
+
+
+def inner(order: int, power: int) -> int:
+    """The power of two b <= power for which order / b and b are nearest to each other."""
+    return min((1 << k for k in range(power.bit_length())), key=lambda b: order // b + b)
+
+
+@functools.cache
+def factors(block: int) -> tuple[Tensor, Tensor]:
+    """Rotations H_a / sqrt(a) and H_b / sqrt(b), float64, with H_a ⊗ H_b of this block."""
+    b = inner(block, block)
+    return sylvester(block // b), sylvester(b)
+
+
 class Hadamard(Kind):
     """Needs no tensor. A file may hold the matrix all the same: an engine that ignores transforms then meets a tensor
     that it does not know."""
@@ -32,6 +69,9 @@ class Hadamard(Kind):
 
     def rows(self, x: Tensor, stage: Stage) -> Tensor:
         return hadamard(x, stage.block)
+
+    def weights(self, w: Tensor, stage: Stage) -> Tensor:
+        return products(w, *(matrix.to(w) for matrix in factors(stage.block)))
 
     def block_fault(self, block: int) -> str:
         odd = block & (block - 1)

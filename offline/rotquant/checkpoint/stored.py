@@ -1,8 +1,8 @@
 """Tensors of online transforms as a checkpoint stores them: shape, content, shards.
 
-`<module>.<name>_input.weight` is the tensor of a stage; `rotquant_kernels.stages` says what it holds (a kind without
-one may have a marker there, which is only checked). `<module>.<name>_output.weight`, float [N], is what an affine stage
-takes from the outputs, W b of the weight before quantization. K is the layer's whole input.
+`<module>.<name>_input.weight` is the tensor of a stage; `rotquant_kernels.stages` says what it holds. Of a kind without
+one a file may have a marker there, which is only checked. `<module>.<name>_output.weight`, float [N], is what an affine
+stage takes from the outputs, W b of the weight before quantization. K is the layer's whole input.
 
 Written by `stored_stage`; one reader, `check`, for `rotquant.load` and the vLLM plugin.
 """

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.architecture import Attention
-from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage
 
@@ -199,6 +198,5 @@ def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
         kind = KINDS[stage.kind]
         if (moved := kind.moved(weight, stage)) is not None:
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
-        # A Hadamard is its own inverse transpose, and as two dense products faster than in butterflies.
-        weight = hadamard_rows(weight, stage.block) if stage.kind == "hadamard" else kind.weights(weight, stage)
+        weight = kind.weights(weight, stage)
     out[f"{linear}.weight"] = weight
