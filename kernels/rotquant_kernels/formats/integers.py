@@ -45,6 +45,11 @@ class RowFormat:
         """The lowest and the highest code."""
         return convention.int_range(self.bits)
 
+    @property
+    def symmetry(self) -> str:
+        """In words."""
+        return "symmetric" if self.symmetric else "asymmetric"
+
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, float32 [..., 1] each, of x float [..., K]; the zero point goes with the held scale."""
         scale, zero = convention.qparams(x, self.bits, self.symmetric, self.clip)

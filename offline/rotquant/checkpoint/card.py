@@ -11,7 +11,7 @@ from rotquant.models import Architecture
 from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
-from rotquant_kernels.reference import kv_token_bytes
+from rotquant_kernels.formats import KVFormat
 
 CARD = """---
 library_name: vllm
@@ -23,8 +23,8 @@ tags: [rotquant, compressed-tensors, {tag}]
 
 | | |
 |---|---|
-| weights | int{w_bits}, {granularity}, {method}; mean relative rounding error {error:.4f} |
-| activations | int{a_bits} per token, {a_sym}, clip ratio {a_clip} |
+| weights | {weights}, {granularity}, {method}; mean relative rounding error {error:.4f} |
+| activations | {rows} per token, {symmetry}, clip ratio {a_clip} |
 | KV cache | {kv} |
 | online transforms | {online} |
 | lm_head | {head} |
@@ -50,9 +50,7 @@ def write_card(
 ) -> None:  # fmt: skip
     """README.md of the model: recipe, numbers, and the commands to use it."""
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
-    kv, weights, act = recipe.kv, recipe.weights, recipe.activations
-    heads = sum(kind.attention.kv_heads for kind in arch.kinds)
-    kv_bytes, kv4 = 2 * heads * arch.head_dim * 2, heads * kv_token_bytes(arch.head_dim, kv.symmetric)
+    weights, act = recipe.weights, recipe.activations
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
     down = arch.kinds[0].mlp.down.rpartition(".")[2]
     online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
@@ -64,20 +62,19 @@ def write_card(
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
-        bits=f"W{weights.bits}A{act.bits}" + ("KV4" if kv.bits == 4 else ""),
+        bits=f"W{weights.bits}A{act.bits}" + ("KV4" if recipe.kv.form() else ""),
         recipe=recipe.name,
         description=recipe.description,
-        w_bits=weights.bits,
+        weights=weights.form,
         granularity=f"groups of {weights.group_size}" if weights.group_size else "one scale per output channel",
         method=weights.method.upper() + (" with clip search" if weights.clip_search else ""),
         error=sum(errors) / len(errors),
-        a_bits=act.bits,
-        a_sym="symmetric" if act.symmetric else "asymmetric",
+        rows=act.rows,
+        symmetry=act.rows.symmetry,
         a_clip="learned for each layer" if any(layer.clips for layer in transforms.layers) else act.clip,
-        kv=f"int4 per token and head, {'symmetric' if kv.symmetric else 'asymmetric'}; {kv4} bytes a token,"
-        f" {kv_bytes} in bf16 ({kv_bytes / kv4:.2f}x)" if kv.bits == 4 else "not quantized",
+        kv=cache_line(recipe.kv.form(), arch),
         online="; ".join(online) or "none",
-        head=f"int{recipe.lm_head.bits}" if recipe.lm_head.bits == 8 else "not quantized",
+        head=recipe.lm_head.form or "not quantized",
         calibration=f"{calibrated.tokens.shape[0]} windows of {calibrated.tokens.shape[1]} tokens from"
         f" `{calibrated.name}`" if calibrated else "none",
         size=size / 1e6,
@@ -87,3 +84,13 @@ def write_card(
         " loads it as it is, and stock vLLM runs it with 16-bit activations.",
     )  # fmt: skip
     save_text(journal.folder / "README.md", text)
+
+
+def cache_line(kv: KVFormat | None, arch: Architecture) -> str:
+    """What a token's K and V of all layers take."""
+    if kv is None:
+        return "not quantized"
+    heads = sum(kind.attention.kv_heads for kind in arch.kinds)
+    ours, theirs = heads * kv.token_bytes(arch.head_dim), heads * arch.head_dim * 4
+    what = f"{kv.key} per token and head, {kv.key.symmetry}"
+    return f"{what}; {ours} bytes a token, {theirs} in bf16 ({theirs / ours:.2f}x)"
