@@ -96,6 +96,14 @@ def test_a_worker_has_the_same_rotquant(child: Any, base: Path) -> None:
 # ---- agreement ------------------------------------------------------------------------------------------
 
 
+def test_a_device_without_kernels_is_refused(child: Any) -> None:
+    child(ranks.check_device, "cuda")
+    with pytest.raises(
+        RotQuantError, match="no kernels for the device 'xpu': it runs on cpu and cuda: start vLLM"
+    ):
+        child(ranks.check_device, "xpu")
+
+
 def test_like_ranks_agree(child: Any, base: Path) -> None:
     assert child(ranks.run, ranks.refused, base, {}) == [None, None]
 

@@ -150,6 +150,12 @@ def kernels_in_worker(folder: Path, first: dict[str, str], worker: dict[str, str
                 ops.choose_cpu_tier("auto")
 
 
+def check_device(kind: str) -> None:
+    from vllm_rotquant import agreement
+
+    agreement.check_device(kind)
+
+
 def copies(folder: Path) -> list[Any]:
     """The format of a layer in copies of the quantization config, as vLLM, Ray and data parallelism make them."""
     import copy
