@@ -71,7 +71,7 @@ def greedy_stages(
         stages.append(Stage("dense", block, product.float()))
         if not last:
             magnitude = transform(x, stages).abs().amax(0)
-            stages.append(Stage("permutation", x.shape[1], zigzag(magnitude, block, shards)))
+            stages.append(Stage("permutation", x.shape[1] // shards, zigzag(magnitude, block, shards)))
     if method == "ruquant" and shards == 1:
         v = greedy_reflection(transform(x, stages), generator, form)
         stages += [] if v is None else [Stage("reflection", x.shape[1], v.float())]
