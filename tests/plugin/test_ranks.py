@@ -98,9 +98,7 @@ def test_a_worker_has_the_same_rotquant(child: Any, base: Path) -> None:
 
 def test_a_device_without_kernels_is_refused(child: Any) -> None:
     child(ranks.check_device, "cuda")
-    with pytest.raises(
-        RotQuantError, match="no kernels for the device 'xpu': it runs on cpu and cuda: start vLLM"
-    ):
+    with pytest.raises(RotQuantError, match="no kernels for the device 'xpu': it runs on cpu and cuda: start vLLM"):
         child(ranks.check_device, "xpu")
 
 
