@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rotquant_kernels.ops import int_linear, online_stage
+from rotquant_kernels import calls
+from rotquant_kernels.formats import RowFormat, WeightFormat
+from rotquant_kernels.ops import online_stage
 from rotquant_kernels.stages import KINDS, Stage
 
 
@@ -30,11 +32,9 @@ def linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    weight_bits: int,
+    weights: WeightFormat,
     stages: Sequence[Stage],
-    act_bits: int,
-    act_symmetric: bool,
-    act_clip: float,
+    rows: RowFormat,
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
     silu_mul: bool = False,
@@ -48,8 +48,7 @@ def linear(
     """
     before, inside = split(stages)
     assert not (before and silu_mul)
-    y = int_linear(
-        transform(x, before), weight, weight_scale, bias, weight_bits, *inside, act_bits, act_symmetric, act_clip,
-        low_rank_down, low_rank_up, silu_mul,
-    )  # fmt: skip
+    y = calls.int_linear(
+        transform(x, before), weight, weight_scale, bias, weights, inside, rows, low_rank_down, low_rank_up, silu_mul
+    )
     return y.to(x.dtype) if before else y

@@ -468,7 +468,7 @@ def test_ranks_run_their_part_of_a_stored_transform(transform: Transform) -> Non
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:
     clip = {"default": 0.9, "model.layers.1.self_attn.k_proj": 0.5}
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
-    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").act_clip == 0.9
+    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").rows.clip == 0.9
     with pytest.raises(RotQuantError, match=r"1.self_attn.qkv_proj: vLLM runs .* as one layer, but their formats"):
         child(serving.format_of, folder, "model.layers.1.self_attn.qkv_proj")
 
@@ -484,7 +484,7 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(ours))
     renaming = {"model.": "language.model."}
     renamed = child(serving.format_of, folder, f"language.{name}", renaming)
-    assert (renamed.act_clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
+    assert (renamed.rows.clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
     attention = child(serving.format_of, folder, "language.model.layers.1.self_attn", renaming, attention=True)
     assert (attention.k_clip, attention.v_clip) == (0.5, 1.0)
 

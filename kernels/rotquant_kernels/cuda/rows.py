@@ -154,7 +154,7 @@ def quantize_rows(
 def rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `fused.rms_norm_quantize`."""
+    """See `reference.rms_norm_quantize`."""
     if residual is not None and (residual.dtype, residual.shape) != (x.dtype, x.shape):
         raise ValueError("the residual stream must have the dtype and the shape of x")
     residual = None if residual is None else residual.contiguous()

@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotquant.common.schema import first_error
+from rotquant.common.faults import first_error
+from rotquant.common.numbers import Ratio
 from rotquant.errors import RotQuantError
 from rotquant_kernels.stages import KINDS
 
 FORMAT_VERSION = 1
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
 Targets = Annotated[list[str], Field(min_length=1)]
 
 

@@ -9,6 +9,7 @@ from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.errors import RotQuantError
 from rotquant_kernels import KINDS, Stage, linear, online, ops
+from rotquant_kernels.backends import Layer
 
 
 class StoredInput(nn.Module):
@@ -50,7 +51,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.name, self.format = name, layer_format
         self.in_features, self.out_features = inputs, outputs = layer.in_features, layer.out_features
-        size = layer_format.group_size or inputs
+        weights = layer_format.weights
+        size = weights.group_size or inputs
         if inputs % size:
             raise RotQuantError(f"config.json: {name}: {inputs} inputs in quantization groups of {size}")
 
@@ -59,7 +61,7 @@ class QuantLinear(nn.Module):
 
         rank, dtype = layer_format.rank, layer.weight.dtype
         self.dtype = dtype  # of the rows that it is given
-        self.register_buffer("weight_packed", empty(torch.int32, outputs, -(-inputs * layer_format.weight_bits // 32)))
+        self.register_buffer("weight_packed", empty(torch.int32, outputs, weights.words(inputs)))
         self.register_buffer("weight_scale", empty(torch.float32, outputs, inputs // size))
         self.register_buffer("bias", None if layer.bias is None else empty(layer.bias.dtype, outputs))
         self.register_buffer("low_rank_down", empty(dtype, inputs, rank) if rank else None)
@@ -80,9 +82,9 @@ class QuantLinear(nn.Module):
         """
         f, bias = self.format, self.bias is not None or any(KINDS[t.kind].affine for t in self.format.transforms)
         dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
-        settings = f.weight_bits, self.in_features, f.act_bits, f.act_symmetric, bias, bool(f.rank), dtype
+        layer = Layer(self.out_features, self.in_features, f.weights, f.rows, bias, bool(f.rank), dtype)
         try:
-            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, *settings).weight
+            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, layer).weight
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.name}: {error}") from None
         for transform in self.format.transforms:
@@ -99,6 +101,6 @@ class QuantLinear(nn.Module):
         """Float [..., K] to [..., N] of the same dtype."""
         f = self.format
         return linear(
-            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits, self.stages,
-            f.act_bits, f.act_symmetric, f.act_clip, self.low_rank_down, self.low_rank_up,
+            x, self.weight_packed, self.weight_scale, self.bias, f.weights, self.stages, f.rows,
+            self.low_rank_down, self.low_rank_up,
         )  # fmt: skip

@@ -4,7 +4,7 @@
 one a file may have a marker there, which is only checked. `<module>.<name>_output.weight`, float [N], is what an affine
 stage takes from the outputs, W b of the weight before quantization. K is the layer's whole input.
 
-One reader for `rotquant.load` and the vLLM plugin.
+Written by `stored_stage`; one reader, `check`, for `rotquant.load` and the vLLM plugin.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from torch import Tensor
 
 from rotquant.checkpoint.format import Transform
 from rotquant.errors import RotQuantError
-from rotquant_kernels.stages import KINDS
+from rotquant_kernels.stages import KINDS, Stage
 
 
 def shape(transform: Transform, inputs: int) -> tuple[int, ...]:
     """Shape of the stored tensor (of the marker, for a kind without one) in a layer with K = inputs."""
     return KINDS[transform.kind].shape(transform.block, inputs)
+
+
+def stored_stage(stage: Stage) -> Tensor:
+    """A stage's tensor as the checkpoint stores it, in its kind's dtype."""
+    return stage.held.to(KINDS[stage.kind].dtype).contiguous()
 
 
 def check_block(layer: str, transform: Transform, inputs: int) -> None:

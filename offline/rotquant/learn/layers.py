@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
-from rotquant.learn.blockwise import learn_blockwise, quantized_layer
+from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
 from rotquant.learn.rotations import learn_r2
+from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.permutation import zigzag
-from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant.transforms.scaling import smooth_scale
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import reference
+from rotquant_kernels.formats import WeightFormat
 
 ROWS = 4096  # tokens of a site that are kept
 VALUES_ALPHA = 0.5
@@ -33,7 +35,7 @@ VALUES_ALPHA = 0.5
 class LayerLearner:
     """Learns the layers from the first to the last.
 
-    The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+    The full-precision chain is kept here.
     """
 
     def __init__(self, job: Learner) -> None:
@@ -41,7 +43,6 @@ class LayerLearner:
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
         self.chain = job.embedded(samples)
-        self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
@@ -55,12 +56,7 @@ class LayerLearner:
         after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
-            inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, decoder, tensors, layer, inputs, after, index, slot, report)
-        if self.block and self.quantized is not None:
-            fixed = quantized_layer(job, decoder, tensors, layer, [], self.block.weight_bits)
-            with torch.no_grad():
-                self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
+            layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
         self.chain = after
         return layer
 
@@ -105,7 +101,7 @@ class SampleLearner:
 
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
-        x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
+        x, alpha = self.x[site], self.recipe.scales.alpha
         one = {"attn": (self.kind.attention.query,), "mlp": (self.kind.mlp.up,)}  # what OmniQuant's code looks at
         every = self.kind.sites[site]
         linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
@@ -117,9 +113,8 @@ class SampleLearner:
         def rotate(rows: Tensor) -> Tensor:
             return reference.hadamard(rows, block) if block else rows
 
-        return search_scale(
-            x, weight, rotate, act.bits, act.symmetric, act.clip, self.recipe.weights.bits
-        )[1]  # fmt: skip
+        weights = WeightFormat(self.recipe.weights.bits)  # a scale an output channel, whatever the groups
+        return search_scale(x, weight, rotate, self.recipe.activations.rows, weights)[1]
 
     def values_scale(self) -> Tensor:
         """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""
@@ -144,7 +139,7 @@ class SampleLearner:
             x = reference.online_stage(x, *stage)
         for word in wanted:
             random = generator(self.job.seed, f"{word}.{site}.{self.index}")
-            symmetric, head_dim = self.recipe.activations.symmetric, self.kind.attention.head_dim
-            for stage in STARTS[word](Seen(x, random, self.recipe.online, head_dim, self.job.tp_max, symmetric)):
+            rows, head_dim = self.recipe.activations.rows, self.kind.attention.head_dim
+            for stage in STARTS[word](Seen(x, random, self.recipe.online, head_dim, self.job.tp_max, rows)):
                 chain.append(stage)
                 x = reference.online_stage(x, *stage)

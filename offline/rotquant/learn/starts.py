@@ -2,7 +2,6 @@
 
     kronecker  two random Hadamard rotations, as near to each other in size as the width's divisors allow
     heads      the same for the heads of o's input alone: channels within a head stay as they are
-    dense      a random Hadamard rotation in blocks
     greedy     RUQuant's or DuQuant's chain (`greedy`)
     shift      the mean of the tokens that are not massive
 
@@ -23,13 +22,14 @@ from rotquant.recipe import OnlineStages
 from rotquant.transforms import kronecker
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant_kernels import Stage
+from rotquant_kernels.formats import RowFormat
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a start may look at.
 
-    x: a sample of what the stages will see, float [n, K]; symmetric: whether activations are quantized so.
+    x: a sample of what the stages will see, float [n, K]; rows: what activations are rounded to.
     """
 
     x: Tensor
@@ -37,7 +37,7 @@ class Seen:
     options: OnlineStages
     head_dim: int
     tp_max: int
-    symmetric: bool
+    rows: RowFormat
 
     @property
     def width(self) -> int:
@@ -62,13 +62,9 @@ def heads_start(seen: Seen) -> list[Stage]:
     return [kronecker.stage(seen.rotation(seen.width // seen.head_dim), torch.eye(seen.head_dim))]
 
 
-def dense_start(seen: Seen) -> list[Stage]:
-    return [Stage("dense", seen.block, seen.rotation(seen.block))]
-
-
 def greedy_start(seen: Seen) -> list[Stage]:
     method, width = seen.options.greedy, seen.width
-    made = greedy_stages(seen.x, seen.block, seen.random, method, seen.symmetric, seen.tp_max)
+    made = greedy_stages(seen.x, seen.block, seen.random, method, seen.rows, seen.tp_max)
     if method == "ruquant" and seen.tp_max == 1 and made[-1].kind != "reflection":
         made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
     return made
@@ -81,7 +77,6 @@ def shift_start(seen: Seen) -> list[Stage]:
 STARTS: dict[str, Callable[[Seen], list[Stage]]] = {
     "kronecker": kronecker_start,
     "heads": heads_start,
-    "dense": dense_start,
     "greedy": greedy_start,
     "shift": shift_start,
 }

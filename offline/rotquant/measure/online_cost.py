@@ -45,7 +45,7 @@ def online_cost(folder: Path) -> OnlineCost:
     """
     config = read_config(folder)
     arch = describe(config, f"{folder}/config.json")
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    checkpoint = CheckpointFormat.of(config)
     served: set[tuple[str, tuple[Stage, ...]]] = set()
     gemm = total = 0
     for index, kind in enumerate(arch.kinds):

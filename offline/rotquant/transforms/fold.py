@@ -41,6 +41,7 @@ from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage
 
 Change = Callable[[Tensor], Tensor]
+VOCABULARY_ROWS = 8192  # of embeddings or lm_head, to be folded at a time: float64 is large
 
 
 class Fold:

@@ -17,10 +17,6 @@ from rotquant.transforms.williamson import williamson
 from rotquant_kernels.stages.hadamard import inner, products, sylvester
 
 
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
-
-
 def power_of_two_factor(n: int) -> int:
     """Largest power of two that divides n."""
     return n & -n

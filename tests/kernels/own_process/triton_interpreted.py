@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import empty_steps
-from rotquant_kernels import KINDS, convention, fused, reference
-from rotquant_kernels.cuda import gemm, layout, rows
+from rotquant_kernels import KINDS, convention, reference
+from rotquant_kernels.cuda import gemm, layout, linear, rows
 from test_linear_native import activations, gate_up, linear_case, same
 
 SEEDS = st.integers(0, 2**31)
@@ -194,7 +194,7 @@ def test_a_norm_quantizes_in_one_launch(dtype, symmetric):
     weight = (1 + torch.randn(768, generator=generator) / 4).to(dtype)
     for before in (residual, residual.t().contiguous().t(), None):
         arguments = (x, before, weight, 1e-6, 8, symmetric, 1.0)
-        expected = fused.rms_norm_quantize(*arguments)
+        expected = reference.rms_norm_quantize(*arguments)
         got = rows.rms_norm_quantize(*arguments)
         nearly(got, expected)
         assert same(got[3], expected[3])
@@ -208,7 +208,7 @@ def test_a_linear_layer_of_quantized_rows_is_the_whole():
     whole = gemm.int_linear(x, weight, scale, bias, 4, "hadamard", 64, None, 4, False, 0.9)
     quantized = rows.quantize_rows(x, "hadamard", 64, None, 4, False, 0.9)
     assert same(gemm.quantized_linear(*quantized, weight, scale, bias, 4, False, x.dtype), whole)
-    plain = fused.quantized_linear(*quantized, packed, scale, bias, 4, False, x.dtype)
+    plain = reference.quantized_linear(*quantized, packed, scale, bias, 4, False, x.dtype)
     assert same(plain, whole)
 
 
@@ -259,7 +259,7 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_without_rows(dtype):
-    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS}
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS}
     assert empty_steps.check(kernels, dtype) >= {
         "online_stage",
         "quantize_rows",

@@ -19,7 +19,7 @@ from checkpoints import Spec, edit_config, edit_tensors, prompts, write_checkpoi
 from float_model import expected_logprobs
 from online_extras import DOWN, GATE_UP, QKV, Extras, everything
 from rotquant.errors import RotQuantError
-from rotquant_kernels import reference
+from rotquant_kernels import ops, reference
 
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "r4_block": 32}
 WIDER = SMALL | {"hidden": 128, "intermediate": 256}
@@ -29,7 +29,7 @@ PROMPTS = prompts((9, 33))
 @pytest.fixture(autouse=True)
 def exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """See test_load."""
-    monkeypatch.setattr("rotquant.checkpoint.loading.run_kv4_attention", reference.kv4_attention)
+    monkeypatch.setattr(ops, "kv4_attention", reference.kv4_attention)
 
 
 def assert_agrees(folder: Path, spec: Spec) -> None:
