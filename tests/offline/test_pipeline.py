@@ -179,7 +179,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
 
 
-def test_two_devices_share_the_windows(tmp_path, monkeypatch):
+LEARNED = {
+    "recipe": "kurtail",
+    "settings": ["learn.surrogate.steps=5", "weights.attention_weight=0.9", "weights.refit=false"],
+}
+
+
+@pytest.mark.parametrize("changes", [{}, LEARNED], ids=["quarot", "learned"])
+def test_two_devices_share_the_windows(tmp_path, monkeypatch, changes):
     """Learning and quantizing are spread over both; what differs from one device is the rounding of two sums."""
     used = set()
     run = Devices._run
@@ -190,17 +197,16 @@ def test_two_devices_share_the_windows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Devices, "_run", spy)
     folder = source_model(tmp_path / "m", "llama")
-    learned = QUICK | {"recipe": "kurtail", "settings": ["learn.surrogate.steps=5", "weights.attention_weight=0.9"]}
-    one = quantize(str(folder), tmp_path / "one", device="cpu", **learned)
+    one = quantize(str(folder), tmp_path / "one", device="cpu", **QUICK | changes)
     assert used == {(0, 4)}
     used.clear()
-    two = quantize(str(folder), tmp_path / "two", device="cpu,cpu", **learned)
+    two = quantize(str(folder), tmp_path / "two", device="cpu,cpu", **QUICK | changes)
     assert used == {(0, 2), (1, 2)}
     a, b = tensors_of(one), tensors_of(two)
     assert a.keys() == b.keys()
     for name in a:
         if name.endswith("weight_packed"):
-            different = sum(((a[name] >> 4 * i) ^ (b[name] >> 4 * i)) & 15 != 0 for i in range(8)).float().mean() / 8
-            assert different < 0.02, (name, different)
+            different = sum(((a[name] ^ b[name]) >> 4 * i & 15 != 0).double().mean() for i in range(8)) / 8
+            assert different < 0.03, (name, different)
         else:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3, msg=name)
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
