@@ -9,10 +9,10 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -25,14 +25,19 @@ from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
+from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.checkpoint.packed import pack
+from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.choose.choice import Choice
 from rotquant.choose.judge import judged_windows
 from rotquant.choose.search import Search, learned
+from rotquant.common.devices import Devices
+from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -41,16 +46,31 @@ from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders
-from rotquant.recipe import Recipe, load_recipe
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, pack
+from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
-ROWS = 8192  # rows of the vocabulary that are folded at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model; see `quantize`."""
+
+    recipe: str = "best"
+    settings: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    profile: str = "full"
+    tp_max: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,10 @@ class Run:
     arch: Architecture
     recipe: Recipe
     profile: str
-    transforms: Transforms  # those that need no learning at first; `learn_transforms` completes them
+    transforms: Transforms  # before `learn_transforms` those that need no learning
     calibrated: Calibrated | None
     dtype: torch.dtype
-    device: str
+    devices: Devices
     seed: int
     tp_max: int
     choice: Choice | None = None  # among the recipe's candidates, where it has some; `recipe` is then what was chosen
@@ -108,7 +128,7 @@ def quantize(
         recipe: name of a shipped recipe or path of a YAML file; settings: `key=value` changes to it.
         calibration: text for learning and GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
         samples, seq_len: calibration windows and their tokens, the recipe's where None.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", or several, over which the calibration windows are spread: "cuda:0,cuda:1".
         profile: "full", or "portable" (no online transforms, 16-bit KV: loads anywhere).
         tp_max: largest tensor-parallel size that the checkpoint is to be served with.
         seed: of everything random: rotations, calibration windows, learning.
@@ -120,7 +140,8 @@ def quantize(
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    run = prepare(model, asked)
     if max_memory is not None:
         for one in run.recipe.possible:
             check_memory(one, run.arch, run.windows, run.dtype, max_memory)
@@ -133,7 +154,7 @@ def quantize(
     try:
         with clear_disk_errors(journal.folder):
             run = choose(run, journal)
-            learn_transforms(run, journal)
+            run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
@@ -146,32 +167,30 @@ def quantize(
     return output
 
 
-def prepare(
-    model: str, recipe: str, settings: Sequence[str], calibration: str | None, samples: int | None,
-    seq_len: int | None, device: str, profile: str, tp_max: int, seed: int,
-) -> Run:  # fmt: skip
+def prepare(model: str, asked: Settings) -> Run:
     """Reads and checks everything that can be checked before any work is done."""
-    if profile not in ("full", "portable"):
-        raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = writer.for_profile(load_recipe(recipe, settings), profile).check_learning()
+    devices = Devices(asked.device)
+    if asked.profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {asked.profile}: take full or portable")
+    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
-    check_shapes(chosen, arch)
-    transforms = initial_transforms(chosen, arch, tp_max, seed)
+    check_shapes(recipe, arch)
+    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
-    if chosen.needs_calibration:
-        length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
-        count = samples or chosen.calibration.samples
-        aside = judged_windows(length, chosen.choose.effort) if chosen.choose and chosen.chooses else 0
-        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed, aside)
+    if recipe.needs_calibration:
+        length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
+        count = asked.samples or recipe.calibration.samples
+        aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed, aside)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
         if aside and calibrated.aside is None:
-            say(f"calibration text gives no window to choose by: recipe {chosen.name} stays at its base")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+            say(f"calibration text gives no window to choose by: recipe {recipe.name} stays at its base")
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
-    return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
+    return Run(
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
+    )
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -199,7 +218,7 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
         "profile": run.profile,
         "tp_max": run.tp_max,
         "seed": run.seed,
-        "device": run.device,
+        "device": run.devices.names,
         "calibration": [calibrated.sha256, *calibrated.tokens.shape] if calibrated else None,
     }
 
@@ -217,17 +236,22 @@ def choose(run: Run, journal: Journal) -> Run:
 
 def begin(run: Run, recipe: Recipe) -> Learner:
     """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
-    assert run.calibrated is not None
-    recipe = writer.for_profile(recipe, run.profile).check_learning()
+    recipe = recipe.for_profile(run.profile).check_learning()
     check_shapes(recipe, run.arch)
-    transforms = initial_transforms(recipe, run.arch, run.tp_max, run.seed)
-    tokens = run.calibrated.tokens
-    return Learner(recipe, run.arch, run.source, tokens, transforms, run.dtype, run.seed, run.device, run.tp_max)
+    return learner(replace(run, recipe=recipe, transforms=initial_transforms(recipe, run.arch, run.tp_max, run.seed)))
 
 
 def with_choice(run: Run, choice: Choice) -> Run:
     job = begin(run, choice.apply(run.recipe))
     return replace(run, recipe=job.recipe, transforms=job.transforms, choice=choice)
+
+
+def learner(run: Run) -> Learner:
+    assert run.calibrated is not None
+    return Learner(
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -236,7 +260,7 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise RotQuantError(f"{folder}: disk full; free some space and run again with --resume") from error
         raise
 
@@ -258,12 +282,13 @@ def provenance(run: Run, digest: str) -> dict[str, Any]:
     return found | ({"choice": run.choice.as_dict()} if run.choice else {})
 
 
-def learn_transforms(run: Run, journal: Journal) -> None:
-    """Finds the values of the transforms that depend on the model, and puts them into the run."""
+def learn_transforms(run: Run, journal: Journal) -> Transforms:
+    """The run's transforms, with the values of those that depend on the model."""
     if not run.recipe.needs_learning:
-        return
-    job = replace(begin(run, run.recipe), transforms=run.transforms)
+        return run.transforms
+    job = learner(run)
     learn(job, learned(journal, run.recipe) if run.choice else journal)
+    return job.transforms
 
 
 def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
@@ -299,8 +324,8 @@ def write_layers(run: Run, journal: Journal) -> None:
         return
     if first:
         say(f"resuming at layer {first}")
-    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1, run.device)
-    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
+    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1)
+    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
     chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
@@ -323,10 +348,11 @@ def write_head(run: Run, journal: Journal) -> None:
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
     tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
-    if run.recipe.lm_head.bits == 8:
+    if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
-        scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
-        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors(names.head.removesuffix(".weight"), run.dtype)
+        scale = rtn.weight_scale(folded, form, run.dtype)
+        packed = pack(form.quantize(folded, scale), scale, form)
+        tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
@@ -334,7 +360,7 @@ def write_head(run: Run, journal: Journal) -> None:
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
@@ -350,7 +376,7 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    writer.write_card(
+    write_card(
         journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before,
         run.choice.markdown() if run.choice else "",
     )  # fmt: skip

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import vllm_serving as serving
 from checkpoints import (
     Spec,
+    edit_tensors,
     edited,
     normalized_hadamard,
     prompts,
@@ -179,7 +180,12 @@ def test_lora_without_a_basis(child: Child, tmp_path: Path, base: Path) -> None:
 
 
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:
-    folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
+    def stored(config: dict[str, Any]) -> None:
+        config["quantization_config"]["transform_config"]["config_groups"]["R4"]["type"] = "random-matrix"
+
+    folder, matrix = edited(base, tmp_path / "dense", stored), normalized_hadamard(BASE.r4_block).to(BASE.dtype)
+    names = [f"model.layers.{i}.mlp.down_proj.R4_input.weight" for i in range(BASE.layers)]
+    edit_tensors(folder, lambda tensors: tensors.update({name: matrix.clone() for name in names}))
     got, expected = (child(serving.serve, path, PROMPTS, swap=EXACT) for path in (folder, base))
     assert got.tokens == expected.tokens
     for ours, theirs in zip(got.prompt_logprobs, expected.prompt_logprobs, strict=True):
@@ -282,6 +288,10 @@ def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
     got = child(serving.serve, tmp_path, PROMPTS, load_format="dummy")
     assert "RANDOM WEIGHTS" in got.log
     assert "MISMATCH" not in got.log
+    # A stage that runs before the op by the kernel of its kind: dense has one.
+    assert re.search(
+        r"down_proj +2 +native \(\w+\) \+ reference \(torch\) for kronecker, shift, permutation  ", got.log
+    )
     assert all(logprobs.isfinite().all() for logprobs in got.prompt_logprobs)
     assert [len(tokens) for tokens in got.tokens] == [4] * len(PROMPTS)
 
@@ -464,7 +474,7 @@ def test_ranks_run_their_part_of_a_stored_transform(transform: Transform) -> Non
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:
     clip = {"default": 0.9, "model.layers.1.self_attn.k_proj": 0.5}
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
-    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").act_clip == 0.9
+    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").rows.clip == 0.9
     with pytest.raises(RotQuantError, match=r"1.self_attn.qkv_proj: vLLM runs .* as one layer, but their formats"):
         child(serving.format_of, folder, "model.layers.1.self_attn.qkv_proj")
 
@@ -480,7 +490,7 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(ours))
     renaming = {"model.": "language.model."}
     renamed = child(serving.format_of, folder, f"language.{name}", renaming)
-    assert (renamed.act_clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
+    assert (renamed.rows.clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
     attention = child(serving.format_of, folder, "language.model.layers.1.self_attn", renaming, attention=True)
     assert (attention.k_clip, attention.v_clip) == (0.5, 1.0)
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from rotquant.data import DATA
 from rotquant.models.harden import harden
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 
 HELDOUT = DATA / "heldout.txt"
 SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
@@ -60,10 +60,6 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "granite4": (
         GraniteMoeHybridConfig,
         GraniteMoeHybridForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
         {
             "hidden_size": 128, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
             "logits_scaling": 2.0, "num_local_experts": 0, "shared_intermediate_size": 176, "mamba_n_heads": 4,
@@ -73,10 +69,6 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "phi3": (
         Phi3Config,
         Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
         {
             "hidden_size": 128, "pad_token_id": None, "eos_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.checkpoint.source import Source
+from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
 from rotquant.learn.stream import Learner
@@ -73,7 +74,7 @@ class Model:
     arch: Architecture
     tokens: Tensor  # int64 [samples, T], of a trial's calibration
     judged: Tensor  # int64 [n, T']
-    device: str
+    devices: Devices
 
 
 class Judge:
@@ -87,7 +88,8 @@ class Judge:
         self.model, self.arch, self.journal = model, model.arch, journal
         self.stretches = stretches(self.arch.layers, effort)
         longest = max(model.tokens.shape[1], model.judged.shape[1])
-        self.decoders = decoders(self.arch, longest, model.device)
+        self.decoders = decoders(self.arch, longest)
+        self.device = model.devices.first
         known = journal.kept("full precision")
         if known is None:
             known = self._full_precision()
@@ -121,10 +123,10 @@ class Judge:
     def _layer(self, index: int, chain: Tensor) -> Tensor:
         """The chain float32 [n, T, hidden] after a layer in full precision."""
         read = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
-        tensors = {name: tensor.float().to(self.model.device) for name, tensor in read.items()}
-        decoder = self.decoders[index]
+        tensors = {name: tensor.float().to(self.device) for name, tensor in read.items()}
+        decoder = self.decoders[index].on(self.device)
         linear = decoder.float_linear(tensors)
-        return torch.stack([decoder.layer(tensors, h.to(self.model.device), linear).cpu() for h in chain])
+        return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
 
     def __call__(self, job: Learner, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
@@ -163,7 +165,7 @@ class Judge:
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
         chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
-        quantizer = LayerQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.device)
+        quantizer = LayerQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.devices)
         fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
         for index in stretch:
             if learner:
@@ -171,7 +173,7 @@ class Judge:
                     job.transforms.layers[index] = learner(index, None, slots(f"learn layer {index}"), progress.within)
             tensors = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
             _, chain = quantizer(index, fold.layer(tensors, index), chain)
-            h = quantizer.served(h)
+            h = quantizer.passed(h)
             progress.step()
         return h.float() if matrix is None else h.float() @ matrix.T
 
@@ -186,7 +188,7 @@ class Judge:
 
     def _logits(self, h: Tensor) -> Iterator[Tensor]:
         """float32 logits of rows h [n, hidden], the vocabulary in slices."""
-        names, source, device = self.arch.names, self.model.source, self.model.device
+        names, source, device = self.arch.names, self.model.source, self.device
         normed = rms_norm(h.to(device), source.get(names.norm).float().to(device), self.arch.eps)
         head = source.get(names.embedding if self.arch.tied else names.head)
         for rows in head.split(8192):

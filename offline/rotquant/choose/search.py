@@ -32,7 +32,7 @@ from rotquant.recipe import Recipe
 
 MARGIN = 2.0
 UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head"}  # by a trial
-R1_KEYS = ("r1", "walsh_block", "mean_to_ones")
+R1_KEYS = ("r1", "walsh_block")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Search:
         job = self.begin(self.base)
         tokens = calibration(job.tokens, job.arch, self.effort)
         self.judge = Judge(
-            Model(job.source, job.arch, tokens, self.aside[:, :WINDOW], job.device), self.effort, self.journal
+            Model(job.source, job.arch, tokens, self.aside[:, :WINDOW], job.devices), self.effort, self.journal
         )
 
     def __call__(self) -> Choice:

@@ -19,8 +19,8 @@ from rotquant.choose.search import Search
 from rotquant.errors import RotQuantError
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
-from rotquant.pipeline import prepare, quantize
-from rotquant.recipe import load_recipe, shipped
+from rotquant.pipeline import Settings, prepare, quantize
+from rotquant.recipes import load_recipe, shipped
 from rotquant.text import calibration_tokens, read_tokenizer
 from source_models import HELDOUT, file_hashes, source_model
 
@@ -129,7 +129,7 @@ def test_the_judge_measures_what_is_served(model: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(judge, "CALIBRATED", 1)
     name = recipe(tmp_path, HURTS)
     out = quantize(str(model), tmp_path / "out", recipe=name, **QUICK)
-    calibrated = prepare(str(model), name, [], str(HELDOUT), 4, 64, "cpu", "full", 1, 0).calibrated
+    calibrated = prepare(str(model), Settings(name, device="cpu", **QUICK)).calibrated
     assert calibrated is not None
     assert calibrated.aside is not None
     found = measure(load_any(model), load(out), calibrated.aside[::2])
