@@ -224,7 +224,7 @@ def test_shipped_candidates_change_their_base() -> None:
 
 
 def test_effort_needs_candidates() -> None:
-    with pytest.raises(RotQuantError, match="choose.*this recipe has no candidates to choose from; take best"):
+    with pytest.raises(RotQuantError, match=r"choose.*this recipe has no candidates to choose from; take best"):
         load_recipe("quarot", ["choose.effort=2"])
 
 
