@@ -25,7 +25,7 @@ from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
-from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.original import read_original
 from rotquant.checkpoint.source import DTYPES, Source, fetch
 from rotquant.common.progress import Progress, say
@@ -34,7 +34,8 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import Architecture
+from rotquant.learn.tune import layer_of, tune
+from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe, load_recipe
 from rotquant.resources import check_disk, check_memory
@@ -42,7 +43,7 @@ from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, pack
+from rotquant.weights.layerwise import LayerQuantizer, joined, pack
 
 GATE_TOKENS = 64
 ROWS = 8192  # rows of the vocabulary that are folded at a time
@@ -129,6 +130,7 @@ def quantize(
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
+            tune_layers(run, journal)
             write_head(run, journal)
             write_companions(run, journal, digest)
             journal.publish()
@@ -222,10 +224,16 @@ def learn_transforms(run: Run, journal: Journal) -> None:
     """Finds the values of the transforms that depend on the model, and puts them into the run."""
     if not run.recipe.needs_learning:
         return
+    learn(learner(run), journal)
+
+
+def learner(run: Run) -> Learner:
+    """What learning works on."""
     assert run.calibrated is not None
     tokens = run.calibrated.tokens
-    job = Learner(run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max)
-    learn(job, journal)
+    return Learner(
+        run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max
+    )
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -270,11 +278,35 @@ def write_layers(run: Run, journal: Journal) -> None:
             stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = writer.layer_tensors(stored, kind, run.transforms, index)
-            named = {prefix + name: tensor for name, tensor in tensors.items()}
-            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
+            if run.recipe.tune:
+                journal.keep(f"layer {index}", stored, errors=quantizer.errors)
+            else:
+                write_layer(run, journal, f"layer {index}", index, stored, errors=quantizer.errors)
             journal.drop_chain(index)
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+
+
+def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
+    """The shard of a layer, from its tensors by the names of its kind."""
+    kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
+    stored = joined(quantized, kind, run.recipe.weights.bits)
+    tensors = writer.layer_tensors(stored, kind, run.transforms, index)
+    journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
+
+
+def tune_layers(run: Run, journal: Journal) -> None:
+    """Tunes the quantized layers together, if the recipe says so, and writes them."""
+    if not run.recipe.tune:
+        return
+    tuned, layers = journal.kept("tune"), range(run.arch.layers)
+    if tuned is None:
+        quantized = [journal.kept(f"layer {index}") or {} for index in layers]
+        tuned = tune(learner(run), quantized, Slot(journal, "tune"))
+        journal.keep("tune", tuned, [Slot.name("tune")])
+    for index in layers:
+        tensors, run.transforms.layers[index].clips = layer_of(tuned, index)
+        if not journal.done(f"tuned layer {index}"):
+            write_layer(run, journal, f"tuned layer {index}", index, tensors)
 
 
 def write_head(run: Run, journal: Journal) -> None:

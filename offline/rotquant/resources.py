@@ -1,9 +1,10 @@
 """What a run will need of disk and memory, estimated from sizes alone: one that cannot fit stops before any work.
 
-Memory is the largest of three phases, which do not overlap:
+Memory is the largest of four phases, which do not overlap:
 
     quantizing           a layer in float64 and its copies, GPTQ's Hessians, the chain of calibration windows
     learning by layer    a layer in float64 and float32, the float32 chain; blockwise: what gradients of a layer hold
+    tuning               all layers in float32, their gradients and two moments, activations of one layer or of all
     end to end           all layers and the vocabulary in float32, gradients of a layer and of the logits of one window
 """
 
@@ -22,6 +23,8 @@ Windows = tuple[int, ...]  # calibration samples, tokens of each
 PROCESS = 600_000_000  # bytes of Python and its libraries
 HESSIANS = 8  # square float32 arrays: two moments, and what GPTQ factorises
 GRADIENT_BYTES = 24  # a weight of a layer under training: its folded and its rounded values, and gradients of both
+KEPT_BYTES = 6_000_000_000  # activations of all layers, for tuning's backward pass: more are computed anew
+TUNED_BYTES = 4 * 4 + 2 + 2  # a weight: itself, gradient, two moments; codes and weights as products take them
 LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradients
 
 
@@ -48,6 +51,10 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
         "learning end to end, which holds the whole model in float32,": (
             end_to_end(recipe, arch, windows),
             "lower --seq-len, or take a recipe that works layer by layer, such as best",
+        ),
+        "tuning, which holds the whole model in float32 with two moments,": (
+            tuning(recipe, arch, windows, dtype),
+            "lower --seq-len, or --set tune=null",
         ),
     }
     name, (most, remedy) = max(phases.items(), key=lambda phase: phase[1][0])
@@ -90,15 +97,28 @@ def end_to_end(recipe: Recipe, arch: Architecture, windows: Windows) -> int:
     return 4 * (weights + r1 + between + logits) + gradients(arch, windows[1])
 
 
+def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
+    """Bytes of `learn.tune`; 0 where nothing is tuned."""
+    if not recipe.tune:
+        return 0
+    tokens, weights = recipe.tune.batch * windows[1], arch.layers * layer_weights(arch)
+    vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
+    each = 4 * tokens * sum(map(activation_numbers, arch.kinds))
+    kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
+    wanted = windows[0] * windows[1] * arch.hidden_size * (4 + dtype.itemsize)
+    return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
+
+
 def gradients(arch: Architecture, tokens: int) -> int:
     """Bytes that the backward pass through one layer needs, beside the layer itself."""
 
-    def numbers(kind: Layer) -> int:
-        """Of one token."""
-        queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-        return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
+    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(activation_numbers, arch.kinds))
 
-    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(numbers, arch.kinds))
+
+def activation_numbers(kind: Layer) -> int:
+    """Numbers of one token that the backward pass through a layer needs."""
+    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
+    return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
 
 
 def layer_weights(arch: Architecture) -> int:

@@ -38,6 +38,7 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
             "online": OnlineStages(),
             "learn": recipe.learn.without_clips(),
             "weights": recipe.weights.model_copy(update={"rank": 0}),
+            "tune": recipe.tune and recipe.tune.without_clips(),
             "activations": Activations(bits=recipe.activations.bits, symmetric=True, clip=1.0),
             "kv": KVCache(bits=16),
             "lm_head": LMHead(bits=16),

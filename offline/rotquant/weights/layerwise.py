@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.format import KVFormat
-from rotquant.models import Tensors
+from rotquant.models import Layer, Tensors
 from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant.weights import gptq, low_rank, rtn
 from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
 
+PACKED_LEAVES = ("weight_packed", "weight_scale", "weight_shape", "low_rank_down", "low_rank_up")
 TRIANGLE = 256  # rows of a Hessian that are summed at a time
 
 
@@ -51,6 +52,14 @@ class PackedLinear:
         return stored
 
     @classmethod
+    def of(cls, tensors: Tensors, name: str, bits: int) -> PackedLinear:
+        """The inverse of `tensors`."""
+        rows, columns = tensors[f"{name}.weight_shape"].tolist()
+        packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
+        branch = (tensors.get(f"{name}.low_rank_{part}") for part in ("down", "up"))
+        return cls(packed, scale, (rows, columns), bits, *branch)
+
+    @classmethod
     def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
         """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
         first, rows = parts[0], sum(part.shape[0] for part in parts)
@@ -61,6 +70,17 @@ class PackedLinear:
             (rows, first.shape[1]), first.bits,
             torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
         )  # fmt: skip
+
+
+def joined(tensors: Tensors, kind: Layer, bits: int) -> Tensors:
+    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other."""
+    parts = {name: PackedLinear.of(tensors, name, bits) for name in kind.linears}
+    leaves = {f"{name}.{leaf}" for name in parts for leaf in PACKED_LEAVES}
+    stored = kind.join({name: tensor for name, tensor in tensors.items() if name not in leaves})
+    for name, held in kind.stored.items():
+        dtype = tensors[f"{held[0]}.weight_scale"].dtype
+        stored |= PackedLinear.stacked([parts[part] for part in held]).tensors(name, dtype)
+    return stored
 
 
 def pack(codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None) -> PackedLinear:
@@ -91,7 +111,7 @@ class LayerQuantizer:
             folded: float64 tensors of layer `index`; chain: [samples, T, hidden], moved in place, or None without
                 calibration.
         Returns:
-            the tensors to store, and the chain after the layer.
+            the layer's tensors by the names of its kind (`joined` stores them), and the chain after the layer.
         """
         self.errors = []
         self.layer, self.decoder = self.transforms.layers[index], self.decoders[index]
@@ -107,14 +127,9 @@ class LayerQuantizer:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
         else:
             chain = self._calibrate(weights, chain)
-        return self._stored(others), chain
-
-    def _stored(self, others: Tensors) -> Tensors:
-        """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
-        stored = self.kind.join(others)
-        for name, parts in self.kind.stored.items():
-            stored |= PackedLinear.stacked([self.done[part] for part in parts]).tensors(name, self.dtype)
-        return stored
+        for name, packed in self.done.items():
+            others |= packed.tensors(name, self.dtype)
+        return others, chain
 
     def _placed(self, stage: Stage) -> Stage:
         """The stage as it will be served: its tensor as the checkpoint stores it."""

@@ -1,0 +1,205 @@
+"""A decoder layer as the checkpoint holds it, with gradients: what `tune` moves after everything else is decided.
+
+    codes    c = round(v), v float32 in steps of the grid, starting at the stored codes: an entry changes its code only
+             when the gradient pushes it half a step the same way
+    scales   s, as logarithms; the weight is c s
+    gains    of the norms, the ones on queries and keys among them
+    clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
+    branch   D and U of the low-rank branch
+
+Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
+
+    y = r s (clamp(round(x / (r s) + z)) - z);   dy/dx = 1 inside (where it did not saturate), else 0;
+    dy/dr = (y - x [inside]) / r
+
+Unlike `quantizers`, no gradient goes through a row's extremes: with them fixed a step takes half the time. Products run
+in `compute`, bfloat16 where the processor has it: codes and quantized activations are small integers times a scale, so
+that little is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rotquant.models import Tensors
+from rotquant.models.decoder import Decoder, bias_of
+from rotquant.recipe import Recipe
+from rotquant.transforms.hadamard import hadamard_rows
+from rotquant.transforms.space import LayerTransforms
+from rotquant_kernels import Stage, convention, reference
+
+LARGEST_CLIP = 0.98  # where a clip ratio of 1 starts: a sigmoid never reaches 1
+
+
+class ServedLayer(nn.Module):
+    """One layer.
+
+    Args:
+        decoder: how it computes; transforms: its online stages and clips; r3: block of the Hadamard on q and k.
+        tensors: what `LayerQuantizer` made of it, by the names of `decoder.kind`.
+        learns: names of the table above; all else stays as it is.
+        dtype: of the checkpoint, to which scales are rounded; compute: of the products.
+    """
+
+    def __init__(
+        self, decoder: Decoder, transforms: LayerTransforms, r3: int, tensors: Tensors, recipe: Recipe,
+        learns: Sequence[str], dtype: torch.dtype, compute: torch.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.decoder, self.recipe, self.r3, self.dtype, self.compute = decoder, recipe, r3, dtype, compute
+        kind, bits = decoder.kind, recipe.weights.bits
+        self.stages, self.start = transforms.inputs, transforms.clips
+        self.codes, self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
+        self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
+        for name in kind.linears:
+            packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
+            codes = convention.unpack_int32(packed, bits, kind.shapes[name][1]).float()
+            self.codes[key(name)] = nn.Parameter(codes.unflatten(1, (scale.shape[1], -1)))
+            self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
+            for part in ("low_rank_down", "low_rank_up"):
+                if f"{name}.{part}" in tensors:
+                    self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
+        norms = (*kind.norms.values(), kind.attention.query_norm, kind.attention.key_norm)
+        for norm in filter(None, norms):
+            self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
+        for name, ratio in self._ratios().items():
+            self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
+        for group in ("codes", "scales", "gains", "clips", "branch"):
+            getattr(self, group).requires_grad_(group in learns)
+        if "clips" not in learns:
+            self.clips = nn.ParameterDict()
+
+    def _ratios(self) -> dict[str, float]:
+        recipe = self.recipe
+        known = dict.fromkeys(self.decoder.kind.sites, recipe.activations.clip)
+        if recipe.kv.bits == 4:
+            known |= {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
+        return known | {name: ratio for name, ratio in self.start.items() if name in known}
+
+    def clip(self, name: str, default: float) -> Tensor | float:
+        return self.clips[name].sigmoid() if name in self.clips else self.start.get(name, default)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h' of h [..., T, hidden], float32."""
+        weights = {name: self._weight(name) for name in self.linears}
+        tensors = self.fixed | {f"{name.replace('-', '.')}.weight": gain for name, gain in self.gains.items()}
+        seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            nonlocal seen
+            site = self.decoder.kind.site_of[name]
+            if seen is None or seen[0] is not x or seen[1] != site:
+                y = transformed(x.float(), self.stages.get(site, []))
+                seen = x, site, y, self._rounded(site, y)
+            made = nn.functional.linear(seen[3], weights[name]).float()
+            down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
+            if down in self.branch:
+                made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
+            bias = bias_of(tensors, name)
+            return made if bias is None else made + bias.float()
+
+        return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.decoder.kind.linears
+
+    def _weight(self, name: str) -> Tensor:
+        scale = self.scales[key(name)].exp()
+        return Grid.apply(self.codes[key(name)], scale, self.recipe.weights.bits, self.dtype, self.compute)
+
+    def _low(self, name: str) -> Tensor:
+        return self.branch[name].to(self.compute)
+
+    def _rounded(self, site: str, y: Tensor) -> Tensor:
+        act = self.recipe.activations
+        return Rounded.apply(y, self.clip(site, act.clip), act.bits, act.symmetric, False).to(self.compute)
+
+    def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kv = self.recipe.kv
+        if self.r3:
+            query, k = hadamard_rows(query, self.r3), hadamard_rows(k, self.r3)
+        k = Rounded.apply(k, self.clip("key", kv.key_clip), 4, kv.symmetric, True)
+        return query, k, Rounded.apply(v, self.clip("value", kv.value_clip), 4, kv.symmetric, True)
+
+    @torch.no_grad()
+    def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
+        """`tensors` with what was learned, as the checkpoint stores it, and the clip ratios."""
+        out, bits = dict(tensors), self.recipe.weights.bits
+        for name in self.linears:
+            codes = rounded_codes(self.codes[key(name)], bits).flatten(1).to(torch.int8).cpu()
+            out[f"{name}.weight_packed"] = convention.pack_int32(codes, bits)
+            out[f"{name}.weight_scale"] = self.scales[key(name)].exp().squeeze(-1).to(self.dtype).cpu()
+        for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
+            out |= {name.replace("-", ".") + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
+        return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
+
+
+CONSTANT = (".bias", ".shift")
+
+
+def key(name: str) -> str:
+    """A tensor's name as a ParameterDict takes it."""
+    return name.replace(".", "-")
+
+
+def transformed(x: Tensor, stages: list[Stage]) -> Tensor:
+    """x behind the online stages; Hadamards by two products, which cost less memory and time with gradients."""
+    for stage in stages:
+        x = hadamard_rows(x, stage.block) if stage.kind == "hadamard" else reference.stage_rows(x, *stage)
+    return x
+
+
+def rounded_codes(values: Tensor, bits: int) -> Tensor:
+    return values.round().clamp_(*convention.int_range(bits))
+
+
+class Grid(torch.autograd.Function):
+    """The weight round(v) s [N, K] of v [N, G, K / G] and s [N, G, 1], s as stored, in the dtype of products."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+        codes, scale = rounded_codes(values, bits).to(compute), scale.to(dtype).to(compute)
+        ctx.save_for_backward(codes, scale)
+        return (codes * scale).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        codes, scale = ctx.saved_tensors
+        grad = grads[0].view_as(codes)
+        by_scale = (grad * codes).sum(-1, keepdim=True, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        by_values = (grad * scale).float() if ctx.needs_input_grad[0] else None
+        return by_values, by_scale, None, None, None
+
+
+class Rounded(torch.autograd.Function):
+    """x as it comes back from quantization per row, by the convention; `half` as the KV cache stores scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor | float, bits: int, symmetric: bool, half: bool) -> Tensor:
+        ratio = float(clip)
+        scale, zero = (
+            convention.kv_qparams(x, symmetric, ratio) if half else convention.qparams(x, bits, symmetric, ratio)
+        )
+        codes = (x / scale).add_(zero).round_()
+        out = codes.clamp(*convention.int_range(bits))
+        inside = out == codes
+        out.sub_(zero).mul_(scale)
+        ctx.ratio = ratio
+        ctx.save_for_backward(inside, *((x, out) if ctx.needs_input_grad[1] else ()))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad, (inside, *kept) = grads[0], ctx.saved_tensors
+        grad_x = torch.where(inside, grad, 0.0)  # a product with booleans takes three times as long
+        by_clip = ((grad * kept[1]).sum() - (grad_x * kept[0]).sum()) / ctx.ratio if kept else None
+        return grad_x, by_clip, None, None, None
