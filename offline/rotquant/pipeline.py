@@ -34,7 +34,7 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.learn.tune import layer_of, tune
+from rotquant.learn.tune import NORM, layer_of, tune
 from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe, load_recipe
@@ -316,7 +316,8 @@ def write_head(run: Run, journal: Journal) -> None:
     names = run.arch.names
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
-    tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    tuned = journal.kept("tune") if run.recipe.tune else None
+    tensors = {names.norm: tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1].to(run.dtype)}
     if run.recipe.lm_head.bits == 8:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
         scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)

@@ -6,7 +6,7 @@ online       more transforms that run before the linears of a site, beside R4
 learn        how the values of all these are found: surrogate (R1, R2, without backpropagation through the model),
              blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
 weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
-tune         after all else: codes, scales, norm gains and clips of the whole quantized model, by gradients
+tune         after all else: weight scales, norm gains and clips of the whole quantized model, by gradients
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
@@ -186,12 +186,11 @@ class Weights(_Part):
 class Tuning(_Part):
     """Distillation: Adam on the KL of the original's logits to the quantized model's, over the calibration windows."""
 
-    learns: Annotated[list[Literal["codes", "scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
-        "codes", "scales", "gains", "clips", "branch",
+    learns: Annotated[list[Literal["scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
+        "scales", "gains", "clips", "branch",
     ]  # fmt: skip
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=2, ge=1, description="windows a step")
-    code_lr: float = Field(default=0.03, gt=0, description="of codes, in steps of the grid")
     scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
     gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch")
     clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")

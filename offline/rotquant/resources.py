@@ -4,7 +4,7 @@ Memory is the largest of four phases, which do not overlap:
 
     quantizing           a layer in float64 and its copies, GPTQ's Hessians, the chain of calibration windows
     learning by layer    a layer in float64 and float32, the float32 chain; blockwise: what gradients of a layer hold
-    tuning               all layers in float32, their gradients and two moments, activations of one layer or of all
+    tuning               all layers' codes as products take them, activations of one layer or of all
     end to end           all layers and the vocabulary in float32, gradients of a layer and of the logits of one window
 """
 
@@ -24,7 +24,7 @@ PROCESS = 600_000_000  # bytes of Python and its libraries
 HESSIANS = 8  # square float32 arrays: two moments, and what GPTQ factorises
 GRADIENT_BYTES = 24  # a weight of a layer under training: its folded and its rounded values, and gradients of both
 KEPT_BYTES = 6_000_000_000  # activations of all layers, for tuning's backward pass: more are computed anew
-TUNED_BYTES = 4 * 4 + 2 + 2  # a weight: itself, gradient, two moments; codes and weights as products take them
+TUNED_BYTES = 4 + 1  # a weight under tuning: its code as products take it, at most, and as it is packed
 LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradients
 
 
@@ -52,7 +52,7 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
             end_to_end(recipe, arch, windows),
             "lower --seq-len, or take a recipe that works layer by layer, such as best",
         ),
-        "tuning, which holds the whole model in float32 with two moments,": (
+        "tuning, which holds the whole model,": (
             tuning(recipe, arch, windows, dtype),
             "lower --seq-len, or --set tune=null",
         ),

@@ -1,8 +1,6 @@
 """A decoder layer as the checkpoint holds it, with gradients: what `tune` moves after everything else is decided.
 
-    codes    c = round(v), v float32 in steps of the grid, starting at the stored codes: an entry changes its code only
-             when the gradient pushes it half a step the same way
-    scales   s, as logarithms; the weight is c s
+    scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
     branch   D and U of the low-rank branch
@@ -54,13 +52,14 @@ class ServedLayer(nn.Module):
         self.decoder, self.recipe, self.r3, self.dtype, self.compute = decoder, recipe, r3, dtype, compute
         kind, bits = decoder.kind, recipe.weights.bits
         self.stages, self.start = transforms.inputs, transforms.clips
-        self.codes, self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
+        self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
         self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
         self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
-            codes = convention.unpack_int32(packed, bits, kind.shapes[name][1]).float()
-            self.codes[key(name)] = nn.Parameter(codes.unflatten(1, (scale.shape[1], -1)))
+            codes = convention.unpack_int32(packed, bits, kind.shapes[name][1])
+            self.codes[name] = codes.to(compute).unflatten(1, (scale.shape[1], -1))
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
                 if f"{name}.{part}" in tensors:
@@ -70,7 +69,7 @@ class ServedLayer(nn.Module):
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
         for name, ratio in self._ratios().items():
             self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
-        for group in ("codes", "scales", "gains", "clips", "branch"):
+        for group in ("scales", "gains", "clips", "branch"):
             getattr(self, group).requires_grad_(group in learns)
         if "clips" not in learns:
             self.clips = nn.ParameterDict()
@@ -87,7 +86,6 @@ class ServedLayer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden], float32."""
-        weights = {name: self._weight(name) for name in self.linears}
         tensors = self.fixed | {f"{name.replace('-', '.')}.weight": gain for name, gain in self.gains.items()}
         seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
 
@@ -97,7 +95,7 @@ class ServedLayer(nn.Module):
             if seen is None or seen[0] is not x or seen[1] != site:
                 y = transformed(x.float(), self.stages.get(site, []))
                 seen = x, site, y, self._rounded(site, y)
-            made = nn.functional.linear(seen[3], weights[name]).float()
+            made = self._product(name, seen[3])
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
             if down in self.branch:
                 made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
@@ -106,13 +104,13 @@ class ServedLayer(nn.Module):
 
         return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return self.decoder.kind.linears
-
-    def _weight(self, name: str) -> Tensor:
-        scale = self.scales[key(name)].exp()
-        return Grid.apply(self.codes[key(name)], scale, self.recipe.weights.bits, self.dtype, self.compute)
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        """x Wᵀ, float32, the scales as stored."""
+        codes, scale = self.codes[name], self.scales[key(name)].exp()
+        scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
+        if scale.shape[1] == 1:  # no gradient of W is needed for that of s
+            return nn.functional.linear(x, codes.flatten(1)).float() * scale.flatten()
+        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
 
     def _low(self, name: str) -> Tensor:
         return self.branch[name].to(self.compute)
@@ -131,11 +129,9 @@ class ServedLayer(nn.Module):
     @torch.no_grad()
     def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
         """`tensors` with what was learned, as the checkpoint stores it, and the clip ratios."""
-        out, bits = dict(tensors), self.recipe.weights.bits
-        for name in self.linears:
-            codes = rounded_codes(self.codes[key(name)], bits).flatten(1).to(torch.int8).cpu()
-            out[f"{name}.weight_packed"] = convention.pack_int32(codes, bits)
-            out[f"{name}.weight_scale"] = self.scales[key(name)].exp().squeeze(-1).to(self.dtype).cpu()
+        out = dict(tensors)
+        for name, log_scale in self.scales.items():
+            out[f"{name.replace('-', '.')}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
         for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
             out |= {name.replace("-", ".") + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
@@ -156,27 +152,16 @@ def transformed(x: Tensor, stages: list[Stage]) -> Tensor:
     return x
 
 
-def rounded_codes(values: Tensor, bits: int) -> Tensor:
-    return values.round().clamp_(*convention.int_range(bits))
-
-
-class Grid(torch.autograd.Function):
-    """The weight round(v) s [N, K] of v [N, G, K / G] and s [N, G, 1], s as stored, in the dtype of products."""
+class StraightThrough(torch.autograd.Function):
+    """The second, with the gradient of the first."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, compute: torch.dtype) -> Tensor:
-        codes, scale = rounded_codes(values, bits).to(compute), scale.to(dtype).to(compute)
-        ctx.save_for_backward(codes, scale)
-        return (codes * scale).flatten(1)
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        codes, scale = ctx.saved_tensors
-        grad = grads[0].view_as(codes)
-        by_scale = (grad * codes).sum(-1, keepdim=True, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        by_values = (grad * scale).float() if ctx.needs_input_grad[0] else None
-        return by_values, by_scale, None, None, None
+        return grads[0], None
 
 
 class Rounded(torch.autograd.Function):

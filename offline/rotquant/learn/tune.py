@@ -2,9 +2,12 @@
 
     quantized layers, as stored  ->  `served_layer`s  ->  Adam on `distill.divergence`  ->  the same tensors, moved
 
-GPTQ makes each linear's output right; this makes the model's: errors of one layer are taken back by others, and
-weights, norms and clips settle where 4-bit activations leave them. The format does not change. All layers are in memory
-in float32 with two moments; activations of all layers too where they are small, else a layer's are computed anew.
+GPTQ makes each linear's output right; this makes the model's: errors of one layer are taken back by others, and scales,
+norms and clips settle where 4-bit activations leave them. Codes and format do not change. All layers are in memory as
+products take them, and their activations where they are small; else those of a layer are computed anew.
+
+Codes are left alone because moving them did not pay: an optimiser that measures steps by the gradient's sign brings all
+of a kind to the edge of their cells at once, and a thousandth of them moved in a run that did not fall over it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rotquant.checkpoint.journal import Slot
@@ -30,7 +33,7 @@ from rotquant.transforms.fold import Fold
 
 BETAS = (0.9, 0.95)
 ROWS = 8192  # of the vocabulary, folded at a time
-CLIPS = "clips."
+CLIPS, NORM = "clips.", "norm"  # in what `tune` returns: of a layer; the final norm's gain
 
 
 class ServedModel:
@@ -44,7 +47,7 @@ class ServedModel:
         head = embedding if arch.tied else source.get(names.head)
         self.embedding = in_rows(embedding, lambda rows: fold.embedding(rows).to(job.dtype)).to(job.device)
         self.head = in_rows(head, lambda rows: fold.head(rows, gain)[0].to(self.compute)).to(job.device)
-        self.gain = fold.head(head[:1], gain)[1].float().to(job.device)
+        self.gain = nn.Parameter(fold.head(head[:1], gain)[1].float().to(job.device), "gains" in options.learns)
         self.layers = []
         for decoder, transforms, tensors in zip(job.decoders(), job.transforms.layers, quantized, strict=True):
             placed, learns = {name: t.to(job.device) for name, t in tensors.items()}, options.learns
@@ -65,7 +68,7 @@ class ServedModel:
 
     def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
         rates = {
-            "codes": options.code_lr, "scales": options.scale_lr, "gains": options.gain_lr, "branch": options.gain_lr,
+            "scales": options.scale_lr, "gains": options.gain_lr, "branch": options.gain_lr,
             "clips": options.clip_lr,
         }  # fmt: skip
         groups = [
@@ -73,6 +76,8 @@ class ServedModel:
             for name, lr in rates.items()
             if name in options.learns
         ]
+        if self.gain.requires_grad:
+            groups.append({"params": [self.gain], "lr": options.gain_lr})
         return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
 
 
@@ -82,7 +87,7 @@ def tune(job: Learner, quantized: list[Tensors], slot: Slot | None = None) -> Te
     Args:
         quantized: of each layer the tensors that `LayerQuantizer` made; slot: of the snapshots.
     Returns:
-        what `layer_of` reads.
+        what `layer_of` reads, and NORM.
     """
     options = job.recipe.tune
     assert options is not None
@@ -98,7 +103,8 @@ def tune(job: Learner, quantized: list[Tensors], slot: Slot | None = None) -> Te
             loss.backward()
             steps.advance()
             progress.step(f"KL {loss.item():.4f}")
-    return flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
+    found = flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
+    return found | {NORM: model.gain.detach().to(job.dtype).cpu()}
 
 
 def flat(layers: list[tuple[Tensors, dict[str, float]]]) -> Tensors:

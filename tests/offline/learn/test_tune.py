@@ -12,15 +12,15 @@ from torch import Tensor
 import rotquant
 from rotquant.learn import tune as tuning
 from rotquant.learn.distill import divergence
-from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
-from rotquant.learn.served_layer import Grid, Rounded
+from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv
+from rotquant.learn.served_layer import Rounded
 from rotquant.learn.steps import Steps
 from rotquant.measure.evaluate import load_any
 from rotquant.pipeline import prepare, quantize
 from source_models import file_hashes, source_model
 
 EVERYTHING = (
-    "tune={steps: 6, code_lr: 0.1}", "weights.group_size=16", "weights.rank=4", "rotations.r2=hadamard",
+    "tune={steps: 6, gain_lr: 0.02}", "weights.group_size=16", "weights.rank=4", "rotations.r2=hadamard",
     "online={attn: [shift, dense], o: [heads], mlp: [kronecker], down: [shift], block: 8}",
 )  # fmt: skip
 WINDOWS = {"samples": 4, "seq_len": 32}
@@ -31,9 +31,17 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
         return load_any(folder)(tokens, use_cache=False).logits.flatten(0, 1)
 
 
-@pytest.mark.parametrize(("kind", "kv"), [("phi3", 16), ("qwen3", 4), ("granite", 16)])
-def test_what_was_tuned_is_what_is_served(kind: str, kv: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages, groups, branches, biases, fused linears, norms of queries and keys, and clips, after they have moved."""
+@pytest.mark.parametrize(
+    ("kind", "kv", "limit"),
+    [("phi3", 16, 1e-3), ("qwen3", 16, 1e-3), ("qwen3", 4, 0.2)],  # 0.14; without R3 0.26, without the cache 0.29
+)
+def test_what_was_tuned_is_what_is_served(
+    kind: str, kv: int, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages, groups, branches, biases, fused linears, norms of queries and keys, and clips, after they have moved.
+
+    The served attention over a 4-bit cache rounds queries and softmax weights as well.
+    """
     models: list[Any] = []
 
     class Kept(tuning.ServedModel):
@@ -56,15 +64,16 @@ def test_what_was_tuned_is_what_is_served(kind: str, kv: int, tmp_path: Path, mo
 
 
 def test_tuning_brings_the_model_nearer_to_the_original(tmp_path: Path) -> None:
+    """Weights rounded to nearest, and hardly anything else: what tuning can take back, however random the model."""
     source = source_model(tmp_path / "model", "qwen3")
-    run = prepare(str(source), "quarot", (), None, 4, 32, "cpu", "full", 1, 0)
+    plain = ("weights.method=rtn", "weights.clip_search=false", "activations.bits=8", "kv.bits=16")
+    settings = (*plain, "tune={steps: 30}")
+    run = prepare(str(source), "quarot", settings, None, 4, 32, "cpu", "full", 1, 0)
     assert run.calibrated
-    exact = logits(source, run.calibrated.tokens)
-    found = []
-    for name, settings in (("plain", ()), ("tuned", ("tune={steps: 40}",))):
-        out = quantize(str(source), tmp_path / name, recipe="quarot", settings=settings, **WINDOWS)
-        eye = torch.eye(exact.shape[1])
-        found.append(divergence(logits(out, run.calibrated.tokens), exact, eye).item())
+    exact, found = logits(source, run.calibrated.tokens), []
+    for name, chosen in (("plain", plain), ("tuned", settings)):
+        out = quantize(str(source), tmp_path / name, recipe="quarot", settings=chosen, **WINDOWS)
+        found.append(divergence(logits(out, run.calibrated.tokens), exact, torch.eye(exact.shape[1])).item())
     assert found[1] < 0.8 * found[0]
 
 
@@ -103,22 +112,7 @@ def test_gradients_are_those_of_the_quantizers_at_fixed_extremes(symmetric: bool
         (out * weight).sum().backward()
         grads.append((out.detach(), clip.grad))
     assert torch.equal(grads[0][0], grads[1][0])
-    assert torch.allclose(grads[0][1], grads[1][1], rtol=1e-4)
-
-
-def test_the_grid_starts_at_the_stored_codes() -> None:
-    weight = torch.randn(6, 32)
-    stored = fake_quantize_weight(weight, 4, 8, dtype=torch.bfloat16)
-    scale = (weight.unflatten(1, (-1, 8)).abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
-    values = (stored.unflatten(1, (-1, 8)) / scale).requires_grad_()
-    log_scale = scale.log().requires_grad_()
-    made = Grid.apply(values, log_scale.exp(), 4, torch.bfloat16, torch.float32)
-    assert torch.allclose(made, stored, rtol=1e-6)
-    (made * weight).sum().backward()
-    grad = weight.unflatten(1, (-1, 8))
-    assert torch.allclose(values.grad, grad * scale, rtol=1e-5)
-    by_hand = (grad * stored.unflatten(1, (-1, 8))).sum(-1, keepdim=True)
-    assert torch.allclose(log_scale.grad, by_hand, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(grads[0][1], grads[1][1], rtol=2e-3)  # scales in float16
 
 
 def test_divergence_is_its_definition_and_has_its_gradient() -> None:
