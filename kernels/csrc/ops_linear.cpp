@@ -1,6 +1,7 @@
-// torch ops of linear layers: transform_rows, quantize_rows, pack_weight, int_linear. Specification: reference.py.
+// torch ops of linear layers: online_stage, quantize_rows, pack_weight, int_linear. Specification: reference.py.
 #include <sys/mman.h>
 
+#include <array>
 #include <vector>
 
 #include "binding.h"
@@ -31,6 +32,26 @@ Rows rows_of(const Tensor& x, bool silu_mul = false) {
   return {held, (const char*)held.const_data_ptr(), dtype, count, columns, stride, silu_mul};
 }
 
+// The online transforms that have a kernel, by their names in stages.
+struct NamedStage {
+  const char* name;
+  Transform::Kind kind;
+};
+constexpr NamedStage STAGES[] = {{"hadamard", Transform::hadamard}, {"dense", Transform::dense}};
+
+std::optional<Transform::Kind> stage_of(const std::string& name) {
+  for (const NamedStage& stage : STAGES)
+    if (name == stage.name) return stage.kind;
+  return {};
+}
+
+// Their names, with spaces between them.
+std::string native_stages() {
+  std::string names;
+  for (const NamedStage& stage : STAGES) names += (names.empty() ? "" : " ") + std::string(stage.name);
+  return names;
+}
+
 // An op's transform; holds the matrix.
 struct HeldTransform : Transform {
   std::optional<Tensor> held;
@@ -38,18 +59,19 @@ struct HeldTransform : Transform {
 
 HeldTransform transform_of(const std::string& name, int64_t block, const std::optional<Tensor>& matrix, int64_t columns) {
   if (name == "none") return {{Transform::none, 1, nullptr}, {}};
+  const std::optional<Transform::Kind> kind = stage_of(name);
+  REQUIRE(kind.has_value(), "unknown transform ", name);
   REQUIRE(block > 0 && columns % block == 0, "transform block ", block, " does not divide ", columns, " columns");
-  if (name == "hadamard") {
+  if (*kind == Transform::hadamard) {
     REQUIRE((block & (block - 1)) == 0, "Hadamard block ", block, " is not a power of two");
-    return {{Transform::hadamard, block, nullptr}, {}};
+    return {{*kind, block, nullptr}, {}};
   }
-  REQUIRE(name == "dense", "unknown transform ", name);
   REQUIRE(matrix.has_value(), "a dense transform needs its matrix");
   REQUIRE(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 && matrix->size(0) == block &&
                       matrix->size(1) == block,
                   "matrix must be float32 [block, block]");
   const Tensor held = torch::stable::contiguous(*matrix);
-  return {{Transform::dense, block, (const float*)held.const_data_ptr()}, held};
+  return {{*kind, block, (const float*)held.const_data_ptr()}, held};
 }
 
 ActFormat act_format(int64_t bits, bool symmetric, double clip) {
@@ -68,9 +90,20 @@ const float* transformed(const Rows& x, int64_t m, const Transform& transform) {
 
 bool worth_threads(int64_t work) { return work > (1 << 16); }
 
-Tensor transform_rows(const Tensor& x, const std::string& transform, int64_t block, const std::optional<Tensor>& matrix) {
+// reference.online_stage
+Tensor reference_stage(const Tensor& x, const std::string& kind, int64_t block, const std::optional<Tensor>& tensor) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(kind), from(block), from(tensor)};
+  const auto code = torch_call_dispatcher("rotquant::reference_stage", "", stack.data(), TORCH_ABI_VERSION);
+  REQUIRE(code == TORCH_SUCCESS, "no online transform '", kind, "' of block ", block, " with this tensor");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x in float32 after one stage. What has no kernel here, a kind or float64, runs as the reference says.
+Tensor online_stage(const Tensor& x, const std::string& kind, int64_t block, const std::optional<Tensor>& tensor) {
+  if (!stage_of(kind) || x.scalar_type() == ScalarType::Double) return reference_stage(x, kind, block, tensor);
   const Rows rows = rows_of(x);
-  const HeldTransform t = transform_of(transform, block, matrix, rows.columns);
+  const HeldTransform t = transform_of(kind, block, tensor, rows.columns);
   Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
   float* to = (float*)out.mutable_data_ptr();
   parallel(rows.count, worth_threads(rows.count * rows.columns), [&](int64_t m) {
@@ -254,8 +287,11 @@ Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rotquant, m) { m.def("native_stages() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(rotquant, CompositeExplicitAutograd, m) { m.impl("native_stages", TORCH_BOX(&native_stages)); }
+
 STABLE_TORCH_LIBRARY_IMPL(rotquant, CPU, m) {
-  m.impl("transform_rows", TORCH_BOX(&transform_rows));
+  m.impl("online_stage", TORCH_BOX(&online_stage));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("int_linear", TORCH_BOX(&int_linear));

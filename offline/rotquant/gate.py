@@ -18,10 +18,9 @@ from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders, rms_norm
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 
 TOLERANCE = 1e-4
-ROWS = 8192  # of the vocabulary, folded at a time
 
 
 def check_equivalence(
@@ -73,7 +72,7 @@ class Folded:
         """float32 [T, vocab]; the head is folded in slices of the vocabulary to bound memory."""
         arch, names, found = self.arch, self.arch.names, []
         gain = self.source.get(names.norm)
-        for rows in self.source.get(names.embedding if arch.tied else names.head).split(ROWS):
+        for rows in self.source.get(names.embedding if arch.tied else names.head).split(VOCABULARY_ROWS):
             folded, folded_gain = self.fold.head(rows, gain)
             normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
             found.append(normed @ folded.float().T)

@@ -8,11 +8,11 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
+from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.checkpoint.packed import joined, pack
+from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -37,16 +41,31 @@ from rotquant.learn.stream import Learner
 from rotquant.learn.tune import NORM, layer_of, tune
 from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
-from rotquant.recipe import Recipe, load_recipe
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, joined, pack
+from rotquant.weights.layerwise import LayerQuantizer
 
 GATE_TOKENS = 64
-ROWS = 8192  # rows of the vocabulary that are folded at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model; see `quantize`."""
+
+    recipe: str = "best"
+    settings: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    profile: str = "full"
+    tp_max: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class Run:
     arch: Architecture
     recipe: Recipe
     profile: str
-    transforms: Transforms  # those that need no learning at first; `learn_transforms` completes them
+    transforms: Transforms  # before `learn_transforms` those that need no learning
     calibrated: Calibrated | None
     dtype: torch.dtype
     device: str
@@ -115,7 +134,8 @@ def quantize(
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    run = prepare(model, asked)
     if max_memory is not None:
         check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
     check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
@@ -126,11 +146,11 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
-            learn_transforms(run, journal)
+            run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
-            tune_layers(run, journal)
+            run = replace(run, transforms=tune_layers(run, journal))
             write_head(run, journal)
             write_companions(run, journal, digest)
             journal.publish()
@@ -140,29 +160,29 @@ def quantize(
     return output
 
 
-def prepare(
-    model: str, recipe: str, settings: Sequence[str], calibration: str | None, samples: int | None,
-    seq_len: int | None, device: str, profile: str, tp_max: int, seed: int,
-) -> Run:  # fmt: skip
+def prepare(model: str, asked: Settings) -> Run:
     """Reads and checks everything that can be checked before any work is done."""
-    if profile not in ("full", "portable"):
-        raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = writer.for_profile(load_recipe(recipe, settings), profile).check_learning()
+    if asked.profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {asked.profile}: take full or portable")
+    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
-    check_shapes(chosen, arch)
-    transforms = initial_transforms(chosen, arch, tp_max, seed)
+    check_shapes(recipe, arch)
+    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
-    if chosen.needs_calibration:
-        length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
-        count = samples or chosen.calibration.samples
-        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed)
+    if recipe.needs_calibration:
+        length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
+        count = asked.samples or recipe.calibration.samples
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+    device = asked.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
-    return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
+    return Run(
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, device, asked.seed, asked.tp_max
+    )
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -201,7 +221,7 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise RotQuantError(f"{folder}: disk full; free some space and run again with --resume") from error
         raise
 
@@ -220,20 +240,22 @@ def provenance(run: Run, digest: str) -> dict[str, Any]:
     return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
 
 
-def learn_transforms(run: Run, journal: Journal) -> None:
-    """Finds the values of the transforms that depend on the model, and puts them into the run."""
+def learn_transforms(run: Run, journal: Journal) -> Transforms:
+    """The run's transforms, with the values of those that depend on the model."""
     if not run.recipe.needs_learning:
-        return
-    learn(learner(run), journal)
+        return run.transforms
+    job = learner(run)
+    learn(job, journal)
+    return job.transforms
 
 
 def learner(run: Run) -> Learner:
-    """What learning works on."""
+    """What learning works on, with transforms of its own."""
     assert run.calibrated is not None
-    tokens = run.calibrated.tokens
     return Learner(
-        run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max
-    )
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, device=run.device, tp_max=run.tp_max,
+    )  # fmt: skip
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -289,24 +311,25 @@ def write_layers(run: Run, journal: Journal) -> None:
 def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
     """The shard of a layer, from its tensors by the names of its kind."""
     kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
-    stored = joined(quantized, kind, run.recipe.weights.bits)
+    stored = joined(quantized, kind, run.recipe.weights.form)
     tensors = writer.layer_tensors(stored, kind, run.transforms, index)
     journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
 
 
-def tune_layers(run: Run, journal: Journal) -> None:
-    """Tunes the quantized layers together, if the recipe says so, and writes them."""
+def tune_layers(run: Run, journal: Journal) -> Transforms:
+    """Tunes the quantized layers together, if the recipe says so, and writes them; the transforms with tuned clips."""
     if not run.recipe.tune:
-        return
-    tuned, layers = journal.kept("tune"), range(run.arch.layers)
+        return run.transforms
+    job, layers, tuned = learner(run), range(run.arch.layers), journal.kept("tune")
     if tuned is None:
         quantized = [journal.kept(f"layer {index}") or {} for index in layers]
-        tuned = tune(learner(run), quantized, Slot(journal, "tune"))
+        tuned = tune(job, quantized, Slot(journal, "tune"))
         journal.keep("tune", tuned, [Slot.name("tune")])
     for index in layers:
-        tensors, run.transforms.layers[index].clips = layer_of(tuned, index)
+        tensors, job.transforms.layers[index].clips = layer_of(tuned, index)
         if not journal.done(f"tuned layer {index}"):
             write_layer(run, journal, f"tuned layer {index}", index, tensors)
+    return job.transforms
 
 
 def write_head(run: Run, journal: Journal) -> None:
@@ -318,10 +341,11 @@ def write_head(run: Run, journal: Journal) -> None:
     gain = run.source.get(names.norm)
     tuned = journal.kept("tune") if run.recipe.tune else None
     tensors = {names.norm: tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1].to(run.dtype)}
-    if run.recipe.lm_head.bits == 8:
+    if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
-        scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
-        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors(names.head.removesuffix(".weight"), run.dtype)
+        scale = rtn.weight_scale(folded, form, run.dtype)
+        packed = pack(form.quantize(folded, scale), scale, form)
+        tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
@@ -329,7 +353,7 @@ def write_head(run: Run, journal: Journal) -> None:
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
@@ -345,6 +369,4 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    writer.write_card(
-        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
-    )
+    write_card(journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before)

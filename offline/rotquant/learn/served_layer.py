@@ -29,7 +29,8 @@ from rotquant.models.decoder import Decoder, bias_of
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import Stage, convention, reference
+from rotquant_kernels import Stage, reference
+from rotquant_kernels.formats import RowFormat
 
 LARGEST_CLIP = 0.98  # where a clip ratio of 1 starts: a sigmoid never reaches 1
 
@@ -49,8 +50,8 @@ class ServedLayer(nn.Module):
         learns: Sequence[str], dtype: torch.dtype, compute: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.decoder, self.recipe, self.r3, self.dtype, self.compute = decoder, recipe, r3, dtype, compute
-        kind, bits = decoder.kind, recipe.weights.bits
+        self.decoder, self.rows, self.dtype, self.compute = decoder, recipe.activations.rows, dtype, compute
+        kind, form, self.kv = decoder.kind, recipe.weights.form, recipe.kv.form(r3, transforms.clips)
         self.stages, self.start = transforms.inputs, transforms.clips
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
@@ -58,7 +59,7 @@ class ServedLayer(nn.Module):
         self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
-            codes = convention.unpack_int32(packed, bits, kind.shapes[name][1])
+            codes = form.unpack(packed, kind.shapes[name][1])
             self.codes[name] = codes.to(compute).unflatten(1, (scale.shape[1], -1))
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
@@ -75,14 +76,15 @@ class ServedLayer(nn.Module):
             self.clips = nn.ParameterDict()
 
     def _ratios(self) -> dict[str, float]:
-        recipe = self.recipe
-        known = dict.fromkeys(self.decoder.kind.sites, recipe.activations.clip)
-        if recipe.kv.bits == 4:
-            known |= {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip}
-        return known | {name: ratio for name, ratio in self.start.items() if name in known}
+        known = {site: self.start.get(site, self.rows.clip) for site in self.decoder.kind.sites}
+        return known | ({"key": self.kv.k_clip, "value": self.kv.v_clip} if self.kv else {})
 
-    def clip(self, name: str, default: float) -> Tensor | float:
-        return self.clips[name].sigmoid() if name in self.clips else self.start.get(name, default)
+    def _clipped(self, name: str, rows: RowFormat) -> tuple[RowFormat, Tensor | None]:
+        """The format of a site, of "key" or of "value", and the clip ratio that has a gradient."""
+        if name not in self.clips:
+            return rows.clipped(self.start.get(name)), None
+        ratio = self.clips[name].sigmoid()
+        return rows.clipped(ratio.item()), ratio
 
     def forward(self, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden], float32."""
@@ -102,7 +104,7 @@ class ServedLayer(nn.Module):
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
-        return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
+        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         """x Wᵀ, float32, the scales as stored."""
@@ -116,15 +118,16 @@ class ServedLayer(nn.Module):
         return self.branch[name].to(self.compute)
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
-        act = self.recipe.activations
-        return Rounded.apply(y, self.clip(site, act.clip), act.bits, act.symmetric, False).to(self.compute)
+        rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows))
+        return rounded.to(self.compute)
 
     def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kv = self.recipe.kv
-        if self.r3:
-            query, k = hadamard_rows(query, self.r3), hadamard_rows(k, self.r3)
-        k = Rounded.apply(k, self.clip("key", kv.key_clip), 4, kv.symmetric, True)
-        return query, k, Rounded.apply(v, self.clip("value", kv.value_clip), 4, kv.symmetric, True)
+        kv = self.kv
+        assert kv is not None
+        if kv.rotate:
+            query, k = hadamard_rows(query, kv.rotate), hadamard_rows(k, kv.rotate)
+        k = Rounded.apply(k, *self._clipped("key", kv.key))
+        return query, k, Rounded.apply(v, *self._clipped("value", kv.value))
 
     @torch.no_grad()
     def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
@@ -165,20 +168,15 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Rounded(torch.autograd.Function):
-    """x as it comes back from quantization per row, by the convention; `half` as the KV cache stores scales."""
+    """x as it comes back from a row format, whose clip ratio `clip` is where that is learned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor | float, bits: int, symmetric: bool, half: bool) -> Tensor:
-        ratio = float(clip)
-        scale, zero = (
-            convention.kv_qparams(x, symmetric, ratio) if half else convention.qparams(x, bits, symmetric, ratio)
-        )
-        codes = (x / scale).add_(zero).round_()
-        out = codes.clamp(*convention.int_range(bits))
-        inside = out == codes
+    def forward(ctx: Any, x: Tensor, rows: RowFormat, clip: Tensor | None) -> Tensor:
+        scale, zero = rows.qparams(x)
+        out, inside = rows.nearest((x / scale).add_(zero))
         out.sub_(zero).mul_(scale)
-        ctx.ratio = ratio
-        ctx.save_for_backward(inside, *((x, out) if ctx.needs_input_grad[1] else ()))
+        ctx.ratio = rows.clip
+        ctx.save_for_backward(inside, *((x, out) if ctx.needs_input_grad[2] else ()))
         return out
 
     @staticmethod
@@ -187,4 +185,4 @@ class Rounded(torch.autograd.Function):
         grad, (inside, *kept) = grads[0], ctx.saved_tensors
         grad_x = torch.where(inside, grad, 0.0)  # a product with booleans takes three times as long
         by_clip = ((grad * kept[1]).sum() - (grad_x * kept[0]).sum()) / ctx.ratio if kept else None
-        return grad_x, by_clip, None, None, None
+        return grad_x, None, by_clip

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.activations import ACT2FN
 
-from rotquant.checkpoint.format import KVFormat
 from rotquant.models.architecture import Architecture, Layer, PositionScale, Tensors
 from rotquant.models.reading import rotary
 from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import convention, reference
+from rotquant_kernels import reference
+from rotquant_kernels.formats import KVFormat
 
 Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
@@ -160,12 +160,11 @@ def bias_of(tensors: Tensors, linear: str) -> Tensor | None:
 
 
 def kv4_cache(kv: KVFormat) -> Cache:
-    """A 4-bit cache by the numeric convention."""
+    """A 4-bit cache by its format."""
 
     def cache(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if kv.rotate:
             query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
-        key = convention.kv_fake_quantize(key, kv.symmetric, kv.k_clip)
-        return query, key, convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip)
+        return query, kv.key.fake_quantize(key), kv.value.fake_quantize(value)
 
     return cache

@@ -7,85 +7,21 @@ it*, so the Hessians of GPTQ, and the chain handed to the next layer, are those 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.format import KVFormat
-from rotquant.models import Layer, Tensors
+from rotquant.checkpoint.packed import PackedLinear, pack
+from rotquant.checkpoint.stored import stored_stage
 from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
-from rotquant.transforms.space import LayerTransforms, Transforms
+from rotquant.transforms.space import Transforms
 from rotquant.weights import gptq, low_rank, rtn
-from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
+from rotquant_kernels import Stage, calls, linear, transform
+from rotquant_kernels.formats import RowFormat
 
-PACKED_LEAVES = ("weight_packed", "weight_scale", "weight_shape", "low_rank_down", "low_rank_up")
 TRIANGLE = 256  # rows of a Hessian that are summed at a time
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape; low-rank factors D, U."""
-
-    packed: Tensor
-    scale: Tensor
-    shape: tuple[int, int]
-    bits: int
-    down: Tensor | None = None  # [K, r], in the checkpoint's dtype
-    up: Tensor | None = None  # [r, N]
-
-    @cached_property
-    def prepared(self) -> Tensor:
-        """The weights as they run; made when they first do, which lm_head, for one, never does."""
-        return prepare_weight(self.packed, self.bits, self.shape[1], self.scale.shape[1])
-
-    def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        stored = {
-            f"{name}.weight_packed": self.packed.cpu(),
-            f"{name}.weight_scale": self.scale.to(dtype).cpu(),
-            f"{name}.weight_shape": torch.tensor(self.shape),
-        }
-        if self.down is not None and self.up is not None:
-            stored |= {f"{name}.low_rank_down": self.down.cpu(), f"{name}.low_rank_up": self.up.cpu()}
-        return stored
-
-    @classmethod
-    def of(cls, tensors: Tensors, name: str, bits: int) -> PackedLinear:
-        """The inverse of `tensors`."""
-        rows, columns = tensors[f"{name}.weight_shape"].tolist()
-        packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
-        branch = (tensors.get(f"{name}.low_rank_{part}") for part in ("down", "up"))
-        return cls(packed, scale, (rows, columns), bits, *branch)
-
-    @classmethod
-    def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
-        """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
-        first, rows = parts[0], sum(part.shape[0] for part in parts)
-        downs = [part.down for part in parts if part.down is not None]
-        ups = [part.up for part in parts if part.up is not None]
-        return cls(
-            torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts]),
-            (rows, first.shape[1]), first.bits,
-            torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
-        )  # fmt: skip
-
-
-def joined(tensors: Tensors, kind: Layer, bits: int) -> Tensors:
-    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other."""
-    parts = {name: PackedLinear.of(tensors, name, bits) for name in kind.linears}
-    leaves = {f"{name}.{leaf}" for name in parts for leaf in PACKED_LEAVES}
-    stored = kind.join({name: tensor for name, tensor in tensors.items() if name not in leaves})
-    for name, held in kind.stored.items():
-        dtype = tensors[f"{held[0]}.weight_scale"].dtype
-        stored |= PackedLinear.stacked([parts[part] for part in held]).tensors(name, dtype)
-    return stored
-
-
-def pack(codes: Tensor, scale: Tensor, bits: int, down: Tensor | None = None, up: Tensor | None = None) -> PackedLinear:
-    packed = convention.pack_int32(codes, bits)
-    return PackedLinear(packed, scale, (codes.shape[0], codes.shape[1]), bits, down, up)
 
 
 class LayerQuantizer:
@@ -111,7 +47,7 @@ class LayerQuantizer:
             folded: float64 tensors of layer `index`; chain: [samples, T, hidden], moved in place, or None without
                 calibration.
         Returns:
-            the layer's tensors by the names of its kind (`joined` stores them), and the chain after the layer.
+            the layer's tensors by the names of its kind (`packed.joined` stores them), and the chain after the layer.
         """
         self.errors = []
         self.layer, self.decoder = self.transforms.layers[index], self.decoders[index]
@@ -136,7 +72,7 @@ class LayerQuantizer:
         return stage._replace(tensor=None if stage.tensor is None else stored_stage(stage).to(self.device))
 
     def _cache(self) -> Cache | None:
-        found = kv_format(self.recipe, self.transforms, self.layer)
+        found = self.recipe.kv.form(self.transforms.r3, self.layer.clips)
         return kv4_cache(found) if found else None
 
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
@@ -207,9 +143,9 @@ class LayerQuantizer:
         """Weight and scale -> codes, for the linears of one site."""
         options = self.recipe.weights
         if hessian is None or options.method == "rtn":
-            return partial(rtn.quantize, bits=options.bits)
+            return options.form.quantize
         prepared = gptq.columns(hessian, options.damping, options.act_order)
-        return partial(gptq.quantize, prepared=prepared, bits=options.bits)
+        return partial(gptq.quantize, prepared=prepared, form=options.form)
 
     def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
@@ -219,11 +155,11 @@ class LayerQuantizer:
         """
         hessian: Tensor | None = None
         drift: Tensor | None = None
-        count = 0
+        count, form = 0, self._rows(site)
         for i, x in enumerate(inputs):
             exact = transform(x, self.stages.get(site, [])).float()
-            q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
-            seen = convention.dequantize(q, scale, zero.float())
+            q, scale, zero = calls.quantize(exact, form)
+            seen = form.dequantize(q, scale, zero.float())
             weighted = seen if self.importance is None else seen * self.importance[i][:, None]
             if hessian is None:
                 hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
@@ -238,29 +174,29 @@ class LayerQuantizer:
         hessian = hessian.triu() + hessian.triu(1).mT
         return hessian.div_(count), None if drift is None else drift.div_(count)
 
-    def _activations(self, site: str) -> tuple[int, bool, float]:
-        act = self.recipe.activations
-        return act.bits, act.symmetric, self.layer.clips.get(site, act.clip)
+    def _rows(self, site: str) -> RowFormat:
+        """What the rows of a site are rounded to."""
+        return self.recipe.activations.rows.clipped(self.layer.clips.get(site))
 
     def _quantize(
         self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        options, down, up = self.recipe.weights, None, None
+        options, form, down, up = self.recipe.weights, self.recipe.weights.form, None, None
         if options.rank:
             down, up, weight = self._branch(weight, hessian)
         learned = self.layer.weight_clips.get(name)
-        scale = rtn.weight_scale(weight, options.bits, options.group_size, options.clip_search, self.dtype, learned)
+        scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)
         codes = rounded(weight, scale)
-        self.errors.append(((rtn.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
-        self.done[name] = pack(codes, scale, options.bits, down, up)
+        self.errors.append(((form.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
+        self.done[name] = pack(codes, scale, form, down, up)
 
     def _branch(self, weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """D, U in the checkpoint's dtype and what is left of the weight."""
-        options = self.recipe.weights
+        options, form = self.recipe.weights, self.recipe.weights.form
 
         def rounded(rest: Tensor) -> Tensor:
-            scale = rtn.weight_scale(rest, options.bits, options.group_size, False, self.dtype)
-            return rtn.dequantize(rtn.quantize(rest, scale, options.bits), scale)
+            scale = rtn.weight_scale(rest, form, self.dtype)
+            return form.dequantize(form.quantize(rest, scale), scale)
 
         split = low_rank.low_rank(
             weight, options.rank, rounded, torch.Generator().manual_seed(0), hessian,
@@ -272,21 +208,6 @@ class LayerQuantizer:
         """The served linear: the same op on the same packed weights."""
         packed, site = self.done[name], self.kind.site_of[name]
         return linear(
-            x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.bits, self.stages.get(site, []),
-            *self._activations(site), packed.down, packed.up,
+            x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.form, self.stages.get(site, []),
+            self._rows(site), packed.down, packed.up,
         )  # fmt: skip
-
-
-def stored_stage(stage: Stage) -> Tensor:
-    """A stage's tensor as the checkpoint stores it: indices int32, a transform in full float32 precision."""
-    assert stage.tensor is not None
-    return stage.tensor.to(torch.int32 if stage.kind == "permutation" else torch.float32).contiguous()
-
-
-def kv_format(recipe: Recipe, transforms: Transforms, layer: LayerTransforms) -> KVFormat | None:
-    """The 4-bit cache of one layer, None where the cache is not quantized."""
-    kv = recipe.kv
-    if kv.bits == 16:
-        return None
-    clips = (layer.clips.get("key", kv.key_clip), layer.clips.get("value", kv.value_clip))
-    return KVFormat(kv.symmetric, *clips, transforms.r3)

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rotquant.checkpoint.quant_linear import QuantLinear
-from rotquant.measure.inspection.statistics import RowFormat, SiteStatistics
+from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.models import Architecture, Layer
 from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 
 ATTENTION = "rotquant_inspected"
 
-Formats = dict[tuple[int, str], RowFormat]
+Formats = dict[tuple[int, str], SiteFormat]
 Statistics = dict[tuple[int, str], SiteStatistics]
 
 
