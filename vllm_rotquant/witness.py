@@ -101,8 +101,9 @@ def elementary(x: Tensor, kind: str, block: int, tensor: Tensor | None, inverse:
     if kind == "reflection":
         v, rows = exact(tensor), x.unflatten(-1, (-1, block))
         return (rows - 2 * (rows * v).sum(-1, keepdim=True) * v).flatten(-2)
-    assert kind == "shift"
-    return x + exact(tensor) * (1 if inverse else -1)
+    if kind == "shift":
+        return x + exact(tensor) * (1 if inverse else -1)
+    raise ValueError(f"the witness does not know the online transform {kind!r}")
 
 
 def hadamard_matrix(block: int) -> Tensor:

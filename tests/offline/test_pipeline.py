@@ -51,7 +51,7 @@ def test_the_output_is_a_complete_model_folder(tmp_path):
     assert parsed.kv.rotate == 32
     down = parsed.linear("model.layers.1.mlp.down_proj")
     assert ([(t.kind, t.block) for t in down.transforms], down.rows.clip) == ([("hadamard", 16)], 0.9)
-    assert parsed.linear("lm_head").weight_bits == 8
+    assert parsed.linear("lm_head").weights.bits == 8
     card = (out / "README.md").read_text()
     assert "vllm serve out --quantization rotquant" in card
     assert "W4A4KV4" in card

@@ -22,6 +22,7 @@ from rotquant.models import Architecture, Layer, Tensors, describe, read_config
 from rotquant.recipe import Activations, KVCache, LMHead, Recipe, Weights
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant_kernels import Stage, convention
+from rotquant_kernels.formats import RowFormat, WeightFormat
 from source_models import FAMILIES, KINDS
 
 SIZES = {
@@ -113,7 +114,7 @@ def quantized(recipe: Recipe, kind: Layer, transforms: LayerTransforms, index: i
         scale = torch.rand(rows, width // (recipe.weights.group_size or width), generator=random) + 0.1
         rank = recipe.weights.rank
         factors = [torch.randn(*size, generator=random) for size in ((width, rank), (rank, rows))] if rank else []
-        parts[linear] = pack(codes, scale, recipe.weights.bits, *factors)
+        parts[linear] = pack(codes, scale, recipe.weights.form, *factors)
         if any(stage.kind == "shift" for stage in transforms.inputs[kind.site_of[linear]]):
             others[f"{linear}.shift"] = torch.randn(rows, generator=random)
     out = kind.join(others)
@@ -148,7 +149,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, kind: str, data: st.Dat
     extension = form.extension
     assert (extension.profile, extension.basis, extension.provenance) == (profile, BASIS, PROVENANCE)
     head, act = form.linear("lm_head"), recipe.activations
-    assert head == (LinearFormat(8, 0, 8, True, 1.0) if recipe.lm_head.bits == 8 else None)
+    assert head == (LinearFormat(WeightFormat(8), RowFormat(8)) if recipe.lm_head.bits == 8 else None)
     taken: set[str] = set()
     for index, layer in enumerate(arch.kinds):
         prefix, found = arch.layer_prefix(index), transforms.layers[index]
@@ -163,9 +164,8 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, kind: str, data: st.Dat
             site, full_name = layer.site_of[parts[0]], prefix + name
             linear = form.linear(full_name)
             assert linear is not None
-            assert (linear.weight_bits, linear.group_size) == (recipe.weights.bits, recipe.weights.group_size)
-            assert (linear.act_bits, linear.act_symmetric) == (act.bits, act.symmetric)
-            assert linear.act_clip == clips.get(site, act.clip)
+            assert linear.weights == WeightFormat(recipe.weights.bits, recipe.weights.group_size)
+            assert linear.rows == RowFormat(act.bits, act.symmetric, clips.get(site, act.clip))
             assert linear.rank == recipe.weights.rank * len(parts)
             assert len(linear.transforms) == len(found.inputs[site])
             for transform, stage in zip(linear.transforms, found.inputs[site], strict=True):

@@ -11,6 +11,7 @@ from rotquant.learn.starts import STARTS, Seen
 from rotquant.recipe import OnlineStages, OnlineWord
 from rotquant.weights.layerwise import stored_stage
 from rotquant_kernels import KINDS
+from rotquant_kernels.formats import RowFormat
 
 WIDTH = 48
 
@@ -25,7 +26,7 @@ def test_words_are_those_that_have_a_start() -> None:
 def test_a_start_can_be_stored(word: str, tp_max: int) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, WIDTH, generator=generator) + torch.arange(WIDTH) / 10
-    stages = STARTS[word](Seen(x, generator, OnlineStages(block=8), 16, tp_max, False))
+    stages = STARTS[word](Seen(x, generator, OnlineStages(block=8), 16, tp_max, RowFormat(4, False)))
     for stage in stages:
         kind, tensor = KINDS[stage.kind], stored_stage(stage)
         assert tensor.dtype == kind.dtype
