@@ -31,7 +31,8 @@ LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradient
 def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype, output: Path) -> None:
     """Refuses a checkpoint that the disk cannot hold."""
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
-    need = 2 * vocabulary(arch) * dtype.itemsize + arch.layers * layer_weights(arch) * recipe.weights.bits // 8
+    copies = 3 if recipe.tune else 1  # of the layers: as GPTQ made them, tuned, and written
+    need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer_weights(arch) * recipe.weights.bits // 8
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free

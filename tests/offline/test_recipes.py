@@ -34,8 +34,9 @@ RECIPES = [name for name, _ in shipped()]
 
 def settings(recipe: str, *more: str) -> list[str]:
     """Shorter learning, where the recipe learns at all."""
-    learn = load_recipe(recipe).learn
-    return [s for s in SHORT if getattr(learn, s.split(".")[1])] + list(more)
+    found = load_recipe(recipe)
+    short = [s for s in SHORT if getattr(found.learn, s.split(".")[1])]
+    return [*short, *(["tune.steps=2"] if found.tune else []), *more]
 
 
 def sized(kind: str, folder, **config):
