@@ -64,7 +64,7 @@ class Folded:
         decoder = self.decoders[index]
         tensors = decoder.kind.split(self.source.layer(self.arch.layer_prefix(index)))
         equal = {name: tensor.float() for name, tensor in self.fold.layer(tensors, index).items()}
-        linear = decoder.float_linear(equal, self.fold.transforms.layers[index])
+        linear = decoder.float_linear(equal, self.fold.transforms.layers[index].inputs)
         self.hidden = decoder.layer(equal, self.hidden, linear)
         return self.hidden
 

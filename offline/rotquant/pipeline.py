@@ -31,6 +31,7 @@ from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.original import read_original
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.common.devices import Devices
 from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
@@ -80,7 +81,7 @@ class Run:
     transforms: Transforms  # before `learn_transforms` those that need no learning
     calibrated: Calibrated | None
     dtype: torch.dtype
-    device: str
+    devices: Devices
     seed: int
     tp_max: int
 
@@ -122,7 +123,7 @@ def quantize(
         recipe: name of a shipped recipe or path of a YAML file; settings: `key=value` changes to it.
         calibration: text for learning and GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
         samples, seq_len: calibration windows and their tokens, the recipe's where None.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", or several, over which the calibration windows are spread: "cuda:0,cuda:1".
         profile: "full", or "portable" (no online transforms, 16-bit KV: loads anywhere).
         tp_max: largest tensor-parallel size that the checkpoint is to be served with.
         seed: of everything random: rotations, calibration windows, learning.
@@ -162,6 +163,7 @@ def quantize(
 
 def prepare(model: str, asked: Settings) -> Run:
     """Reads and checks everything that can be checked before any work is done."""
+    devices = Devices(asked.device)
     if asked.profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {asked.profile}: take full or portable")
     recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
@@ -176,12 +178,9 @@ def prepare(model: str, asked: Settings) -> Run:
         calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
-    device = asked.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
     return Run(
-        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, device, asked.seed, asked.tp_max
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
     )
 
 
@@ -210,7 +209,7 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
         "profile": run.profile,
         "tp_max": run.tp_max,
         "seed": run.seed,
-        "device": run.device,
+        "device": run.devices.names,
         "calibration": [calibrated.sha256, *calibrated.tokens.shape] if calibrated else None,
     }
 
@@ -254,7 +253,7 @@ def learner(run: Run) -> Learner:
     assert run.calibrated is not None
     return Learner(
         recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
-        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, device=run.device, tp_max=run.tp_max,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
     )  # fmt: skip
 
 
@@ -291,8 +290,8 @@ def write_layers(run: Run, journal: Journal) -> None:
         return
     if first:
         say(f"resuming at layer {first}")
-    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1, run.device)
-    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
+    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1)
+    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
     chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):

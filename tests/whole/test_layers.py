@@ -81,22 +81,12 @@ def vllm_where_it_should_not_be(modules: Mapping[str, str]) -> list[str]:
     return found
 
 
-# The cache's format is to move down to the kernels.
-FOR_NOW = {"rotquant.models.decoder imports rotquant.checkpoint.format", "rotquant.checkpoint.format"}
-
-
-def graph_for_now(modules: Mapping[str, str]) -> dict[str, set[str]]:
-    graph = arrows(modules)
-    graph["rotquant.models.decoder"] -= FOR_NOW
-    return graph
-
-
 def test_nothing_imports_upward() -> None:
-    assert upward(graph_for_now(sources())) == []
+    assert upward(arrows(sources())) == []
 
 
 def test_no_module_needs_itself() -> None:
-    assert circles(graph_for_now(sources())) == []
+    assert circles(arrows(sources())) == []
 
 
 def test_vllm_stays_where_it_belongs() -> None:

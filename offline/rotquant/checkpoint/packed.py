@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,6 +30,13 @@ class PackedLinear:
     def prepared(self) -> Tensor:
         """The weights as they run; made when they first do, which lm_head, for one, never does."""
         return prepare_weight(self.packed, self.form.bits, self.shape[1], self.scale.shape[1])
+
+    def on(self, device: torch.device) -> PackedLinear:
+        """The same on another device, itself where it is there."""
+        if self.packed.device == device:
+            return self
+        down, up = (t if t is None else t.to(device) for t in (self.down, self.up))
+        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), down=down, up=up)
 
     def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         stored = {

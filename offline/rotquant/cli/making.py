@@ -29,7 +29,8 @@ def add_quantize(verbs: Verbs) -> None:
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
     add("--samples", type=positive, metavar="N", help="calibration windows (default: the recipe's)")
     add("--seq-len", type=positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to compute")
+    add("--device", default="auto", metavar="DEVICE",
+        help="where to compute: cpu, cuda, or several, which share the calibration windows: cuda:0,cuda:1")  # fmt: skip
     add("--profile", default="full", choices=["full", "portable"],
         help="full: online rotations and 4-bit KV cache; portable: what plain transformers loads too")  # fmt: skip
     add("--tp-max", type=positive, default=1, metavar="N", help="largest tensor parallel size to serve with")

@@ -52,7 +52,7 @@ class LayerLearner:
         slot and report: as in `learn_blockwise`.
         """
         job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
-        seen = Capture(decoder.kind, ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
+        seen = Capture(decoder.kind, ROWS, len(self.chain), self.chain.shape[1], generator(job.seed, f"layer.{index}"))
         after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:

@@ -58,7 +58,7 @@ def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
-            seen = Capture(kind, budget // (2 * arch.layers), len(chain), random)
+            seen = Capture(kind, budget // (2 * arch.layers), len(chain), chain.shape[1], random)
             chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()

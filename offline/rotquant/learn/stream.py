@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.source import Source
+from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.decoder import Decoder, Linear, decoders
 from rotquant.recipe import Recipe
@@ -26,8 +27,13 @@ class Learner:
     transforms: Transforms
     dtype: torch.dtype  # of the checkpoint
     seed: int
-    device: str
+    devices: Devices
     tp_max: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is learned lies; the windows are spread over all devices."""
+        return self.devices.first
 
     def decoders(self) -> list[Decoder]:
         return decoders(self.arch, self.tokens.shape[1], self.device)
@@ -55,38 +61,44 @@ class Capture:
     Of each window the same tokens at every site: the first, where massive activations live, and others drawn at random.
 
     Args:
-        kind: the layer; rows: tokens to keep of each site, about; windows: in how many windows.
+        kind: the layer; rows: tokens to keep of each site, about; windows: how many, of `steps` tokens each.
     """
 
-    def __init__(self, kind: Layer, rows: int, windows: int, random: torch.Generator) -> None:
-        self.kind, self.per_window, self.random = kind, max(2, rows // windows), random
+    def __init__(self, kind: Layer, rows: int, windows: int, steps: int, random: torch.Generator) -> None:
+        self.kind, kept = kind, max(2, rows // windows)
+        first = torch.zeros(1, dtype=torch.int64)
+        drawn = (torch.randperm(steps - 1, generator=random)[: kept - 1].sort().values + 1 for _ in range(windows))
+        self.chosen = [torch.cat((first, others)) for others in drawn]
         self.first = {linears[0]: site for site, linears in kind.sites.items()}
-        self.kept: dict[str, list[Tensor]] = {}
+        self.kept: dict[str, list[Tensor | None]] = {site: [None] * windows for site in (*kind.sites, "v")}
 
-    def watching(self, linear: Linear, steps: int) -> Linear:
-        """The same linears; call anew for each window of `steps` tokens."""
-        chosen = torch.randperm(steps - 1, generator=self.random)[: self.per_window - 1].sort().values + 1
-        chosen = torch.cat((torch.zeros(1, dtype=torch.int64), chosen))
+    def watching(self, linear: Linear, window: int) -> Linear:
+        """The same linears, seen in one window."""
 
         def watched(name: str, x: Tensor) -> Tensor:
             y = linear(name, x)
             if name in self.first:
-                self.kept.setdefault(self.first[name], []).append(x[chosen].cpu())
+                self.kept[self.first[name]][window] = x[self.chosen[window]].cpu()
             elif name == self.kind.attention.value:
-                self.kept.setdefault("v", []).append(y[chosen].cpu())
+                self.kept["v"][window] = y[self.chosen[window]].cpu()
             return y
 
         return watched
 
     def rows(self, site: str) -> Tensor:
         """The sampled tokens of a site, float32 [n, channels]."""
-        return torch.cat(self.kept[site])
+        return torch.cat([rows for rows in self.kept[site] if rows is not None])
 
 
 @torch.no_grad()
 def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
-    linear = decoder.float_linear(tensors)
-    steps = chain.shape[1]
-    watched = [seen.watching(linear, steps) if seen else linear for _ in chain]
-    return torch.stack([decoder.layer(tensors, h.to(job.device), f).cpu() for h, f in zip(chain, watched, strict=True)])
+    devices = job.devices
+    layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
+
+    def layer(on: int, window: int, h: Tensor) -> Tensor:
+        decoder, tensors = layers[on]
+        linear = decoder.float_linear(tensors)
+        return decoder.layer(tensors, h, seen.watching(linear, window) if seen else linear)
+
+    return devices.map(layer, chain, out=torch.empty_like(chain))

@@ -1,6 +1,6 @@
 """Tuning: the quantized model, whole, towards the original's distribution of the next token, after GPTQ and all else.
 
-    quantized layers, as stored  ->  `served_layer`s  ->  Adam on `distill.divergence`  ->  the same tensors, moved
+    quantized layers, as stored  ->  `tuned_layer`s  ->  Adam on `distill.divergence`  ->  the same tensors, moved
 
 GPTQ makes each linear's output right; this makes the model's: errors of one layer are taken back by others, and scales,
 norms and clips settle where 4-bit activations leave them. Codes and format do not change. All layers are in memory as
@@ -22,9 +22,9 @@ from rotquant.checkpoint.journal import Slot
 from rotquant.common.progress import Progress
 from rotquant.learn.distill import divergence
 from rotquant.learn.initial import generator
-from rotquant.learn.served_layer import ServedLayer
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
+from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
 from rotquant.models.decoder import Linear, bias_of, rms_norm
 from rotquant.recipe import Tuning
@@ -51,7 +51,7 @@ class ServedModel:
         self.layers = []
         for decoder, transforms, tensors in zip(job.decoders(), job.transforms.layers, quantized, strict=True):
             placed, learns = {name: t.to(job.device) for name, t in tensors.items()}, options.learns
-            layer = ServedLayer(
+            layer = TunedLayer(
                 decoder, transforms, job.transforms.r3, placed, job.recipe, learns, job.dtype, self.compute
             )
             self.layers.append(layer.to(job.device))
@@ -151,9 +151,9 @@ def product(tensors: Tensors, compute: torch.dtype) -> Linear:
     return linear
 
 
-def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32."""
-    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
 
 

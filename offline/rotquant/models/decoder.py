@@ -13,8 +13,8 @@ Shapes: h [..., T, hidden], the last T tokens of each sequence; x2 [..., T, head
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from transformers.activations import ACT2FN
 
 from rotquant.models.architecture import Architecture, Layer, PositionScale, Tensors
 from rotquant.models.reading import rotary
-from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import reference
+from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import KVFormat
 
 Linear = Callable[[str, Tensor], Tensor]
@@ -49,6 +48,10 @@ class Decoder:
     kind: Layer
     cos: Tensor
     sin: Tensor
+
+    def on(self, device: torch.device) -> Decoder:
+        """The same on another device."""
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def norm(self, x: Tensor, gain: Tensor) -> Tensor:
         return rms_norm(x, gain, self.kind.eps)
@@ -121,11 +124,11 @@ class Decoder:
         x4 = self.mlp_input(self.norm(h, tensors[f"{mlp.norm}.weight"]), linear)
         return self.add(h, linear(mlp.down, x4))
 
-    def float_linear(self, tensors: Tensors, transforms: LayerTransforms | None = None) -> Linear:
-        """Linears in the precision of the tensors, behind the online stages of the layer."""
+    def float_linear(self, tensors: Tensors, stages: Mapping[str, list[Stage]] | None = None) -> Linear:
+        """Linears in the precision of the tensors, behind the online stages of each site."""
 
         def linear(name: str, x: Tensor) -> Tensor:
-            for stage in transforms.inputs.get(self.kind.site_of[name], []) if transforms else ():
+            for stage in stages.get(self.kind.site_of[name], []) if stages else ():
                 x = reference.online_stage(x, *stage)
             return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
 
@@ -142,7 +145,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return mixed.transpose(1, 2).reshape(query.shape)
 
 
-def decoders(arch: Architecture, positions: int, device: str = "cpu") -> list[Decoder]:
+def decoders(arch: Architecture, positions: int, device: torch.device | str = "cpu") -> list[Decoder]:
     """The decoder of each layer, for sequences of at most `positions` tokens."""
     cos, sin = (table[0].to(device) for table in rotary(arch.config, positions) or (torch.zeros(1, positions, 0),) * 2)
     return [Decoder(kind, cos, sin) for kind in arch.kinds]

@@ -6,19 +6,21 @@ it*, so the Hessians of GPTQ, and the chain handed to the next layer, are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.packed import PackedLinear, pack
+from rotquant.checkpoint.packed import pack
 from rotquant.checkpoint.stored import stored_stage
-from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.common.devices import Devices, Share
+from rotquant.models.decoder import Decoder, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.space import Transforms
 from rotquant.weights import gptq, low_rank, rtn
-from rotquant_kernels import Stage, calls, linear, transform
+from rotquant.weights.served import ServedLayer
+from rotquant_kernels import Stage, calls, transform
 from rotquant_kernels.formats import RowFormat
 
 TRIANGLE = 256  # rows of a Hessian that are summed at a time
@@ -29,13 +31,14 @@ class LayerQuantizer:
 
     Args:
         recipe, transforms: what to do; decoders: how each layer computes; dtype: of the checkpoint.
+        devices: the calibration samples are spread over all; weights are rounded on the first.
     """
 
     def __init__(
-        self, recipe: Recipe, transforms: Transforms, decoders: list[Decoder], dtype: torch.dtype, device: str
+        self, recipe: Recipe, transforms: Transforms, decoders: list[Decoder], dtype: torch.dtype, devices: Devices
     ) -> None:
         self.recipe, self.transforms, self.decoders = recipe, transforms, decoders
-        self.dtype, self.device = dtype, device
+        self.dtype, self.devices, self.device = dtype, devices, devices.first
         self.errors: list[float] = []  # relative rounding error of each weight matrix
 
     def __call__(
@@ -50,12 +53,16 @@ class LayerQuantizer:
             the layer's tensors by the names of its kind (`packed.joined` stores them), and the chain after the layer.
         """
         self.errors = []
-        self.layer, self.decoder = self.transforms.layers[index], self.decoders[index]
-        self.kind = self.decoder.kind
+        self.layer, decoder = self.transforms.layers[index], self.decoders[index]
+        self.kind = decoder.kind
         others = {n: t.to(self.dtype) for n, t in folded.items() if n.removesuffix(".weight") not in self.kind.linears}
-        self.tensors = {n: t.to(self.device) for n, t in others.items()}
-        self.stages = {site: [self._placed(stage) for stage in found] for site, found in self.layer.inputs.items()}
-        self.done: dict[str, PackedLinear] = {}
+        cache = self.recipe.kv.form(self.transforms.r3, self.layer.clips)
+        self.served = [
+            ServedLayer(
+                decoder.on(place), tensors, self._stages(place), self._rows, kv4_cache(cache) if cache else None
+            )
+            for place, tensors in zip(self.devices.places, self.devices.copies(others), strict=True)
+        ]
         weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in self.kind.linears}
         folded.clear()
         if chain is None:
@@ -63,72 +70,68 @@ class LayerQuantizer:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
         else:
             chain = self._calibrate(weights, chain)
-        for name, packed in self.done.items():
+        for name, packed in self.served[0].done.items():
             others |= packed.tensors(name, self.dtype)
         return others, chain
 
-    def _placed(self, stage: Stage) -> Stage:
-        """The stage as it will be served: its tensor as the checkpoint stores it."""
-        return stage._replace(tensor=None if stage.tensor is None else stored_stage(stage).to(self.device))
+    def _stages(self, place: torch.device) -> dict[str, list[Stage]]:
+        """The online stages of each site as they will be served: tensors as the checkpoint stores them."""
 
-    def _cache(self) -> Cache | None:
-        found = self.recipe.kv.form(self.transforms.r3, self.layer.clips)
-        return kv4_cache(found) if found else None
+        def placed(stage: Stage) -> Stage:
+            return stage._replace(tensor=None if stage.tensor is None else stored_stage(stage).to(place))
+
+        return {site: [placed(stage) for stage in found] for site, found in self.layer.inputs.items()}
 
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next.
 
         Each step is computed once a sample. The chain is changed in place; beside it lie what o and then down read.
         """
-        norm, attention, mlp = self.decoder.norm, self.kind.attention, self.kind.mlp
-        gain1, gain2 = (self.tensors[f"{block.norm}.weight"] for block in (attention, mlp))
+        served, attention, mlp = self.served, self.kind.attention, self.kind.mlp
         self.importance = self._importance(weights, chain)
-        self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
+        self._step(weights, "attn", chain, attention.norm)
         mixed = torch.empty(*chain.shape[:2], weights[attention.output].shape[1], dtype=chain.dtype)
-        cache = self._cache()
-        for i, h in enumerate(self._samples(chain)):
-            mixed[i] = self.decoder.attention(self.tensors, norm(h, gain1), self.linear, cache).cpu()
-        self._step(weights, "o", self._samples(mixed))
+        self.devices.map(lambda on, _, h: served[on].attention(h), chain, out=mixed)
+        self._step(weights, "o", mixed)
         self._write(chain, mixed, attention.output)
         del mixed
-        self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(chain)))
+        self._step(weights, "mlp", chain, mlp.norm)
         inner = torch.empty(*chain.shape[:2], weights[mlp.down].shape[1], dtype=chain.dtype)
-        for i, h in enumerate(self._samples(chain)):
-            inner[i] = self.decoder.mlp_input(norm(h, gain2), self.linear).cpu()
-        self._step(weights, "down", self._samples(inner))
+        self.devices.map(lambda on, _, h: served[on].mlp_input(h), chain, out=inner)
+        self._step(weights, "down", inner)
         self._write(chain, inner, mlp.down)
         return chain
 
     def _write(self, chain: Tensor, inputs: Tensor, linear: str) -> None:
         """Adds what a linear makes of its inputs to the residual stream."""
-        for i, (h, x) in enumerate(zip(self._samples(chain), self._samples(inputs), strict=True)):
-            chain[i] = self.decoder.add(h, self.linear(linear, x)).cpu()
+        self.devices.map(lambda on, _, h, x: self.served[on].write(linear, h, x), chain, inputs, out=chain)
 
-    def _importance(self, weights: dict[str, Tensor], chain: Tensor) -> list[Tensor] | None:
-        """Weight of each token's error, float32 [T] for each sample, mean 1; None where all count the same.
+    def _importance(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor | None:
+        """Weight of each token's error, float32 [samples, T], mean 1; None where all count the same.
 
         (1 - a) + a * attention received: what is wrong with a sink's keys and values is added to every token's output.
         """
         share = self.recipe.weights.attention_weight
         if not share:
             return None
-        known = self.tensors | {f"{name}.weight": weights[name] for name in self.kind.sites["attn"]}
-        tensors = {name: tensor.float() for name, tensor in known.items()}
-        exact = self.decoder.float_linear(tensors, self.layer)
-        gain = self.tensors[f"{self.kind.attention.norm}.weight"]
-        inputs = (self.decoder.norm(h, gain).float() for h in self._samples(chain))
-        return [(1 - share) + share * self.decoder.attention_received(tensors, x, exact) for x in inputs]
+        known = self.served[0].tensors | {f"{name}.weight": weights[name] for name in self.kind.sites["attn"]}
+        copies = self.devices.copies({name: tensor.float() for name, tensor in known.items()})
 
-    def _samples(self, chain: Tensor) -> Iterator[Tensor]:
-        return (sample.to(self.device) for sample in chain)
+        def received(on: int, _: int, h: Tensor) -> Tensor:
+            served, tensors = self.served[on], copies[on]
+            x = served.normed(self.kind.attention.norm, h).float()
+            exact = served.decoder.float_linear(tensors, served.stages)
+            return (1 - share) + share * served.decoder.attention_received(tensors, x, exact)
 
-    def _step(self, weights: dict[str, Tensor], site: str, inputs: Iterator[Tensor]) -> None:
-        """Quantizes the linears of a site, which share these inputs."""
+        return self.devices.map(received, chain, out=torch.empty(chain.shape[:2]))
+
+    def _step(self, weights: dict[str, Tensor], site: str, store: Tensor, norm: str = "") -> None:
+        """Quantizes the linears of a site, which read the store [samples, T, channels], behind a norm if named."""
         if not self.recipe.weights.needs_inputs:
             for name in self.kind.sites[site]:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
             return
-        hessian, drift = self._moments(site, inputs)
+        hessian, drift = self._moments(site, store, norm)
         refit = drift is not None and partial(
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
@@ -147,32 +150,43 @@ class LayerQuantizer:
         prepared = gptq.columns(hessian, options.damping, options.act_order)
         return partial(gptq.quantize, prepared=prepared, form=options.form)
 
-    def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _moments(self, site: str, store: Tensor, norm: str) -> tuple[Tensor, Tensor | None]:
         """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
 
         Returns:
             float32 [K, K] each; the second for `gptq.refit`, None where the recipe has none.
         """
+        stores = (store,) if self.importance is None else (store, self.importance)
+        sums = self.devices.each(lambda on, share: self._sums(self.served[on], site, norm, share), *stores)
+        tokens = store.shape[0] * store.shape[1]
+        hessian = self._total([part for part, _ in sums])
+        drifts = [part for _, part in sums if part is not None]
+        return (hessian.triu() + hessian.triu(1).mT).div_(tokens), self._total(drifts).div_(tokens) if drifts else None
+
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        """The sum of the devices' sums, on the first."""
+        return reduce(Tensor.add_, (part.to(self.device) for part in parts))
+
+    def _sums(self, served: ServedLayer, site: str, norm: str, share: Share) -> tuple[Tensor, Tensor | None]:
+        """The sums of `_moments` over a device's samples; of the first, symmetric one what is above the diagonal."""
         hessian: Tensor | None = None
         drift: Tensor | None = None
-        count, form = 0, self._rows(site)
-        for i, x in enumerate(inputs):
-            exact = transform(x, self.stages.get(site, [])).float()
+        form, stages = served.rows(site), served.stages.get(site, [])
+        for _, (x, *importance) in share:
+            exact = transform(served.normed(norm, x) if norm else x, stages).float()
             q, scale, zero = calls.quantize(exact, form)
             seen = form.dequantize(q, scale, zero.float())
-            weighted = seen if self.importance is None else seen * self.importance[i][:, None]
+            weighted = seen * importance[0][:, None] if importance else seen
             if hessian is None:
                 hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
                 drift = torch.zeros_like(hessian) if self.recipe.weights.refit else None
-            for start in range(0, len(hessian), TRIANGLE):  # it is symmetric: what is above the diagonal
+            for start in range(0, len(hessian), TRIANGLE):
                 rows = slice(start, start + TRIANGLE)
                 hessian[rows, start:].addmm_(weighted[:, rows].T, seen[:, start:])
             if drift is not None:
                 drift.addmm_((exact - seen).T, weighted)
-            count += len(x)
         assert hessian is not None
-        hessian = hessian.triu() + hessian.triu(1).mT
-        return hessian.div_(count), None if drift is None else drift.div_(count)
+        return hessian, drift
 
     def _rows(self, site: str) -> RowFormat:
         """What the rows of a site are rounded to."""
@@ -188,7 +202,9 @@ class LayerQuantizer:
         scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)
         codes = rounded(weight, scale)
         self.errors.append(((form.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
-        self.done[name] = pack(codes, scale, form, down, up)
+        packed = pack(codes, scale, form, down, up)
+        for served, place in zip(self.served, self.devices.places, strict=True):
+            served.done[name] = packed.on(place)
 
     def _branch(self, weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """D, U in the checkpoint's dtype and what is left of the weight."""
@@ -203,11 +219,3 @@ class LayerQuantizer:
             row_maxima=options.branch == "tsvd", dtype=self.dtype,
         )  # fmt: skip
         return split.down.to(self.dtype), split.up.to(self.dtype), split.residual
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """The served linear: the same op on the same packed weights."""
-        packed, site = self.done[name], self.kind.site_of[name]
-        return linear(
-            x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.form, self.stages.get(site, []),
-            self._rows(site), packed.down, packed.up,
-        )  # fmt: skip

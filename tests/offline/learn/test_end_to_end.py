@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rotquant.common.devices import Devices
 from rotquant.learn.end_to_end import QuantizedModel, loss_of
 from rotquant.learn.stream import Learner
 from rotquant.models import read_architecture
@@ -35,7 +36,9 @@ class OneDevice(TorchDispatchMode):
 def job_of(folder: Path, recipe: str, device: str) -> Learner:
     run = prepare(str(folder), Settings(recipe, samples=2, seq_len=32, device="cpu"))
     assert run.calibrated
-    return Learner(run.recipe, run.arch, run.source, run.calibrated.tokens, run.transforms, run.dtype, 0, device, 1)
+    return Learner(
+        run.recipe, run.arch, run.source, run.calibrated.tokens, run.transforms, run.dtype, 0, Devices(device), 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

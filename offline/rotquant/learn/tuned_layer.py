@@ -35,7 +35,7 @@ from rotquant_kernels.formats import RowFormat
 LARGEST_CLIP = 0.98  # where a clip ratio of 1 starts: a sigmoid never reaches 1
 
 
-class ServedLayer(nn.Module):
+class TunedLayer(nn.Module):
     """One layer.
 
     Args:
