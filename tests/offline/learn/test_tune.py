@@ -13,8 +13,8 @@ import rotquant
 from rotquant.learn import tune as tuning
 from rotquant.learn.distill import divergence
 from rotquant.learn.quantizers import fake_quantize
-from rotquant.learn.tuned_layer import Rounded
 from rotquant.learn.steps import Steps
+from rotquant.learn.tuned_layer import Rounded
 from rotquant.measure.evaluate import load_any
 from rotquant.pipeline import Settings, prepare, quantize
 from rotquant_kernels.formats import RowFormat
