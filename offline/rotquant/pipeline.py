@@ -9,7 +9,7 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
@@ -46,7 +45,7 @@ from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
+from rotquant.transforms.fold import Fold, by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.layerwise import LayerQuantizer
@@ -348,11 +347,6 @@ def write_head(run: Run, journal: Journal) -> None:
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
-
-
-def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:

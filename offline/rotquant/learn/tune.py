@@ -12,8 +12,6 @@ of a kind to the edge of their cells at once, and a thousandth of them moved in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,10 +27,9 @@ from rotquant.models import Tensors
 from rotquant.models.decoder import Linear, bias_of, rms_norm
 from rotquant.recipe import Tuning
 from rotquant.resources import KEPT_BYTES, activation_numbers
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import Fold, by_rows
 
 BETAS = (0.9, 0.95)
-ROWS = 8192  # of the vocabulary, folded at a time
 CLIPS, NORM = "clips.", "norm"  # in what `tune` returns: of a layer; the final norm's gain
 
 
@@ -45,8 +42,8 @@ class ServedModel:
         fold, source = Fold(arch, job.transforms), job.source
         embedding, gain = source.get(names.embedding), source.get(names.norm)
         head = embedding if arch.tied else source.get(names.head)
-        self.embedding = in_rows(embedding, lambda rows: fold.embedding(rows).to(job.dtype)).to(job.device)
-        self.head = in_rows(head, lambda rows: fold.head(rows, gain)[0].to(self.compute)).to(job.device)
+        self.embedding = by_rows(embedding, lambda rows: fold.embedding(rows).to(job.dtype)).to(job.device)
+        self.head = by_rows(head, lambda rows: fold.head(rows, gain)[0].to(self.compute)).to(job.device)
         self.gain = nn.Parameter(fold.head(head[:1], gain)[1].float().to(job.device), "gains" in options.learns)
         self.layers = []
         for decoder, transforms, tensors in zip(job.decoders(), job.transforms.layers, quantized, strict=True):
@@ -162,8 +159,3 @@ def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:
     epochs = -(-options.steps * options.batch // count)
     drawn = torch.cat([torch.randperm(count, generator=random) for _ in range(epochs)])
     return list(drawn[: options.steps * options.batch].split(options.batch))
-
-
-def in_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
