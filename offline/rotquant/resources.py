@@ -104,7 +104,7 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
         return 0
     tokens, weights = recipe.tune.batch * windows[1], arch.layers * layer_weights(arch)
     vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
-    each = 4 * tokens * sum(map(activation_numbers, arch.kinds))
+    each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
     kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
     wanted = windows[0] * windows[1] * arch.hidden_size * (4 + dtype.itemsize)
     return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
@@ -114,6 +114,12 @@ def gradients(arch: Architecture, tokens: int) -> int:
     """Bytes that the backward pass through one layer needs, beside the layer itself."""
 
     return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(activation_numbers, arch.kinds))
+
+
+def tuned_numbers(kind: Layer) -> int:
+    """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
+    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
+    return 14 * kind.hidden + 8 * kind.mlp.width + 8 * queries_keys_values
 
 
 def activation_numbers(kind: Layer) -> int:

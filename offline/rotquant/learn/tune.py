@@ -26,7 +26,7 @@ from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
 from rotquant.models.decoder import Linear, bias_of, rms_norm
 from rotquant.recipe import Tuning
-from rotquant.resources import KEPT_BYTES, activation_numbers
+from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
 BETAS = (0.9, 0.95)
@@ -53,7 +53,7 @@ class ServedModel:
             )
             self.layers.append(layer.to(job.device))
         tokens = options.batch * job.tokens.shape[1]
-        self.keeps = 4 * tokens * sum(map(activation_numbers, arch.kinds)) <= KEPT_BYTES
+        self.keeps = 4 * tokens * sum(map(tuned_numbers, arch.kinds)) <= KEPT_BYTES
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """What the head reads, float32 [n, hidden], of tokens [B, T]."""
