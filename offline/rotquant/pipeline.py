@@ -10,7 +10,7 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
@@ -29,9 +28,9 @@ from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.hub import fetch
-from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.packed import pack
+from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.choose.choice import Choice
 from rotquant.choose.judge import judged_windows
@@ -44,13 +43,14 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import Architecture
+from rotquant.learn.tune import NORM, layer_of, tune
+from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
+from rotquant.transforms.fold import Fold, by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.layerwise import LayerQuantizer
@@ -158,6 +158,7 @@ def quantize(
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
+            run = replace(run, transforms=tune_layers(run, journal))
             write_head(run, journal)
             write_companions(run, journal, digest)
             journal.publish()
@@ -333,11 +334,36 @@ def write_layers(run: Run, journal: Journal) -> None:
             stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = writer.layer_tensors(stored, kind, run.transforms, index)
-            named = {prefix + name: tensor for name, tensor in tensors.items()}
-            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
+            if run.recipe.tune:
+                journal.keep(f"layer {index}", stored, errors=quantizer.errors)
+            else:
+                write_layer(run, journal, f"layer {index}", index, stored, errors=quantizer.errors)
             journal.drop_chain(index)
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+
+
+def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
+    """The shard of a layer, from its tensors by the names of its kind."""
+    kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
+    stored = joined(quantized, kind, run.recipe.weights.form)
+    tensors = writer.layer_tensors(stored, kind, run.transforms, index)
+    journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
+
+
+def tune_layers(run: Run, journal: Journal) -> Transforms:
+    """Tunes the quantized layers together, if the recipe says so, and writes them; the transforms with tuned clips."""
+    if not run.recipe.tune:
+        return run.transforms
+    job, layers, tuned = learner(run), range(run.arch.layers), journal.kept("tune")
+    if tuned is None:
+        quantized = [journal.kept(f"layer {index}") or {} for index in layers]
+        tuned = tune(job, quantized, Slot(journal, "tune"))
+        journal.keep("tune", tuned, [Slot.name("tune")])
+    for index in layers:
+        tensors, job.transforms.layers[index].clips = layer_of(tuned, index)
+        if not journal.done(f"tuned layer {index}"):
+            write_layer(run, journal, f"tuned layer {index}", index, tensors)
+    return job.transforms
 
 
 def write_head(run: Run, journal: Journal) -> None:
@@ -347,7 +373,8 @@ def write_head(run: Run, journal: Journal) -> None:
     names = run.arch.names
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
-    tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    tuned = journal.kept("tune") if run.recipe.tune else None
+    tensors = {names.norm: tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1].to(run.dtype)}
     if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
         scale = rtn.weight_scale(folded, form, run.dtype)
@@ -356,11 +383,6 @@ def write_head(run: Run, journal: Journal) -> None:
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
-
-
-def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:

@@ -6,6 +6,7 @@ online       more transforms that run before the linears of a site, beside R4
 learn        how the values of all these are found: surrogate (R1, R2, without backpropagation through the model),
              blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
 weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
+tune         after all else: weight scales, norm gains and clips of the whole quantized model, by gradients
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
@@ -185,6 +186,24 @@ class Weights(_Part):
         return WeightFormat(self.bits, self.group_size)
 
 
+class Tuning(_Part):
+    """Distillation: Adam on the KL of the original's logits to the quantized model's, over the calibration windows."""
+
+    learns: Annotated[list[Literal["scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
+        "scales", "gains", "clips", "branch",
+    ]  # fmt: skip
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=2, ge=1, description="windows a step")
+    scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
+    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch")
+    clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
+
+    def without_clips(self) -> Tuning | None:
+        """The same for a checkpoint that can hold no clip ratio; None where nothing else is tuned."""
+        kept = [name for name in self.learns if name != "clips"]
+        return self.model_copy(update={"learns": kept}) if kept else None
+
+
 class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
@@ -246,6 +265,7 @@ class Recipe(_Part):
     online: OnlineStages = OnlineStages()
     learn: Learning = Learning()
     weights: Weights = Weights()
+    tune: Tuning | None = None
     activations: Activations = Activations()
     kv: KVCache = KVCache()
     lm_head: LMHead = LMHead()
@@ -254,7 +274,7 @@ class Recipe(_Part):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.needs_inputs or self.needs_learning or self.chooses
+        return self.weights.needs_inputs or self.needs_learning or self.chooses or self.tune is not None
 
     @property
     def chooses(self) -> bool:
@@ -331,6 +351,7 @@ class Recipe(_Part):
                 "online": OnlineStages(),
                 "learn": self.learn.without_clips(),
                 "weights": self.weights.model_copy(update={"rank": 0}),
+                "tune": self.tune and self.tune.without_clips(),
                 "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
                 "kv": KVCache(bits=16),
                 "lm_head": LMHead(bits=16),

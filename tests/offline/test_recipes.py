@@ -35,8 +35,9 @@ RECIPES = [name for name, _ in shipped()]
 def settings(recipe: str, *more: str) -> list[str]:
     """Shorter learning, where the recipe learns at all; of one that chooses all candidates."""
     taken = all_candidates(recipe)
-    learn = load_recipe(recipe, taken).learn
-    return taken + [s for s in SHORT if getattr(learn, s.split(".")[1])] + list(more)
+    found = load_recipe(recipe, taken)
+    short = [s for s in SHORT if getattr(found.learn, s.split(".")[1])]
+    return [*taken, *short, *(["tune.steps=2"] if found.tune else []), *more]
 
 
 def sized(kind: str, folder, **config):
