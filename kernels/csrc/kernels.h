@@ -10,6 +10,8 @@
 
 #include "gemm.h"
 
+#include "experts.h"
+
 #include "kv4.h"
 
 namespace rotquant {
@@ -21,6 +23,7 @@ const Tier RQ_TABLE = {
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,
     RQ_TIER::gemm_panel,
+    RQ_TIER::add_rows,
     RQ_TIER::kv4_write,
     RQ_TIER::kv4_attend,
     RQ_TIER::kv4_attend_chunk,

@@ -5,6 +5,7 @@
 """
 
 from rotquant_kernels import convention, reference
+from rotquant_kernels.experts import prepare_experts
 from rotquant_kernels.online import Stage, linear, transform
 from rotquant_kernels.ops import (
     OPS,
@@ -12,6 +13,7 @@ from rotquant_kernels.ops import (
     kernel_of,
     kv4_attention,
     kv4_write,
+    moe_experts,
     online_stage,
     prepare_weight,
     quantize_rows,
@@ -27,7 +29,9 @@ __all__ = [
     "kv4_attention",
     "kv4_write",
     "linear",
+    "moe_experts",
     "online_stage",
+    "prepare_experts",
     "prepare_weight",
     "quantize_rows",
     "reference",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotquant_kernels import cuda, fused, native, reference
+from rotquant_kernels import cuda, experts, fused, native, reference
 
 REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
@@ -28,6 +28,9 @@ OPS = {
     " float clip) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"
     " int weight_bits, bool act_symmetric, ScalarType dtype) -> Tensor",
+    "moe_experts": "(Tensor x, Tensor chosen, Tensor weights, Tensor? expert_map, Tensor up, Tensor up_scale,"
+    " Tensor down, Tensor down_scale, int weight_bits, int block, int act_bits, bool act_symmetric, float up_clip,"
+    " float down_clip) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
@@ -35,7 +38,9 @@ OPS = {
 }
 
 _library = torch.library.Library("rotquant", "DEF")
-SPECIFICATION = {name: getattr(reference, name, None) or getattr(fused, name) for name in OPS}
+SPECIFICATION = {
+    name: next(getattr(module, name) for module in (reference, fused, experts) if hasattr(module, name)) for name in OPS
+}
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
@@ -102,6 +107,11 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, *settings: object) -> Ten
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
+@torch.library.register_fake("rotquant::moe_experts", lib=_library)
+def _(x: Tensor, *settings: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("rotquant::kv4_write", lib=_library)
 def _(*arguments: object) -> None:
     return None
@@ -119,6 +129,7 @@ pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear
 rms_norm_quantize = torch.ops.rotquant.rms_norm_quantize
 quantized_linear = torch.ops.rotquant.quantized_linear
+moe_experts = torch.ops.rotquant.moe_experts
 kv4_write = torch.ops.rotquant.kv4_write
 kv4_attention = torch.ops.rotquant.kv4_attention
 
