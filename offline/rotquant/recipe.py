@@ -129,7 +129,9 @@ class Blockwise(_Part):
     inputs: Literal["full", "quantized"] = Field(
         default="full", description="what a layer sees while it learns: exact inputs, or what the layers before make"
     )
-    weight_bits: Literal[4, 8, 16] = Field(default=4, description="while learning; 16 leaves the weights to GPTQ")
+    weight_bits: Literal[4, 8, 16] | None = Field(
+        default=None, description="while learning; null: weights.bits; 16 leaves the weights to GPTQ"
+    )
 
 
 class EndToEnd(_Part):
@@ -143,7 +145,7 @@ class EndToEnd(_Part):
     lr: float = Field(default=1e-2, gt=0, description="of the rotations")
     scale_lr: float = Field(default=2e-3, gt=0)
     top: int = Field(default=1000, ge=1, description="kl_top: how many of the teacher's tokens")
-    weight_bits: Literal[4, 8, 16] = 16
+    weight_bits: Literal[4, 8, 16] | None = Field(default=16, description="as of blockwise")
 
 
 class Learning(_Part):

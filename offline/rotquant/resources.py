@@ -62,7 +62,9 @@ def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     hessians = HESSIANS * 4 * widest**2 if recipe.weights.needs_inputs else 0
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     tables = 3 * vocabulary(arch) * dtype.itemsize  # as read, folded, and folded in one piece
-    return tables + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + 3 * chain
+    beside = max(max(kind.shapes[name][1] for name in kind.writes) for kind in arch.kinds)  # inputs of o or down
+    chains = 2 * chain + chain * beside // arch.hidden_size
+    return tables + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + chains
 
 
 def by_layer(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:

@@ -78,17 +78,14 @@ def test_a_step_that_fails_leaves_its_reason_and_the_others(tmp_path):
 
 def test_the_plugin_is_found_without_an_installation(tmp_path):
     """By the metadata that the script writes; -S leaves out what is installed."""
-    code = f"""
+    write = "import gpu, pathlib, sys; gpu.write_metadata(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", write, str(tmp_path)], cwd=SCRIPT.parent, check=True)
+    find = """
 import sys
-sys.path[:0] = [{str(SCRIPT.parents[1])!r}]
-import importlib.util, pathlib, re, types
-source = pathlib.Path({str(SCRIPT)!r}).read_text()
-start = source.index("def write_metadata"); end = source.index("def run_step")
-space = dict(Path=pathlib.Path, tomllib=__import__("tomllib"), ROOT=pathlib.Path({str(SCRIPT.parents[1])!r}))
-exec(source[start:end], space)
-sys.path.insert(0, str(space["write_metadata"](pathlib.Path({str(tmp_path)!r}))))
 from importlib.metadata import entry_points, version
+sys.path.insert(0, sys.argv[1])
 print(version("rotquant"), [e.value for e in entry_points(group="vllm.general_plugins")])
 """
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-S", "-c", find, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split(" ", 1)[1].strip() == "['vllm_rotquant:register']"

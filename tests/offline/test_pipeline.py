@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
-from source_models import HELDOUT, file_hashes, source_model
-from tiny_checkpoints import KINDS
+from source_models import HELDOUT, KINDS, file_hashes, source_model
 
 QUICK = {"recipe": "quarot", "calibration": str(HELDOUT), "samples": 4, "seq_len": 64}
 
@@ -102,10 +100,9 @@ def steps_done(out: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, kill):
-    steps = random.randint(2, 6)  # the gate, the embedding, then layers; enough are left to be killed in
-    print(f"killed after {steps} steps")
+@pytest.mark.parametrize(("kill", "steps"), [(signal.SIGKILL, 2), (signal.SIGKILL, 5), (signal.SIGINT, 4)])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, kill, steps):
+    """Killed after so many steps: the gate, the embedding, then layers; enough are left to be killed in."""
     folder = source_model(tmp_path / "m", "llama", layers=10)
     whole = quantize(str(folder), tmp_path / "whole" / "out", **QUICK)
     out = tmp_path / "killed" / "out"

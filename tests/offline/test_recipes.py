@@ -5,6 +5,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import get_args
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,12 +19,10 @@ from rotquant.errors import RotQuantError
 from rotquant.learn import plan
 from rotquant.learn.register import SERVES, optimisers
 from rotquant.learn.rotations import surrogate
-from rotquant.measure.evaluate import model_losses
 from rotquant.pipeline import quantize
 from rotquant.recipe import Activations, KVCache, Surrogate, load_recipe, shipped
 from rotquant.text import read_tokenizer, windows
-from source_models import HELDOUT, file_hashes, source_model
-from tiny_checkpoints import KINDS
+from source_models import HELDOUT, KINDS, file_hashes, source_model
 
 QUICK = {"samples": 4, "seq_len": 64}
 SHORT = ("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1", "learn.surrogate.steps=5")
@@ -49,6 +48,16 @@ def logits(model, folder):
         return model(ids).logits
 
 
+def original_logits(folder):
+    from transformers import AutoModelForCausalLM
+
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), folder)
+
+
+def relative(got, expected):
+    return (got - expected).norm() / expected.norm()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_computes_the_same_function(tmp_path, recipe):
     """Where rounding is fine the checkpoint's logits are the model's: what is learned and folded is undone exactly.
@@ -57,14 +66,14 @@ def test_every_recipe_computes_the_same_function(tmp_path, recipe):
     """
     from transformers import AutoModelForCausalLM
 
-    kind = list(KINDS)[RECIPES.index(recipe) % len(KINDS)]
+    kind = list(KINDS)[crc32(recipe.encode()) % len(KINDS)]
     folder = sized(kind, tmp_path / "m", head_dim=32)
     changed = settings(recipe, *FINE, *(["weights.group_size=0"] if recipe == "gsr" else []))
     out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=changed, **QUICK)
     original, made = AutoModelForCausalLM.from_pretrained(folder).eval(), load(out)
     expected = logits(original, folder)
     distance = (logits(made, folder) - expected).norm() / expected.norm()
-    assert distance < 0.12, distance  # above 1 where something is not undone
+    assert distance < 0.1, distance  # above 1 where something is not undone
     adapter = write_adapter(tmp_path / "adapter", original, size=0.5)
     attach(original, adapter)
     attach(made, turn_folder(adapter, out, tmp_path / "turned"))
@@ -86,8 +95,8 @@ def test_four_bits_and_its_format(tmp_path, recipe, kind):
     if recipe == "flatquant":  # clips were learned for every layer
         assert "model.layers.1.mlp.down_proj" in extension["activation_clip"]
         assert "model.layers.1.self_attn" in extension["kv_clip"]["layers"]
-    ids = windows(HELDOUT.read_text(), read_tokenizer(out), 64, "heldout")[:2]
-    assert model_losses(load(out), ids).isfinite().all()
+    distance = relative(logits(load(out), folder), original_logits(folder))
+    assert distance < 0.9, distance  # rounding to 4 bits; 1.4 for logits of another model
 
 
 def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -152,8 +161,9 @@ def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch):
 def test_half_precision_with_biases(tmp_path, recipe):
     """As real checkpoints come: what learning and GPTQ compute in float32 meets biases in bfloat16."""
     folder = sized("qwen2", tmp_path / "m", head_dim=32, dtype=torch.bfloat16)
-    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=settings(recipe), **QUICK)
-    assert logits(load(out), folder).isfinite().all()
+    out = quantize(str(folder), tmp_path / "out", recipe=recipe, settings=settings(recipe, *FINE), **QUICK)
+    distance = relative(logits(load(out), folder), original_logits(folder))
+    assert distance < 0.2, distance
 
 
 def test_the_sink_counts_in_gptq(tmp_path):

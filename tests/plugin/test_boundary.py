@@ -14,12 +14,12 @@ from torch.nn.functional import cosine_similarity
 
 import boundary_serving as serving
 import vllm_serving
+from checkpoints import Spec, edited, prompts, write_checkpoint
 from eagle_drafts import write_draft
 from rotquant.basis.draft import turn_draft
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import source_model
-from vllm_fixtures import Spec, edited, prompts, write_checkpoint
 
 PROMPTS = prompts((5, 17, 30))
 EIGHT = ["weights.method=rtn", "weights.bits=8", "activations.bits=8"]  # close to the original, so that bases show

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from checkpoints import Spec, quantization_config
 from rotquant.checkpoint.format import CheckpointFormat
 from rotquant.errors import RotQuantError
-from vllm_fixtures import Spec, quantization_config
 from vllm_rotquant.names import Names, parts_of
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -20,6 +20,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import vllm_serving as serving
+from checkpoints import (
+    Spec,
+    edited,
+    normalized_hadamard,
+    prompts,
+    quantization_config,
+    without,
+    write_checkpoint,
+    write_plain,
+)
+from float_model import expected_logprobs
 from lora_adapters import edit_adapter, merged, write_adapter
 from online_extras import everything
 from rotquant.basis.turn_adapter import turn_folder
@@ -30,17 +41,6 @@ from rotquant.pipeline import quantize
 from rotquant_kernels import online_stage
 from served_adapters import read_as_served, serve_with
 from source_models import source_model
-from vllm_fixtures import (
-    Spec,
-    edited,
-    expected_logprobs,
-    normalized_hadamard,
-    prompts,
-    quantization_config,
-    without,
-    write_checkpoint,
-    write_plain,
-)
 from vllm_rotquant.rotation import StoredInput, check_shard
 
 BASE = Spec()

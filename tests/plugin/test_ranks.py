@@ -16,8 +16,8 @@ import torch
 
 import ranks
 import vllm_serving as serving
+from checkpoints import Spec, prompts, write_checkpoint
 from rotquant.errors import RotQuantError
-from vllm_fixtures import Spec, prompts, write_checkpoint
 
 BASE = Spec()
 TOKENS = prompts((33,))[0]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vllm_serving as serving
+from checkpoints import Spec, edited, write_checkpoint
 from rotquant.errors import RotQuantError
-from vllm_fixtures import Spec, edited, write_checkpoint
 
 Child = Callable[..., Any]
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "head_dim": 16, "r4_block": 32}

@@ -15,8 +15,8 @@ import torch
 
 import vllm_reload
 import vllm_serving as serving
+from checkpoints import Spec, edited, prompts, without, write_checkpoint
 from online_extras import everything
-from vllm_fixtures import Spec, edited, prompts, without, write_checkpoint
 
 PROMPTS = prompts((7, 33))
 SPECS = {

@@ -28,10 +28,9 @@ import torch
 from safetensors.torch import load_file
 
 import rotquant
+from checkpoints import Spec, prompts, save_shards, write_checkpoint
 from online_extras import everything
 from rotquant.errors import RotQuantError
-from tiny_checkpoints import save_shards
-from vllm_fixtures import Spec, prompts, write_checkpoint
 
 MISSING = object()
 VALUES: list[Any] = [

@@ -12,21 +12,34 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
 from rotquant.data import DATA
 from rotquant.models.harden import harden
-from tiny_checkpoints import KINDS
 
 HELDOUT = DATA / "heldout.txt"
 SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
 VOCABULARY = 2056  # 2048 of the demo model's tokenizer, one that transformers adds for Qwen2, and some of no token
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16}),
+}
 # Families that differ from Llama in what a layer computes; sizes and scalars such that each difference matters.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "smollm3": (
@@ -45,6 +58,10 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "granite4": (
         GraniteMoeHybridConfig,
         GraniteMoeHybridForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
         {
             "hidden_size": 128, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
             "logits_scaling": 2.0, "num_local_experts": 0, "shared_intermediate_size": 176, "mamba_n_heads": 4,
@@ -54,6 +71,10 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "phi3": (
         Phi3Config,
         Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
         {
             "hidden_size": 128, "pad_token_id": None, "eos_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
@@ -85,7 +106,7 @@ def source_model(
     folder: Path, kind: str, *, hardened: bool = False, shard_size: str = "200KB", dtype: torch.dtype = torch.float32,
     layers: int = 2, **config: Any,
 ) -> Path:  # fmt: skip
-    """Saves a random model of `tiny_checkpoints.KINDS` or of FAMILIES whose biases and norm gains matter."""
+    """Saves a random model of KINDS or FAMILIES whose biases and norm gains matter."""
     config_class, model_class, extra = (KINDS | FAMILIES)[kind]
     torch.manual_seed(3)
     sizes = {

@@ -27,11 +27,16 @@ from rotquant.transforms.space import LayerTransforms
 
 
 def quantized_layer(
-    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int
+    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int | None
 ) -> QuantizedLayer:
-    """The layer with its quantizers, `start` being where the learned parts of its transforms begin."""
+    """The layer with its quantizers, `start` being where the learned parts of its transforms begin.
+
+    weight_bits: while it learns; None for those that the recipe rounds to.
+    """
     parameters = LayerParameters(start, learns, job.recipe, decoder.kind).to(job.device)
-    layer = QuantizedLayer(parameters, job.recipe, decoder, job.transforms.r3, weight_bits, job.dtype)
+    layer = QuantizedLayer(
+        parameters, job.recipe, decoder, job.transforms.r3, weight_bits or job.recipe.weights.bits, job.dtype
+    )
     layer.search_clips(tensors)
     return layer
 

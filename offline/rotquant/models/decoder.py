@@ -59,11 +59,8 @@ class Decoder:
         value = linear(self.kind.attention.value, x1).unflatten(-1, (-1, self.kind.attention.head_dim)).float()
         if cache:
             query, key, value = cache(query, key, value)
-        query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
-        mixed = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.kind.attention.scale, enable_gqa=True
-        )
-        return mixed.transpose(-3, -2).flatten(-2).to(x1.dtype)
+        mixed = causal(query, key, value, self.kind.attention.scale)
+        return mixed.flatten(-2).to(x1.dtype)
 
     def queries_and_keys(self, tensors: Tensors, x1: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
         """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind RoPE, float32."""
@@ -133,6 +130,16 @@ class Decoder:
             return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
 
         return linear
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of query [..., T, heads, d] over key and value [..., T, kv_heads, d]; [..., T, heads, d].
+
+    torch's fast kernels want exactly one dimension of batches: without one its plain product takes six times as long.
+    """
+    q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
+    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return mixed.transpose(1, 2).reshape(query.shape)
 
 
 def decoders(arch: Architecture, positions: int, device: str = "cpu") -> list[Decoder]:

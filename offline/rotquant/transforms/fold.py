@@ -38,6 +38,7 @@ from torch import Tensor
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.architecture import Attention
 from rotquant.transforms import kronecker
+from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import Stage, reference
 
@@ -199,6 +200,8 @@ def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
             assert stage.tensor is not None
             moved = weight @ stage.tensor.to(weight)
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
+        elif stage.kind == "hadamard":  # symmetric and orthogonal
+            weight = hadamard_rows(weight, stage.block)
         else:
             weight = reference.stage_rows(weight, *inverse_transposed(stage, weight))
     out[f"{linear}.weight"] = weight

@@ -15,7 +15,7 @@ from torch import Tensor
 from rotquant.errors import RotQuantError
 from rotquant_kernels import convention
 
-BLOCK = 128
+BLOCK = 64
 
 
 class Columns(NamedTuple):
@@ -54,23 +54,21 @@ def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Ten
         int8 [N, K].
     """
     order, dead, upper = prepared
-    weight = weight.float().masked_fill(dead, 0)[:, order]
     size = weight.shape[1]
-    column_scale = scale.repeat_interleave(size // scale.shape[1], dim=1)[:, order]
-    codes = torch.empty_like(weight, dtype=torch.int8)
-    zero = torch.zeros(()).to(scale)
+    low, high = convention.int_range(bits)
+    rest = weight.float().masked_fill(dead, 0).mT[order].contiguous()  # transposed: a column is contiguous
+    scales = scale.mT.repeat_interleave(size // scale.shape[1], dim=0)[order].contiguous()
+    codes = torch.empty_like(rest)
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
-        block, corner = weight[:, start:end].clone(), upper[start:end, start:end]
+        block, corner = rest[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for j in range(end - start):
-            s = column_scale[:, start + j]
-            q = convention.quantize(block[:, j], s, zero, bits)
-            codes[:, start + j] = q
-            errors[:, j] = (block[:, j] - q.float() * s) / corner[j, j]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * corner[j, j + 1 :]
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return codes[:, order.argsort()]
+        for j, (column, s) in enumerate(zip(block, scales[start:end], strict=True)):
+            q = torch.div(column, s, out=codes[start + j]).round_().clamp_(low, high)
+            torch.addcmul(column, q, s, value=-1, out=errors[j]).div_(corner[j, j])
+            block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
+        rest[end:].addmm_(upper[start:end, end:].mT, errors, alpha=-1)
+    return codes.nan_to_num_(0).mT[:, order.argsort()].to(torch.int8).contiguous()
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

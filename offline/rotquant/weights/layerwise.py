@@ -21,6 +21,8 @@ from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant.weights import gptq, low_rank, rtn
 from rotquant_kernels import Stage, convention, linear, prepare_weight, quantize_rows, transform
 
+TRIANGLE = 256  # rows of a Hessian that are summed at a time
+
 
 @dataclass(frozen=True)
 class PackedLinear:
@@ -86,7 +88,8 @@ class LayerQuantizer:
         """Quantizes a layer and moves the chain through it.
 
         Args:
-            folded: float64 tensors of layer `index`; chain: [samples, T, hidden] or None without calibration.
+            folded: float64 tensors of layer `index`; chain: [samples, T, hidden], moved in place, or None without
+                calibration.
         Returns:
             the tensors to store, and the chain after the layer.
         """
@@ -122,7 +125,10 @@ class LayerQuantizer:
         return kv4_cache(found) if found else None
 
     def _calibrate(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
-        """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next."""
+        """The five steps of `decoder`: Hessians from each step's inputs, then its linears, then the next.
+
+        Each step is computed once a sample. The chain is changed in place; beside it lie what o and then down read.
+        """
         norm, attention, mlp = self.decoder.norm, self.kind.attention, self.kind.mlp
         gain1, gain2 = (self.tensors[f"{block.norm}.weight"] for block in (attention, mlp))
         self.importance = self._importance(weights, chain)
@@ -132,17 +138,20 @@ class LayerQuantizer:
         for i, h in enumerate(self._samples(chain)):
             mixed[i] = self.decoder.attention(self.tensors, norm(h, gain1), self.linear, cache).cpu()
         self._step(weights, "o", self._samples(mixed))
-        after = torch.empty_like(chain)
-        for i, (h, x2) in enumerate(zip(self._samples(chain), self._samples(mixed), strict=True)):
-            after[i] = self.decoder.add(h, self.linear(attention.output, x2)).cpu()
+        self._write(chain, mixed, attention.output)
         del mixed
-        self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(after)))
-        x4 = (self.decoder.mlp_input(norm(h, gain2), self.linear) for h in self._samples(after))
-        self._step(weights, "down", x4)
-        for i, h in enumerate(self._samples(after)):
-            down = self.linear(mlp.down, self.decoder.mlp_input(norm(h, gain2), self.linear))
-            after[i] = self.decoder.add(h, down).cpu()
-        return after
+        self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(chain)))
+        inner = torch.empty(*chain.shape[:2], weights[mlp.down].shape[1], dtype=chain.dtype)
+        for i, h in enumerate(self._samples(chain)):
+            inner[i] = self.decoder.mlp_input(norm(h, gain2), self.linear).cpu()
+        self._step(weights, "down", self._samples(inner))
+        self._write(chain, inner, mlp.down)
+        return chain
+
+    def _write(self, chain: Tensor, inputs: Tensor, linear: str) -> None:
+        """Adds what a linear makes of its inputs to the residual stream."""
+        for i, (h, x) in enumerate(zip(self._samples(chain), self._samples(inputs), strict=True)):
+            chain[i] = self.decoder.add(h, self.linear(linear, x)).cpu()
 
     def _importance(self, weights: dict[str, Tensor], chain: Tensor) -> list[Tensor] | None:
         """Weight of each token's error, float32 [T] for each sample, mean 1; None where all count the same.
@@ -204,11 +213,14 @@ class LayerQuantizer:
             if hessian is None:
                 hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
                 drift = torch.zeros_like(hessian) if self.recipe.weights.refit else None
-            hessian.addmm_(weighted.T, seen)
+            for start in range(0, len(hessian), TRIANGLE):  # it is symmetric: what is above the diagonal
+                rows = slice(start, start + TRIANGLE)
+                hessian[rows, start:].addmm_(weighted[:, rows].T, seen[:, start:])
             if drift is not None:
                 drift.addmm_((exact - seen).T, weighted)
             count += len(x)
         assert hessian is not None
+        hessian = hessian.triu() + hessian.triu(1).mT
         return hessian.div_(count), None if drift is None else drift.div_(count)
 
     def _activations(self, site: str) -> tuple[int, bool, float]:

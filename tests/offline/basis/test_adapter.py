@@ -25,8 +25,7 @@ from rotquant.pipeline import quantize
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import Transforms
-from source_models import source_model
-from tiny_checkpoints import KINDS
+from source_models import KINDS, source_model
 
 ADAPTERS = [
     {},

@@ -24,9 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import eager_mask
 
 import rotquant
+from checkpoints import HEAD, KINDS, VOCAB, edit_config, edit_tensors, random_model, tiny, write_checkpoint
 from rotquant.errors import RotQuantError
 from rotquant_kernels import reference
-from tiny_checkpoints import HEAD, KINDS, VOCAB, edit_config, edit_tensors, tiny_model, write_checkpoint
 
 CLIP = 0.9
 EXACT = 1e-5  # float32 sums in another order
@@ -97,29 +97,29 @@ def hugging_face(exact_attention: None, monkeypatch: pytest.MonkeyPatch) -> Call
 @pytest.mark.parametrize(
     "settings",
     [
-        {"clip": CLIP},
-        {"act_symmetric": False},
-        {"clip": CLIP, "r4": "hadamard", "r3": True, "kv": "symmetric"},
+        {"act_clip": CLIP},
+        {"symmetric": False},
+        {"act_clip": CLIP, "kv_clip": CLIP, "r4": "hadamard", "r3": True, "kv": True},
     ],
     ids=["portable", "asymmetric", "full"],
 )
 def test_agrees_with_compressed_tensors(
     kind: str, settings: dict[str, Any], tmp_path: Path, hugging_face: Callable[[Path], PreTrainedModel]
 ) -> None:
-    folder = write_checkpoint(tmp_path / "out", kind, **settings)
+    folder = write_checkpoint(tmp_path / "out", tiny(kind, **settings))
     expected = logits(hugging_face(folder), tokens())
     assert_same(logits(rotquant.load(folder), tokens()), expected)
     # The test can fail: full precision is far away.
-    assert distance(logits(tiny_model(kind), tokens()), expected).median() > 0.2
+    assert distance(logits(random_model(tiny(kind)), tokens()), expected).median() > 0.2
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"group": 16},
-        {"act_bits": 8, "act_symmetric": False},
-        {"lm_head": True},
-        {"kv": "symmetric"},
+        {"act_bits": 8, "symmetric": False},
+        {"int8_head": True},
+        {"kv": True},
         {"r4": "hadamard"},
         {"r4": "dense"},
     ],
@@ -128,18 +128,18 @@ def test_agrees_with_compressed_tensors(
 def test_each_feature_agrees_with_compressed_tensors(
     settings: dict[str, Any], tmp_path: Path, hugging_face: Callable[[Path], PreTrainedModel]
 ) -> None:
-    folder = write_checkpoint(tmp_path / "out", clip=CLIP, **settings)
+    folder = write_checkpoint(tmp_path / "out", tiny(act_clip=CLIP, kv_clip=CLIP, **settings))
     assert_same(logits(rotquant.load(folder), tokens()), logits(hugging_face(folder), tokens()))
 
 
 def test_unclipped_symmetric_differs_by_ties_only(tmp_path: Path) -> None:
     """The portable profile in unmodified transformers: closer to ours than half the quantization error."""
-    folder = write_checkpoint(tmp_path / "out")
+    folder = write_checkpoint(tmp_path / "out", tiny())
     ours, theirs = (
         logits(rotquant.load(folder), tokens()),
         logits(AutoModelForCausalLM.from_pretrained(folder), tokens()),
     )
-    error = distance(logits(tiny_model("llama"), tokens()), theirs).median()
+    error = distance(logits(random_model(tiny()), tokens()), theirs).median()
     assert distance(ours, theirs).median() < error / 2
 
 
@@ -165,20 +165,21 @@ def test_attention_equals_plain_formulas(symmetric: bool, tmp_path: Path, exact_
 
     AttentionInterface.register("plain_kv4", attention)
     AttentionMaskInterface.register("plain_kv4", eager_mask)
-    settings: dict[str, Any] = {"clip": CLIP, "act_symmetric": False}
-    witness = rotquant.load(write_checkpoint(tmp_path / "no_kv", **settings))
+    settings: dict[str, Any] = {"act_clip": CLIP, "kv_clip": CLIP, "symmetric": False}
+    witness = rotquant.load(write_checkpoint(tmp_path / "no_kv", tiny(**settings)))
     witness.set_attn_implementation("plain_kv4")
-    kv = "symmetric" if symmetric else "asymmetric"
-    folder = write_checkpoint(tmp_path / "kv", kv=kv, r3=True, **settings)
+    folder = write_checkpoint(tmp_path / "kv", tiny(kv=True, kv_symmetric=symmetric, r3=True, **settings))
     assert_same(logits(rotquant.load(folder), tokens()), logits(witness, tokens()))
 
 
-FULL: dict[str, Any] = {"clip": CLIP, "kv": "asymmetric", "r3": True, "r4": "hadamard", "act_symmetric": False}
+FULL: dict[str, Any] = {
+    "act_clip": CLIP, "kv_clip": CLIP, "kv": True, "r3": True, "r4": "hadamard", "symmetric": False
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_with_a_cache_equals_recomputation(kind: str, tmp_path: Path) -> None:
-    model = rotquant.load(write_checkpoint(tmp_path / "out", kind, **FULL))
+    model = rotquant.load(write_checkpoint(tmp_path / "out", tiny(kind, **FULL)))
     ids = tokens(2, 12)
     cached = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
@@ -186,7 +187,7 @@ def test_generation_with_a_cache_equals_recomputation(kind: str, tmp_path: Path)
 
 
 def test_left_padding_changes_nothing(tmp_path: Path) -> None:
-    model = rotquant.load(write_checkpoint(tmp_path / "out", **FULL))
+    model = rotquant.load(write_checkpoint(tmp_path / "out", tiny(**FULL)))
     ids = tokens(1, 20)
     padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), ids), dim=1)
     both = torch.cat((padded, tokens(1, 27)))
@@ -214,7 +215,7 @@ def test_left_padding_changes_nothing(tmp_path: Path) -> None:
     ids=lambda part: ".".join(part[-2:]) if isinstance(part, tuple) else str(part),
 )
 def test_every_knob_matters(keys: tuple[str, ...], value: Any, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", **FULL)
+    folder = write_checkpoint(tmp_path / "out", tiny(**FULL))
     before = logits(rotquant.load(folder), tokens())
     edit_config(folder, *keys, value=value)
     if value is None:  # without a KV scheme R3 has nothing to act on
@@ -225,15 +226,15 @@ def test_every_knob_matters(keys: tuple[str, ...], value: Any, tmp_path: Path) -
 
 
 def test_bfloat16_and_shards(tmp_path: Path) -> None:
-    model = rotquant.load(write_checkpoint(tmp_path / "out", shards=3, **FULL), dtype=torch.bfloat16)
-    whole = rotquant.load(write_checkpoint(tmp_path / "whole", **FULL), dtype=torch.bfloat16)
+    model = rotquant.load(write_checkpoint(tmp_path / "out", tiny(shards=3, **FULL)), dtype=torch.bfloat16)
+    whole = rotquant.load(write_checkpoint(tmp_path / "whole", tiny(**FULL)), dtype=torch.bfloat16)
     result = model(tokens()).logits
     assert result.dtype == model.dtype == torch.bfloat16
     assert torch.equal(result, whole(tokens()).logits)
 
 
 def test_tied_embeddings_of_other_tools(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", "llama")
+    folder = write_checkpoint(tmp_path / "out", tiny())
     expected = logits(rotquant.load(folder), tokens())
     edit_config(folder, "tie_word_embeddings", value=True)
     with pytest.raises(RotQuantError, match="tie_word_embeddings"):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import rotquant
+from checkpoints import HEAD, edit_config, edit_tensors, tiny, write_checkpoint
 from rotquant.errors import RotQuantError
-from tiny_checkpoints import HEAD, edit_config, edit_tensors, write_checkpoint
 
-FULL: dict[str, Any] = {"kv": "asymmetric", "r3": True, "r4": "hadamard", "act_symmetric": False}
-UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+FULL: dict[str, Any] = {"kv": True, "r3": True, "r4": "hadamard", "symmetric": False}
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
@@ -36,28 +36,28 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
     ids=["missing", "shape", "dtype", "nan", "weight_shape", "norm", "extra", "marker", "marker shape"],
 )
 def test_bad_tensors_are_named(name: str, edit: Callable[[dict[str, Tensor]], Any], tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", **FULL)
+    folder = write_checkpoint(tmp_path / "out", tiny(**FULL))
     edit_tensors(folder, edit)
     with pytest.raises(RotQuantError, match=rf"{re.escape(str(folder))}.*{re.escape(name)}"):
         rotquant.load(folder)
 
 
 def test_missing_dense_matrix_is_named(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", r4="dense")
+    folder = write_checkpoint(tmp_path / "out", tiny(r4="dense"))
     edit_tensors(folder, lambda tensors: tensors.pop(f"{DOWN}.R4_input.weight"))
     with pytest.raises(RotQuantError, match=re.escape(f"{DOWN}.R4_input.weight")):
         rotquant.load(folder)
 
 
 def test_a_transform_left_out_of_the_config_is_noticed(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", r4="hadamard")
+    folder = write_checkpoint(tmp_path / "out", tiny(r4="hadamard"))
     edit_config(folder, "quantization_config", "transform_config", value=None)
     with pytest.raises(RotQuantError, match=r"R4_input\.weight is not part of this model"):
         rotquant.load(folder)
 
 
 def test_bad_shards_are_named(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", shards=3)
+    folder = write_checkpoint(tmp_path / "out", tiny(shards=3))
     shard, index = folder / "model-00002-of-00003.safetensors", folder / "model.safetensors.index.json"
     content, listing = shard.read_bytes(), json.loads(index.read_text())
     shard.write_bytes(content[: len(content) // 2])
@@ -86,7 +86,7 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
     ids=lambda part: str(part)[:30],
 )
 def test_bad_configs_are_refused(keys: tuple[str, ...], value: Any, message: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "out", **FULL)
+    folder = write_checkpoint(tmp_path / "out", tiny(**FULL))
     edit_config(folder, *keys, value=value)
     with pytest.raises(RotQuantError, match=message):
         rotquant.load(folder)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rotquant
+from checkpoints import edit_config, edit_tensors
 from rotquant import gate
 from rotquant.checkpoint import hub
 from rotquant.checkpoint.companions import copy_companions, travelling
@@ -24,7 +25,6 @@ from rotquant.pipeline import quantize
 from rotquant.recipe import load_recipe
 from rotquant.transforms.fold import Fold
 from source_models import HELDOUT, VOCABULARY, source_model
-from tiny_checkpoints import edit_config, edit_tensors
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.arange(3, 35)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import rotquant
+from checkpoints import BLOCK, INTERMEDIATE, VOCAB, edit_config, random_model, tiny, write_checkpoint
 from rotquant import cli
 from rotquant.errors import RotQuantError
 from rotquant.measure import compare, compare_run, evaluate
@@ -20,7 +21,6 @@ from rotquant.measure.compare import Results, read_variants
 from rotquant.measure.compare_table import Comparison
 from rotquant.measure.online_cost import multiply_adds, online_cost
 from source_models import HELDOUT, source_model
-from tiny_checkpoints import BLOCK, INTERMEDIATE, VOCAB, edit_config, tiny_model, write_checkpoint
 
 LN2 = math.log(2)
 
@@ -38,7 +38,8 @@ def test_token_sums_by_hand() -> None:
 
 @torch.no_grad()
 def test_measure_equals_one_token_after_the_other(tmp_path: Path) -> None:
-    full, other = tiny_model("llama"), rotquant.load(write_checkpoint(tmp_path / "out", kv="asymmetric", clip=0.9))
+    spec = tiny(kv=True, kv_symmetric=False, act_clip=0.9, kv_clip=0.9)
+    full, other = random_model(spec), rotquant.load(write_checkpoint(tmp_path / "out", spec))
     batch = torch.randint(3, VOCAB, (5, 17), generator=torch.Generator().manual_seed(0))
     windows = []
     result = compare_run.measure(full, other, batch, lambda: windows.append(1))
@@ -59,11 +60,11 @@ def test_measure_equals_one_token_after_the_other(tmp_path: Path) -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
-    broken = tiny_model("llama")
+    broken = random_model(tiny())
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.nan
     with pytest.raises(RotQuantError, match="not finite"):
-        compare_run.measure(tiny_model("llama"), broken, torch.ones(1, 4, dtype=torch.long))
+        compare_run.measure(random_model(tiny()), broken, torch.ones(1, 4, dtype=torch.long))
 
 
 # ---- online cost ------------------------------------------------------------------------------------
@@ -84,9 +85,9 @@ def test_multiply_adds_by_hand() -> None:
 def test_cost_of_a_checkpoint(tmp_path: Path) -> None:
     """Two layers, hidden 64, 4 heads and 2 KV heads of 16."""
     gemm = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * INTERMEDIATE)
-    plain = online_cost(write_checkpoint(tmp_path / "plain", kv="symmetric", lm_head=True))
+    plain = online_cost(write_checkpoint(tmp_path / "plain", tiny(kv=True, int8_head=True)))
     assert (plain.online, plain.gemm) == (0, gemm)
-    folder = write_checkpoint(tmp_path / "rotated", kv="symmetric", r3=True, r4="hadamard")
+    folder = write_checkpoint(tmp_path / "rotated", tiny(kv=True, r3=True, r4="hadamard"))
     r3, r4 = (4 + 2) * 16 * 4, INTERMEDIATE * int(math.log2(BLOCK))
     assert online_cost(folder).online == 2 * (r3 + r4)
     # q, k and v are one linear when served, so their common input is transformed once.

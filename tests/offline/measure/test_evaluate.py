@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import rotquant
+from checkpoints import VOCAB, random_model, tiny, write_checkpoint
 from rotquant.data import DATA
 from rotquant.errors import RotQuantError
 from rotquant.measure import evaluate as ev
-from tiny_checkpoints import VOCAB, tiny_model, write_checkpoint
 
 BOS, SEQ_LEN = 1, 16
 
@@ -36,7 +36,9 @@ def write_tokenizer(folder: Path, bos: bool = True) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    folder = write_checkpoint(tmp_path / "out", r4="hadamard", r3=True, kv="asymmetric", clip=0.9)
+    folder = write_checkpoint(
+        tmp_path / "out", tiny(r4="hadamard", r3=True, kv=True, kv_symmetric=False, act_clip=0.9, kv_clip=0.9)
+    )
     write_tokenizer(folder)
     return folder
 
@@ -74,7 +76,7 @@ def test_equals_a_computation_by_hand(checkpoint: Path, text: Path) -> None:
 
 
 def test_plain_model_without_bos(tmp_path: Path, text: Path) -> None:
-    model = tiny_model("qwen2")
+    model = random_model(tiny("qwen2"))
     model.save_pretrained(tmp_path / "plain")
     write_tokenizer(tmp_path / "plain", bos=False)
     ids = [ord(c) for c in text.read_text()]

@@ -25,8 +25,7 @@ from rotquant.measure.inspection.html import spread
 from rotquant.measure.inspection.statistics import RowFormat, SiteStatistics
 from rotquant.measure.inspection.table import change
 from rotquant_kernels import convention
-from source_models import Demo, source_model
-from tiny_checkpoints import KINDS
+from source_models import KINDS, Demo, source_model
 
 Capture = pytest.CaptureFixture[str]
 SMALL: dict[str, Any] = {"tokens": 192, "seq_len": 64}

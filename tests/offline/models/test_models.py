@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import rotquant
 import vllm_serving as serving
+from checkpoints import edited
 from drawn_transforms import everything
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
@@ -32,9 +33,7 @@ from rotquant.recipe import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
-from source_models import FAMILIES, VOCABULARY, source_model
-from tiny_checkpoints import KINDS
-from vllm_fixtures import edited
+from source_models import FAMILIES, KINDS, VOCABULARY, source_model
 
 TOKENS = torch.arange(3, 83)
 

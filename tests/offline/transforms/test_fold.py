@@ -19,8 +19,7 @@ from rotquant.recipe import load_recipe
 from rotquant.transforms import fold as fold_module
 from rotquant.transforms.fold import Fold, fold_layer
 from rotquant.transforms.space import LayerTransforms
-from source_models import source_model
-from tiny_checkpoints import KINDS
+from source_models import KINDS, source_model
 
 TOKENS = torch.arange(3, 51)
 

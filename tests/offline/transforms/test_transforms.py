@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotquant.transforms.hadamard import RandomHadamard, hadamard_rows, largest_order, paley, split_order
+from rotquant_kernels import reference
 
 SIZES = [2, 12, 20, 24, 28, 36, 44, 60, 64, 96, 148, 176, 184, 768, 896, 1536, 3072, 3584, 4096, 5120]
 
@@ -32,6 +33,12 @@ def test_hadamard_rows_is_a_rotation(size):
     y = hadamard_rows(x, largest_order(size))
     assert torch.allclose(y @ y.T, x @ x.T, atol=1e-9 * size)
     assert not torch.allclose(y, x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 512])
+def test_two_products_are_the_butterflies_that_serve(size):
+    x = torch.randn(3, 2 * size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    assert torch.allclose(hadamard_rows(x, size), reference.hadamard(x, size), atol=1e-12)
 
 
 @settings(deadline=None)
