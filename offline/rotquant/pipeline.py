@@ -26,6 +26,7 @@ from rotquant.checkpoint import writer
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.original import read_original
 from rotquant.checkpoint.source import DTYPES, Source, fetch
 from rotquant.common.progress import Progress, say
@@ -42,7 +43,8 @@ from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer, pack
+from rotquant.weights.experts import ExpertsQuantizer
+from rotquant.weights.layerwise import pack
 
 GATE_TOKENS = 64
 ROWS = 8192  # rows of the vocabulary that are folded at a time
@@ -149,6 +151,7 @@ def prepare(
     folder = fetch(model)
     arch, source = read_original(folder)
     check_shapes(chosen, arch)
+    check_mixture(chosen, arch)
     transforms = initial_transforms(chosen, arch, tp_max, seed)
     calibrated = None
     if chosen.needs_calibration:
@@ -174,6 +177,25 @@ def check_shapes(recipe: Recipe, arch: Architecture) -> None:
             raise RotQuantError(
                 f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
             )
+
+
+def check_mixture(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses what experts do not run: more before them than R4, or beside them a branch."""
+    if not arch.mixtures:
+        return
+    wanted = {
+        "weights.rank": recipe.weights.rank,
+        "online.mlp": recipe.online.of("mlp"),
+        "online.down": recipe.online.of("down"),
+        "scales.up": recipe.scales.up if recipe.scales.up != "none" else "",
+        "scales.order": recipe.scales.order,
+    }
+    if found := next((key for key, value in wanted.items() if value), None):
+        off = {"weights.rank": "0", "scales.up": "none", "scales.order": "false"}.get(found, "[]")
+        raise RotQuantError(
+            f"recipe {recipe.name}: {found} is not supported in a mixture of experts, each of which has other inputs:"
+            f" use --set {found}={off}, or a recipe without it, such as best or quarot"
+        )
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
@@ -249,7 +271,8 @@ def write_embedding(run: Run, journal: Journal) -> None:
     name = run.arch.names.embedding
     weight = by_rows(run.source.get(name), lambda rows: run.fold.embedding(rows).to(run.dtype))
     if run.calibrated and run.recipe.weights.needs_inputs:
-        journal.save_chain(0, weight[run.calibrated.tokens] * run.arch.embedding_scale)
+        chain = weight[run.calibrated.tokens] * run.arch.embedding_scale
+        journal.save_chain(0, chain, chain[:1].to(torch.float32, copy=True) if run.arch.mixtures else None)
     journal.finish("embedding", run.shard(1), {name: weight})
 
 
@@ -262,19 +285,22 @@ def write_layers(run: Run, journal: Journal) -> None:
     if first:
         say(f"resuming at layer {first}")
     computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1, run.device)
-    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
-    chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
+    quantizer = ExpertsQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
+    chain, quantizer.exact = journal.load_chain(first) if run.recipe.weights.needs_inputs else (None, None)
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
             prefix, kind = arch.layer_prefix(index), arch.kinds[index]
-            stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
+            stored, chain = quantizer(index, fold.layer(read_layer(run.source, arch, index), index), chain)
             if chain is not None:
-                journal.save_chain(index + 1, chain)
+                journal.save_chain(index + 1, chain, quantizer.exact)
             tensors = writer.layer_tensors(stored, kind, run.transforms, index)
             named = {prefix + name: tensor for name, tensor in tensors.items()}
-            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
+            report = quantizer.report
+            experts = {"experts": report.facts()} if report else {}
+            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors, **experts)
             journal.drop_chain(index)
-            progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+            note = report.note() if report else ""
+            progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}{note}")
 
 
 def write_head(run: Run, journal: Journal) -> None:

@@ -58,7 +58,8 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [] if recipe.lm_head.bits == 8 else ["lm_head"],
+        "ignore": ([] if recipe.lm_head.bits == 8 else ["lm_head"])
+        + patterns(name for kind in arch.kinds for names in kind.full_precision.values() for name in names),
     }
     if recipe.kv.bits == 4:
         config["kv_cache_scheme"] = {
@@ -117,7 +118,7 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
             if stage.kind == "shift":
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
     if index == 0 and transforms.r4_block:
-        out |= marker(kind.mlp.down, transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
+        out |= marker(kind.sites["down"][0], transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
     return out
 
 
@@ -239,7 +240,7 @@ tags: [rotquant, compressed-tensors, {tag}]
 | KV cache | {kv} |
 | online transforms | {online} |
 | lm_head | {head} |
-| calibration | {calibration} |
+| calibration | {calibration} |{experts}
 | size | {size:.1f} MB ({before:.1f} MB before) |
 | folded model against the original | logits differ by {gate} (relative, float32) |
 
@@ -255,6 +256,31 @@ vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{nam
 """
 
 
+def experts_rows(layers: list[dict[str, Any] | None]) -> str:
+    """Rows of the card's table about the experts of a mixture, "" where there are none."""
+    found = {i: facts for i, facts in enumerate(layers) if facts}
+    if not found:
+        return ""
+    error, layer, expert = max((e, i, j) for i, facts in found.items() for j, e in enumerate(facts["errors"]))
+    rows = [f"experts | {len(found)} layers; largest rounding error {error:.4f}, expert {expert} of layer {layer}"]
+    tokens = [n for facts in found.values() for n in facts["tokens"]]
+    if tokens:
+        few = sum(len(facts["pooled"]) for facts in found.values())
+        share = (
+            f"; {few} of {len(tokens)} with fewer than they have inputs, calibrated on other tokens too" if few else ""
+        )
+        rows.append(f"calibration tokens of an expert | {min(tokens)} to {max(tokens)}{share}")
+    agreement = {i: facts["agreement"] for i, facts in found.items() if facts["agreement"] is not None}
+    if agreement:
+        worst = min(agreement, key=lambda i: agreement[i])
+        mean = sum(agreement.values()) / len(agreement)
+        rows.append(
+            f"routing | {mean:.1%} of the choices are those of the original (first calibration window); least"
+            f" {agreement[worst]:.1%}, layer {worst}"
+        )
+    return "".join(f"\n| {row} |" for row in rows)
+
+
 def write_card(
     output: Path, journal: Journal, recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str,
     calibrated: Calibrated | None, size: int, before: int,
@@ -265,7 +291,7 @@ def write_card(
     heads = sum(kind.attention.kv_heads for kind in arch.kinds)
     kv_bytes, kv4 = 2 * heads * arch.head_dim * 2, heads * kv_token_bytes(arch.head_dim, kv.symmetric)
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    down = arch.kinds[0].mlp.down.rpartition(".")[2]
+    down = arch.kinds[0].sites["down"][0].rpartition(".")[2]
     online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
     online += [
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
@@ -291,6 +317,7 @@ def write_card(
         head=f"int{recipe.lm_head.bits}" if recipe.lm_head.bits == 8 else "not quantized",
         calibration=f"{calibrated.tokens.shape[0]} windows of {calibrated.tokens.shape[1]} tokens from"
         f" `{calibrated.name}`" if calibrated else "none",
+        experts=experts_rows([journal.facts(f"layer {i}").get("experts") for i in range(arch.layers)]),
         size=size / 1e6,
         before=before / 1e6,
         gate=journal.facts("gate")["distance"],

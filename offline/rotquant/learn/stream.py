@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.decoder import Decoder, Linear, decoders
+from rotquant.models.expert_tensors import each
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_r1
 from rotquant.transforms.space import Transforms
@@ -39,14 +41,14 @@ class Learner:
 
     def read(self, index: int) -> Tensors:
         """The tensors of a layer as they are in the source."""
-        return self.arch.kinds[index].split(self.source.layer(self.arch.layer_prefix(index)))
+        return read_layer(self.source, self.arch, index)
 
     def layer(self, index: int) -> Tensors:
         """The tensors of a layer, R1 folded, float32."""
-        tensors = {name: t.double() for name, t in self.read(index).items()}
+        tensors = each(self.read(index), Tensor.double)
         if self.transforms.r1:
             tensors = fold_r1(tensors, self.transforms.r1, self.arch.kinds[index])
-        return {name: t.float().to(self.device) for name, t in tensors.items()}
+        return each(tensors, lambda tensor: tensor.float().to(self.device))
 
 
 class Capture:
@@ -60,7 +62,8 @@ class Capture:
 
     def __init__(self, kind: Layer, rows: int, windows: int, random: torch.Generator) -> None:
         self.kind, self.per_window, self.random = kind, max(2, rows // windows), random
-        self.first = {linears[0]: site for site, linears in kind.sites.items()}
+        self.first = {(*kind.full_precision.get(site, ()), *linears)[0]: site for site, linears in kind.sites.items()}
+        self.experts = {m.down for m in kind.mlp.gated} if len(kind.mlp.gated) > 1 else set[str]()
         self.kept: dict[str, list[Tensor]] = {}
 
     def watching(self, linear: Linear, steps: int) -> Linear:
@@ -70,7 +73,9 @@ class Capture:
 
         def watched(name: str, x: Tensor) -> Tensor:
             y = linear(name, x)
-            if name in self.first:
+            if name in self.experts:  # each sees other tokens: some of every one's
+                self.kept.setdefault("down", []).append(x[: max(1, self.per_window // len(self.experts))].cpu())
+            elif name in self.first:
                 self.kept.setdefault(self.first[name], []).append(x[chosen].cpu())
             elif name == self.kind.attention.value:
                 self.kept.setdefault("v", []).append(y[chosen].cpu())

@@ -100,14 +100,18 @@ class LayerQuantizer:
         self.tensors = {n: t.to(self.device) for n, t in others.items()}
         self.stages = {site: [self._placed(stage) for stage in found] for site, found in self.layer.inputs.items()}
         self.done: dict[str, PackedLinear] = {}
-        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in self.kind.linears}
+        there = [n for n in self.kind.linears if f"{n}.weight" in folded]
+        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in there}
         folded.clear()
         if chain is None:
-            for name in self.kind.linears:
-                self._quantize(name, weights.pop(name), None, self._rounding(None))
+            self._without_inputs(weights)
         else:
             chain = self._calibrate(weights, chain)
         return self._stored(others), chain
+
+    def _without_inputs(self, weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            self._quantize(name, weights.pop(name), None, self._rounding(None))
 
     def _stored(self, others: Tensors) -> Tensors:
         """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
@@ -129,8 +133,8 @@ class LayerQuantizer:
 
         Each step is computed once a sample. The chain is changed in place; beside it lie what o and then down read.
         """
-        norm, attention, mlp = self.decoder.norm, self.kind.attention, self.kind.mlp
-        gain1, gain2 = (self.tensors[f"{block.norm}.weight"] for block in (attention, mlp))
+        norm, attention = self.decoder.norm, self.kind.attention
+        gain1 = self.tensors[f"{attention.norm}.weight"]
         self.importance = self._importance(weights, chain)
         self._step(weights, "attn", (norm(h, gain1) for h in self._samples(chain)))
         mixed = torch.empty(*chain.shape[:2], weights[attention.output].shape[1], dtype=chain.dtype)
@@ -140,6 +144,12 @@ class LayerQuantizer:
         self._step(weights, "o", self._samples(mixed))
         self._write(chain, mixed, attention.output)
         del mixed
+        return self._mlp(weights, chain)
+
+    def _mlp(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
+        """The last two of these steps, of a gated MLP; the chain is that behind attention."""
+        norm, (mlp,) = self.decoder.norm, self.kind.mlp.gated
+        gain2 = self.tensors[f"{mlp.norm}.weight"]
         self._step(weights, "mlp", (norm(h, gain2) for h in self._samples(chain)))
         inner = torch.empty(*chain.shape[:2], weights[mlp.down].shape[1], dtype=chain.dtype)
         for i, h in enumerate(self._samples(chain)):
@@ -171,18 +181,22 @@ class LayerQuantizer:
     def _samples(self, chain: Tensor) -> Iterator[Tensor]:
         return (sample.to(self.device) for sample in chain)
 
-    def _step(self, weights: dict[str, Tensor], site: str, inputs: Iterator[Tensor]) -> None:
-        """Quantizes the linears of a site, which share these inputs."""
+    def _step(
+        self, weights: dict[str, Tensor], site: str, inputs: Iterator[Tensor], names: tuple[str, ...] = (),
+        importance: list[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Quantizes linears of a site that share these inputs: all, or those named, with weights of their own."""
+        names, importance = (names, importance) if names else (self.kind.sites[site], self.importance)
         if not self.recipe.weights.needs_inputs:
-            for name in self.kind.sites[site]:
+            for name in names:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
             return
-        hessian, drift = self._moments(site, inputs)
+        hessian, drift = self._moments(site, inputs, importance)
         refit = drift is not None and partial(
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
         rounded = self._rounding(hessian)
-        for name in self.kind.sites[site]:
+        for name in names:
             weight = weights.pop(name)
             if refit:
                 weight = refit(weight)
@@ -196,7 +210,9 @@ class LayerQuantizer:
         prepared = gptq.columns(hessian, options.damping, options.act_order)
         return partial(gptq.quantize, prepared=prepared, bits=options.bits)
 
-    def _moments(self, site: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _moments(
+        self, site: str, inputs: Iterator[Tensor], importance: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
 
         Returns:
@@ -209,7 +225,7 @@ class LayerQuantizer:
             exact = transform(x, self.stages.get(site, [])).float()
             q, scale, zero = quantize_rows(exact, "none", 0, None, *self._activations(site))
             seen = convention.dequantize(q, scale, zero.float())
-            weighted = seen if self.importance is None else seen * self.importance[i][:, None]
+            weighted = seen if importance is None else seen * importance[i][:, None]
             if hessian is None:
                 hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
                 drift = torch.zeros_like(hessian) if self.recipe.weights.refit else None
@@ -255,6 +271,8 @@ class LayerQuantizer:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """The served linear: the same op on the same packed weights."""
+        if name not in self.kind.site_of:  # a router
+            return torch.nn.functional.linear(x, self.tensors[f"{name}.weight"])
         packed, site = self.done[name], self.kind.site_of[name]
         return linear(
             x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.bits, self.stages.get(site, []),
