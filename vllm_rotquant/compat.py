@@ -28,6 +28,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -80,6 +81,7 @@ __all__ = [
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
     "CommonAttentionMetadata",
+    "FusedMoEMethodBase",
     "GroupQuantScaleParameter",
     "LinearBase",
     "LinearMethodBase",
@@ -99,6 +101,9 @@ __all__ = [
     "checkpoint_folder",
     "decoder_output",
     "device_type",
+    "experts_here",
+    "experts_refusals",
+    "experts_share",
     "final_norm_holder",
     "from_all",
     "get_tensor_model_parallel_rank",
@@ -122,6 +127,7 @@ __all__ = [
     "ranks_of_model",
     "register_weight_loader_v2_supported_method",
     "rotary_rows",
+    "routed",
     "silu_mul_before",
     "stays_out_of_reloads",
     "tell_compiled_graphs_apart",
@@ -542,6 +548,47 @@ def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callab
     for module, kind in ((model, First), (attention[-1], Last)) if attention else ():
         known = LAYERWISE_INFO[module]
         LAYERWISE_INFO[module] = kind(known.restore_metadata, known.restore_device)
+
+
+def experts_refusals(layer: RoutedExperts, moe: Any) -> dict[str, bool]:
+    """What the experts of a layer, or a server of them, ask for beyond a weighted sum of gated MLPs."""
+    parallel = moe.moe_parallel_config
+    activation = getattr(moe.activation, "value", moe.activation)
+    return {
+        "--enable-eplb (experts that move between ranks)": parallel.enable_eplb,
+        "mixtures of experts under data parallelism": parallel.dp_size > 1,
+        f"--all2all-backend {parallel.all2all_backend} (experts that get their tokens by messages)": (
+            parallel.use_all2all_kernels
+        ),
+        "experts under --enable-lora": lora_is_on(),
+        "experts on a GPU": not on_cpu(),
+        f"experts with the activation {activation}": activation != "silu",
+        "experts with biases": moe.has_bias,
+        "router weights on the experts' input": layer.apply_router_weight_on_input,
+        "experts in groups, of which a router chooses first": layer.use_grouped_topk,
+        f"a router of {layer.scoring_func}": layer.scoring_func != "softmax",
+        "a router with a bias for each expert": layer.e_score_correction_bias is not None,
+        "experts with limits": layer.swiglu_limit is not None,
+    }
+
+
+def experts_here(layer: RoutedExperts) -> dict[int, int]:
+    """The experts that this rank holds, by their numbers in the model, and where in its tensors they are."""
+    table = layer.expert_map
+    if table is None:
+        return {expert: expert for expert in range(layer.local_num_experts)}
+    return {expert: place for expert, place in enumerate(map(int, table)) if place >= 0}
+
+
+def experts_share(moe: Any) -> tuple[int, int]:
+    """This rank's part of every expert's channels, and how many parts there are: one under expert parallelism."""
+    return moe.moe_parallel_config.tp_rank, moe.moe_parallel_config.tp_size
+
+
+def routed(runner: Any, hidden: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts that vLLM's router chooses by its logits [T, experts], and their weights; [T, top_k] each."""
+    weights, chosen = runner.router.select_experts(hidden_states=hidden, router_logits=logits)
+    return chosen, weights
 
 
 def attention_refusals(layer: Attention) -> dict[str, bool]:

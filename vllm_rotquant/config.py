@@ -9,10 +9,11 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rotquant.basis.sidecar import Basis
+from rotquant.checkpoint.experts_format import experts_format
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.models import describe, is_known
+from rotquant.models import Architecture, describe, is_known
 from vllm_rotquant import boundary, compat, restored, settings, version
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.environment import refuse_batch_invariance
@@ -44,12 +45,13 @@ class RotQuantConfig(QuantizationConfig):
         self.head_dim = 0
         self.format: CheckpointFormat | None = None
         self.names: Names | None = None
+        self.arch: Architecture | None = None  # of a model with experts
         self.proof = Proof()
         self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Plain data: nothing of rotquant is imported before `restored` has looked at it. The proof is of one process.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("proof", "format", "names")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("proof", "format", "names", "arch")}
         return restored, (version(), kept)
 
     @classmethod
@@ -57,7 +59,7 @@ class RotQuantConfig(QuantizationConfig):
         """The config of a pickle; see `vllm_rotquant.restored`."""
         config = cls.__new__(cls)
         config.__dict__ |= state
-        config.proof, config.format, config.names = Proof(), None, None
+        config.proof, config.format, config.names, config.arch = Proof(), None, None, None
         if config.head_dim:  # vLLM has called `maybe_update_config`
             config._parse()
         return config
@@ -138,7 +140,7 @@ class RotQuantConfig(QuantizationConfig):
         self.proof.begin(self.defaults)
         self._begin()
         if isinstance(layer, compat.RoutedExperts):
-            raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
+            return self._experts(layer, self.names.own(prefix))
         if isinstance(layer, compat.AttentionLayerBase):
             if not isinstance(layer, compat.Attention):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run {type(layer).__name__} layers")
@@ -162,6 +164,27 @@ class RotQuantConfig(QuantizationConfig):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
             return Embedding(self.proof)
         return None
+
+    def _experts(self, layer: Any, name: str) -> QuantizeMethodBase:
+        """The method of the experts of a layer, `model.layers.3.mlp.experts` or the like.
+
+        Raises:
+            RotQuantError: what rotquant does not run, or experts of an architecture that it does not know.
+        """
+        from vllm_rotquant.experts import RotQuantExpertsMethod
+
+        assert self.format is not None
+        assert self.names is not None
+        config = compat.own_config(compat.model_settings())
+        self.arch = self.arch or (describe(config) if is_known(config) else None)
+        for index, block in (self.arch.mixtures if self.arch else {}).items():
+            prefix = self.arch.layer_prefix(index) if self.arch else ""
+            if name == f"{prefix}{block.files}.experts":
+                self.names.built.update(prefix + part for m in block.routed for part in (m.gate, m.up, m.down))
+                form = experts_format(self.format, prefix, block)
+                return RotQuantExpertsMethod(layer, block, form, name, self.proof)
+        classes = ", ".join(config.architectures or ["this model"])
+        raise RotQuantError(f"{name}: this build of rotquant does not run the experts of {classes}")
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""

@@ -21,7 +21,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
 from rotquant_kernels import ops, reference
 from rotquant_kernels.online import split
-from vllm_rotquant import agreement, compat, rotation
+from vllm_rotquant import agreement, compat, experts_proof, rotation
 from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.fusion import Holders, fuse
 from vllm_rotquant.intake import Intake
@@ -45,6 +45,7 @@ from vllm_rotquant.witness import (
 
 ROWS = 9  # tokens of a trial input; also run one by one, since kernels treat a single token apart
 PAGE = 16  # tokens of a trial page
+ROUTING = 1e-4  # of the weights of experts, which are float32
 STEPS = ((20, 0), (17, 20), (1, 1))  # new tokens of two sequences: a first chunk, a mixed step, a decode step
 
 
@@ -57,6 +58,8 @@ class Proof:
         self.pending: set[int] = set()
         self.unquantized: set[str] = set()
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
+        self.mixtures: list[Any] = []  # the experts of a layer each; not among `layers`
+        self.experts: experts_proof.Kept | None = None  # of the first of them
         self.holders: Holders | None = None
         self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model
@@ -88,6 +91,23 @@ class Proof:
         self.layers.append(layer)
         self.pending.add(id(layer))
 
+    def expect_experts(self, layer: Any) -> None:
+        """The experts of a layer are being built and will be loaded; a linear layer is always there before them."""
+        assert self.intake is not None
+        self.intake.expect(layer)
+        self.mixtures.append(layer)
+        self.pending.add(id(layer))
+
+    def leave_out(self, prefixes: set[str]) -> None:
+        """Tensors whose names begin so belong to other ranks."""
+        assert self.intake is not None
+        self.intake.elsewhere |= prefixes
+
+    def keep_experts(self, layer: Any) -> None:
+        """Remembers weights of the checkpoint of the first mixture."""
+        if self.experts is None and not self.done:
+            self.experts = experts_proof.Kept.of(layer)
+
     def keep(self, layer: Any, packed: Tensor) -> None:
         """Remembers the checkpoint's packed weights, int32 [N, words], of the first layer of each sort."""
         key = sort_of(layer)
@@ -105,6 +125,7 @@ class Proof:
                     self._finish(layer)
             finally:
                 self.layers, self.packed, self.holders = [], {}, None
+                self.experts = None
 
     def _finish(self, last: Any) -> None:
         """What is left to do once this rank's layers are loaded: `last` is the layer that was loaded last."""
@@ -172,6 +193,7 @@ def run_checks(proof: Proof, readings: list[Row]) -> None:
     counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
+    rows += experts_rows(proof)
     rows += readings
     dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
     log_report(rows, proof, dummy)
@@ -301,6 +323,30 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
         limit(x.dtype, linear.act_bits),
         method.prefix,
     )
+
+
+def experts_rows(proof: Proof) -> list[Row]:
+    """Of the experts and of the router of the first mixture."""
+    if proof.experts is None:
+        return []
+    layer, count = proof.experts.layer, len(proof.mixtures)
+    assert proof.holders is not None
+    method, runner = layer.quant_method, proof.holders.of(layer)
+    form, block = method.form, method.block
+    transform = " + ".join(str(transform) for transform in form.down.transforms) or "none"
+    group = f" g{form.up.group_size}" if form.up.group_size else ""
+    bits = f"W{form.up.weight_bits} A{form.up.act_bits}{group}"
+    held = f"{len(method.here)} of {block.count}, top {block.top_k}"
+    error, most = experts_proof.experts_distance(proof.experts), limit(method.dtype, form.up.act_bits)
+    dtype = str(method.dtype).removeprefix("torch.")
+    routing = experts_proof.routing_distance(layer, runner)
+    return [
+        Row("experts", count, method.kernel, bits, "silu_mul", f"{transform}; {held}", error, most, method.prefix),
+        Row(
+            "router", count, "vLLM", dtype, "-", f"top {block.top_k} of {block.count}", routing, ROUTING,
+            method.prefix, "so tokens would go to other experts: config.json is read differently",
+        ),
+    ]  # fmt: skip
 
 
 def attention_row(layer: Any, count: int) -> Row:
