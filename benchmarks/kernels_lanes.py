@@ -64,19 +64,7 @@ class Peer:
 
 
 Section = tuple[Callable[..., Problem], dict[str, Peer]]
-
-
-def sections() -> dict[str, Section]:
-    """Problem and peers of every section. A new peer registers itself in the module of its section."""
-    import kernels_attention
-    import kernels_linear
-    import kernels_optional
-
-    linear = kernels_linear.PEERS | kernels_optional.PEERS
-    return {
-        "linear": (kernels_linear.Problem, linear),
-        "attention": (kernels_attention.Problem, kernels_attention.PEERS),
-    }
+Sections = Callable[[], dict[str, Section]]  # a function of a module, which a lane calls in its own process
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
@@ -93,8 +81,8 @@ def evenly(count: int, wanted: int) -> Tensor:
 class Stand:
     """The peers of one lane, in its process."""
 
-    def __init__(self) -> None:
-        self.sections = sections()
+    def __init__(self, sections: dict[str, Section]) -> None:
+        self.sections = sections
         self.key: tuple[Any, ...] = ()
         self.calls: dict[str, list[Call]] = {}
         self.turn: dict[str, int] = {}
@@ -158,7 +146,7 @@ class Stand:
         return self.inputs[rows]
 
 
-def serve(pipe: Connection, environment: dict[str, str]) -> None:
+def serve(pipe: Connection, sections: Sections, environment: dict[str, str]) -> None:
     """The main function of a lane: does what the parent asks until it hangs up."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -171,7 +159,7 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
             except EOFError:
                 return
             try:
-                stand = stand or Stand()
+                stand = stand or Stand(sections())
                 pipe.send((True, getattr(stand, method)(*arguments)))
             except Exception as error:
                 pipe.send((False, reason(error)))
@@ -195,8 +183,8 @@ def reason(error: Exception) -> str:
 class Lane:
     """A lane, seen from the parent; starts when first asked, and again after it died."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
+    def __init__(self, sections: Sections, environment: dict[str, str]) -> None:
+        self.sections, self.environment = sections, environment
         self.process: Any = None
         self.pipe: Connection | None = None
 
@@ -221,7 +209,7 @@ class Lane:
     def start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.environment), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, self.sections, self.environment), daemon=True)
         self.process.start()
         theirs.close()
         return self.pipe

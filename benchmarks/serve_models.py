@@ -21,14 +21,15 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 
 from rotquant.checkpoint.companions import copy_companions
-from rotquant.checkpoint.source import Source, fetch, save_tensors, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source, save_tensors, save_text
 from rotquant.checkpoint.writer import write_index
 from rotquant.common.progress import Progress, say
 from rotquant.data import DATA
 from rotquant.models import Names, expected_shapes
 from rotquant.pipeline import quantize
 from rotquant.weights import rtn
-from rotquant_kernels import convention
+from rotquant_kernels.formats import WeightFormat
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -206,14 +207,14 @@ def write_rounded(base: Path, variant: str, folder: Path) -> None:
 def rounded(name: str, weight: Tensor, scheme: QuantizationScheme, form: str) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds for one quantized weight."""
     assert scheme.weights is not None
-    bits = scheme.weights.num_bits
-    scale = rtn.weight_scale(weight, bits, scheme.weights.group_size or 0, False, weight.dtype)
-    codes = rtn.quantize(weight, scale, bits)
+    weights = WeightFormat(scheme.weights.num_bits, scheme.weights.group_size or 0)
+    scale = rtn.weight_scale(weight, weights, weight.dtype)
+    codes = weights.quantize(weight, scale)
     stored = {f"{name}_scale": scale.to(weight.dtype)}
     if form == "int-quantized":
         return stored | {name: codes}
     shape = torch.tensor(weight.shape)
-    return stored | {f"{name}_packed": convention.pack_int32(codes, bits), f"{name}_shape": shape}
+    return stored | {f"{name}_packed": weights.pack(codes), f"{name}_shape": shape}
 
 
 def _write_shards(folder: Path, names: list[str], tensors: Callable[[str], dict[str, Tensor]], title: str) -> None:

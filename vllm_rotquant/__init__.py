@@ -10,11 +10,9 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-# From, up to and not including; `run.py` and `rotquant doctor` read it here. A version belongs in it when
-# tests/plugin/test_vllm_api.py holds the plugin against its record (tools/record_vllm_api.py) and the plugin's tests
-# pass in it: in its build for CPUs, or in its Python sources on the extensions of an older one (tools/graft_vllm.py).
-# A patch release is taken to be like its release.
-SUPPORTED_VLLM = ((0, 28), (0, 34))
+from vllm_rotquant.versions import SUPPORTED_VLLM, unsupported_vllm, version, vllm_requirement
+
+__all__ = ["SUPPORTED_VLLM", "broken", "register", "restored", "unsupported_vllm", "version", "vllm_requirement"]
 
 
 def register() -> None:
@@ -31,7 +29,7 @@ def register() -> None:
     reason = unsupported_vllm()
     if reason is None:
         try:
-            from vllm_rotquant.config import RotQuantConfig as Config
+            Config = config_class()  # noqa: N806
         except Exception as error:  # vLLM would stop, whatever model it serves
             reason = broken(error)
     if reason is not None:
@@ -44,18 +42,12 @@ def register() -> None:
     logger.info("rotquant %s is active: it runs compressed-tensors W4A4 checkpoints", version())
 
 
-def unsupported_vllm() -> str | None:
-    """Why this vLLM is not supported, None where it is."""
-    import vllm
-    from packaging.version import Version
+def config_class() -> Any:
+    """The quantization config, which vLLM sends to its workers as a call of `restored`."""
+    from vllm_rotquant.config import RotQuantConfig
 
-    low, high = SUPPORTED_VLLM
-    if low <= Version(vllm.__version__).release[:2] < high:
-        return None
-    return (
-        f"rotquant {version()} runs in vLLM {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, this is vLLM "
-        f"{vllm.__version__}: install a vLLM of that range, or another rotquant"
-    )
+    RotQuantConfig.restored = staticmethod(restored)
+    return RotQuantConfig
 
 
 def broken(error: Exception) -> str:
@@ -82,22 +74,9 @@ def restored(sender: str, state: dict[str, Any]) -> Any:
     reason = unsupported_vllm()
     if reason is None:
         try:
-            from vllm_rotquant.config import RotQuantConfig
+            made: Any = config_class()
         except Exception as error:
             reason = broken(error)
     if reason is not None:
         raise RotQuantError(f"worker on {socket.gethostname()}: {reason}")
-    return RotQuantConfig.from_state(state)
-
-
-def vllm_requirement() -> str:
-    """The supported versions as pip wants them."""
-    low, high = (".".join(map(str, bound)) for bound in SUPPORTED_VLLM)
-    return f"vllm>={low},<{high}"
-
-
-def version() -> str:
-    """Version of the installed rotquant."""
-    from importlib.metadata import version as installed
-
-    return installed("rotquant")
+    return made.from_state(state)

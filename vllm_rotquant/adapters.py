@@ -30,7 +30,7 @@ def basis_of(vllm_config: Any) -> Basis:
     """
     config = vllm_config.model_config.hf_config
     stated = read_extension(getattr(config, "rotquant", None) or {}).basis
-    return Basis.read(compat.checkpoint_file(vllm_config, stated.file if stated else "config.json").parent, config)
+    return Basis.read(compat.origin_of(vllm_config).file(stated.file if stated else "config.json").parent, config)
 
 
 def reader(vllm_config: Any) -> Callable[[Path, int], dict[str, Tensor]] | None:

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rotquant.errors import RotQuantError
-from rotquant_kernels import OPS, kernel_of
-from vllm_rotquant import compat, settings, version
+from rotquant_kernels import OPS
+from rotquant_kernels.backends import backends_of, kernel_of
+from vllm_rotquant import compat, settings
+from vllm_rotquant.origin import Origin
+from vllm_rotquant.versions import version
 
 ROLL_CALL_SECONDS = 300.0  # ranks begin to build together; vLLM has just joined them
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file of weights
@@ -118,16 +121,25 @@ def begin(defaults: Mapping[str, Any]) -> tuple[Ranks, settings.Settings]:
     with ranks.verdict(facts):
         found = settings.from_additional_config(compat.additional_config(settings.KEY), defaults)
         found.use()
+        check_device(compat.device_type())
         chosen.update(asdict(found))
     compat.tell_compiled_graphs_apart(settings.KEY, chosen)
     return ranks, found
 
 
-def checkpoint_facts(find: Callable[[], Path | None]) -> Callable[[], dict[str, str]]:
-    """What `Ranks.compare` wants of a loaded model; `find` gives the folder that it came from."""
+def check_device(device: str) -> None:
+    """Refuses a type of device that rotquant has no kernels for."""
+    try:
+        backends_of(device)
+    except ValueError as error:
+        raise RotQuantError(f"{error}: start vLLM there") from None
+
+
+def checkpoint_facts(origin: Callable[[], Origin]) -> Callable[[], dict[str, str]]:
+    """What `Ranks.compare` wants of a loaded model, which came from there."""
 
     def facts() -> dict[str, str]:
-        folder = find()
+        folder = origin().folder()
         return {"checkpoint files": "no local folder" if folder is None else fingerprint(folder)}
 
     return facts

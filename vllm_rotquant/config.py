@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -13,13 +14,19 @@ from rotquant.checkpoint.experts_format import experts_format
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, describe, is_known
-from vllm_rotquant import boundary, compat, restored, settings, version
+from rotquant.models import Architecture, describe, head_size, is_known
+from rotquant.models.config_fields import check_off
+from vllm_rotquant import boundary, compat, settings
 from vllm_rotquant.adapters import basis_of
+from vllm_rotquant.collector import Collector
 from vllm_rotquant.environment import refuse_batch_invariance
+from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.features import Checkpoint, check
+from vllm_rotquant.kv_cache import KVCacheMethod
+from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.names import Names, parts_of
-from vllm_rotquant.proof import Proof
+from vllm_rotquant.startup import Startup
+from vllm_rotquant.versions import version
 
 # vLLM writes these two into the dict of a compressed-tensors checkpoint.
 VLLM_KEYS = ("total_num_heads", "total_num_kv_heads")
@@ -31,6 +38,8 @@ class RotQuantConfig(QuantizationConfig):
     Made in the server's first process and sent to the workers as a pickle. `format` is there once
     vLLM has called `maybe_update_config` with the whole config.json.
     """
+
+    restored: ClassVar[Callable[..., Any]]  # makes one of a pickle; set by `vllm_rotquant`, which registers the class
 
     def __init__(self, quantization_config: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -46,20 +55,21 @@ class RotQuantConfig(QuantizationConfig):
         self.format: CheckpointFormat | None = None
         self.names: Names | None = None
         self.arch: Architecture | None = None  # of a model with experts
-        self.proof = Proof()
+        self.startup = Startup()
         self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Plain data: nothing of rotquant is imported before `restored` has looked at it. The proof is of one process.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("proof", "format", "names", "arch")}
-        return restored, (version(), kept)
+        # Plain data: `vllm_rotquant.restored` looks at it before anything of rotquant is imported. The start is of one
+        # process.
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("startup", "format", "names", "arch")}
+        return self.restored, (version(), kept)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RotQuantConfig:
         """The config of a pickle; see `vllm_rotquant.restored`."""
         config = cls.__new__(cls)
         config.__dict__ |= state
-        config.proof, config.format, config.names, config.arch = Proof(), None, None, None
+        config.startup, config.format, config.names, config.arch = Startup(), None, None, None
         if config.head_dim:  # vLLM has called `maybe_update_config`
             config._parse()
         return config
@@ -100,9 +110,9 @@ class RotQuantConfig(QuantizationConfig):
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         refuse_batch_invariance()
         text = hf_config.get_text_config()
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if getattr(text, "dual_chunk_attention_config", None):
-            raise RotQuantError("config.json: dual_chunk_attention_config: this build of rotquant does not run it")
+        self.head_dim = head_size(text)
+        chunks = "dual_chunk_attention_config"  # vLLM has an attention of its own for it, of any architecture
+        check_off("config.json", chunks, {chunks: getattr(text, chunks, None)})
         self.extension = copy.deepcopy(getattr(hf_config, "rotquant", {}))
         checkpoint = self._parse()
         if is_known(hf_config):  # their module names are known
@@ -132,13 +142,11 @@ class RotQuantConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer; vLLM calls it several times a layer."""
-        from vllm_rotquant.kv_cache import KVCacheMethod
-        from vllm_rotquant.linear import RotQuantLinearMethod
-
         assert self.format is not None
         assert self.names is not None
-        self.proof.begin(self.defaults)
+        self.startup.begin(self.defaults)
         self._begin()
+        collector = self.startup.collector
         if isinstance(layer, compat.RoutedExperts):
             return self._experts(layer, self.names.own(prefix))
         if isinstance(layer, compat.AttentionLayerBase):
@@ -149,20 +157,20 @@ class RotQuantConfig(QuantizationConfig):
             kv = self.format.attention(name)
             if kv is None:
                 compat.let_attention_use_amx()
-            return KVCacheMethod(self, kv, prefix) if kv else None
+            return KVCacheMethod(self, kv, prefix, self.head_dim, collector) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                return RotQuantLinearMethod(linear, prefix, self.proof, len(self._parts(prefix)))
-            self.proof.unquantized.add(prefix)
-            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(self.proof)
+                return RotQuantLinearMethod(linear, prefix, collector, len(self._parts(prefix)))
+            collector.unquantized.add(prefix)
+            return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(collector)
         if isinstance(layer, compat.VocabParallelEmbedding):
             name = self.names.own(prefix)
             self.names.built.add(name)
             targets = [t for scheme in self.format.schemes for t in scheme.targets]
             if any(matches(name, target, "Embedding") for target in targets):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
-            return Embedding(self.proof)
+            return Embedding(collector)
         return None
 
     def _experts(self, layer: Any, name: str) -> QuantizeMethodBase:
@@ -171,8 +179,6 @@ class RotQuantConfig(QuantizationConfig):
         Raises:
             RotQuantError: what rotquant does not run, or experts of an architecture that it does not know.
         """
-        from vllm_rotquant.experts import RotQuantExpertsMethod
-
         assert self.format is not None
         assert self.names is not None
         config = compat.own_config(compat.model_settings())
@@ -182,13 +188,13 @@ class RotQuantConfig(QuantizationConfig):
             if name == f"{prefix}{block.files}.experts":
                 self.names.built.update(prefix + part for m in block.routed for part in (m.gate, m.up, m.down))
                 form = experts_format(self.format, prefix, block)
-                return RotQuantExpertsMethod(layer, block, form, name, self.proof)
+                return RotQuantExpertsMethod(layer, block, form, name, self.startup.collector)
         classes = ", ".join(config.architectures or ["this model"])
         raise RotQuantError(f"{name}: this build of rotquant does not run the experts of {classes}")
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""
-        if self.proof.when_loaded is not None or self.proof.done:
+        if self.startup.when_loaded is not None or self.startup.collector.done:
             return
         assert self.format is not None
         head = self.format.linear("lm_head")
@@ -201,8 +207,8 @@ class RotQuantConfig(QuantizationConfig):
             packed_head=head is not None,
         )
         check(asked, checkpoint)
-        self.proof.model = "the draft model" if asked.is_draft else ""
-        self.proof.when_loaded = self._loaded
+        self.startup.model = "the draft model" if asked.is_draft else ""
+        self.startup.when_loaded = self._loaded
 
     def _loaded(self, model: Any) -> None:
         """Holds what config.json says against what was built, and puts the boundary's turns in."""
@@ -276,9 +282,9 @@ class Embedding(compat.UnquantizedEmbeddingMethod):
     """vLLM's own method. A pipeline stage may hold an embedding or lm_head and no layer of rotquant; the proof must
     come to its end there as well, since the other ranks wait for its word."""
 
-    def __init__(self, proof: Proof) -> None:
+    def __init__(self, collector: Collector) -> None:
         super().__init__()
-        self.waiting = proof  # not `proof`: by that name a reload knows the layers of rotquant
+        self.waiting = collector  # not `collector`: by that name a reload knows the layers of rotquant
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)

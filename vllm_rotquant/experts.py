@@ -18,9 +18,9 @@ from rotquant.checkpoint.experts_format import ExpertsFormat
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Experts
-from rotquant_kernels import convention, moe_experts, ops, prepare_experts
+from rotquant_kernels import calls, kernel_of, prepare_experts
 from vllm_rotquant import compat, rotation
-from vllm_rotquant.proof import Proof
+from vllm_rotquant.collector import Collector
 
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}  # vLLM's names for gate, up, down: the tensors that hold them
 
@@ -33,9 +33,9 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
         prefix: name of the experts in the checkpoint.
     """
 
-    def __init__(self, layer: Any, block: Experts, form: ExpertsFormat, prefix: str, proof: Proof) -> None:
+    def __init__(self, layer: Any, block: Experts, form: ExpertsFormat, prefix: str, collector: Collector) -> None:
         super().__init__(layer.moe_config)
-        self.block, self.form, self.prefix, self.proof = block, form, prefix, proof
+        self.block, self.form, self.prefix, self.collector = block, form, prefix, collector
         self.names = {"w1": block.gate, "w3": block.up, "w2": block.down}
         self.loaded: set[str] = set()  # of the checkpoint's tensors
         self.ready = False
@@ -64,7 +64,7 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
             ("w13", 2 * self.width, self.hidden, self.form.up),
             ("w2", self.hidden, self.width, self.form.down),
         ):
-            words, groups = columns * linear.weight_bits // 32, columns // (linear.group_size or columns)
+            words, groups = linear.weights.words(columns), linear.weights.groups(columns)
             tensors = {
                 "weight_packed": torch.zeros(num_experts, rows, words, dtype=torch.int32),
                 "weight_scale": torch.zeros(num_experts, rows, groups),
@@ -76,15 +76,17 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_{leaf}", parameter)
         for transform in self.form.down.transforms:  # vLLM asks for a tensor by its whole name
             layer.__dict__[f"w2_{transform.name}_input.weight"] = Marker(self)
-        self.proof.expect_experts(layer)
         absent = set(range(self.block.count)) - set(self.here)
-        self.proof.leave_out({f"{self.prefix}.{expert}." for expert in absent})
+        self.collector.expect_experts(layer, {f"{self.prefix}.{expert}." for expert in absent})
 
     def _check_sizes(self) -> None:
         down, wide = self.form.down, self.width * self.parts
         for transform in down.transforms:
             rotation.check_shard(self.prefix, transform, self.width, wide)
-        for what, size in (("packed words of", 32 // down.weight_bits), ("scale groups of", down.group_size or 1)):
+        for what, size in (
+            ("packed words of", down.weights.per_word),
+            ("scale groups of", down.weights.group_size or 1),
+        ):
             if self.width % size:
                 raise RotQuantError(
                     f"{self.prefix}: {what} {size} inputs do not divide the {self.width} channels of an expert "
@@ -124,17 +126,23 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
         if self.dummy:
             self._fill_at_random(layer)
         self._check_loaded()
-        self.proof.keep_experts(layer)
+        self.collector.keep_experts(layer, self._two_experts(layer))
         for name, columns in (("w13", self.hidden), ("w2", self.width)):
             packed, scale = getattr(layer, f"{name}_weight_packed"), getattr(layer, f"{name}_weight_scale")
-            bits = self.form.up.weight_bits
+            bits = self.form.up.weights.bits
             made = prepare_experts(packed.data, bits, columns, scale.shape[2])
             setattr(layer, f"{name}_weight_packed", Parameter(made, requires_grad=False))
             setattr(layer, f"{name}_weight_scale", Parameter(scale.data, requires_grad=False))
             delattr(layer, f"{name}_weight_shape")
-        self.kernel = ops.kernel_of("moe_experts", layer.w13_weight_packed.device.type)
+        self.kernel = kernel_of("moe_experts", layer.w13_weight_packed.device)
         self.ready = True
-        self.proof.loaded(layer)
+        self.collector.loaded(layer)
+
+    def _two_experts(self, layer: Any) -> dict[int, tuple[Tensor, ...]]:
+        """The loaded weights of the first and the last expert on this rank, by their numbers."""
+        names = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
+        chosen = {min(self.here), max(self.here)}
+        return {e: tuple(getattr(layer, name).data[self.here[e]] for name in names) for e in chosen}
 
     def _check_loaded(self) -> None:
         leaves = ("weight_packed", "weight_scale", "weight_shape")
@@ -148,7 +156,7 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
 
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""
-        low, high = convention.int_range(self.form.up.weight_bits)
+        low, high = self.form.up.weights.rows.bounds
         for name, inputs in (("w13", self.hidden), ("w2", self.width)):
             getattr(layer, f"{name}_weight_packed").data.random_(-(1 << 31), (1 << 31) - 1)
             getattr(layer, f"{name}_weight_scale").data.fill_((inputs / 12) ** -0.5 / (high - low))
@@ -165,11 +173,10 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """What this rank's experts add up to, [T, hidden]; x as the router has seen it, quantized once for all."""
-        up, down = self.form.up, self.form.down
-        return moe_experts(
+        form = self.form
+        return calls.experts(
             x, topk_ids, topk_weights.float(), layer.expert_map, layer.w13_weight_packed, layer.w13_weight_scale,
-            layer.w2_weight_packed, layer.w2_weight_scale, up.weight_bits, self.form.block, up.act_bits,
-            up.act_symmetric, up.act_clip, down.act_clip,
+            layer.w2_weight_packed, layer.w2_weight_scale, form.up.weights, form.block, form.up.rows, form.down.rows,
         )  # fmt: skip
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -212,5 +219,5 @@ class Marker:
 def columns_of(leaf: str, inputs: int, linear: LinearFormat) -> int:
     """Columns of a tensor of a linear layer with so many inputs."""
     if leaf == "weight_packed":
-        return -(-inputs * linear.weight_bits // 32)
-    return inputs // linear.group_size if linear.group_size else 1
+        return linear.weights.words(inputs)
+    return linear.weights.groups(inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,31 +10,43 @@ from torch import Tensor
 from rotquant.models.mixture import route
 from rotquant_kernels import Stage
 from vllm_rotquant import compat
-from vllm_rotquant.witness import distance, exact, float_linear, sign_of_extreme, transformed, trial, trial_rows
+from vllm_rotquant.collector import Collector, Experts, KeptExperts
+from vllm_rotquant.proof import Row
+from vllm_rotquant.witness import distance, exact, float_linear, limit, sign_of_extreme, transformed, trial, trial_rows
 
 ROWS = 9  # tokens of a trial input for each expert that is looked at
+ROUTING = 1e-4  # of the weights of experts, which are float32
 
 
-class Kept(NamedTuple):
-    """The checkpoint's weights of two experts of a layer by number: packed and scales of gate and up, of down."""
+def experts_rows(collected: Collector) -> list[Row]:
+    """Rows of the report, of the experts and of the router of the first mixture; none where there is none."""
+    if collected.experts is None or collected.holders is None:
+        return []
+    layer, count = collected.experts.layer, len(collected.mixtures)
+    method, runner = layer.quant_method, collected.holders.of(layer)
+    form, block = method.form, method.block
+    group = f" g{form.up.weights.group_size}" if form.up.weights.group_size else ""
+    transform = " + ".join(str(transform) for transform in form.down.transforms) or "none"
+    held = f"{transform}; {len(method.here)} of {block.count}, top {block.top_k}"
+    bits = f"W{form.up.weights.bits} A{form.up.rows.bits}{group}"
+    experts = Row(
+        "experts", count, method.kernel, bits, "silu_mul", held, experts_distance(collected.experts),
+        limit(method.dtype, form.up.rows.bits), method.prefix,
+    )  # fmt: skip
+    router = Row(
+        "router", count, "vLLM", str(method.dtype).removeprefix("torch."), "-", f"top {block.top_k} of {block.count}",
+        routing_distance(layer, runner), ROUTING, method.prefix,
+        "so tokens would go to other experts: config.json is read differently",
+    )  # fmt: skip
+    return [experts, router]
 
-    layer: Any
-    experts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]
 
-    @classmethod
-    def of(cls, layer: Any) -> Kept:
-        """The first and the last of a loaded layer's experts on this rank."""
-        here = layer.quant_method.here
-        names = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
-        chosen = {min(here), max(here)}
-        return cls(layer, {e: tuple(getattr(layer, n).data[here[e]].clone() for n in names) for e in chosen})  # type: ignore[misc]
-
-
-def experts_distance(kept: Kept) -> float:
+@torch.inference_mode()
+def experts_distance(kept: KeptExperts) -> float:
     """Runs the layer's own `apply`, each expert alone and two together, and compares."""
     layer, method = kept.layer, kept.layer.quant_method
     worst, alone = [0.0], {}
-    for expert, weights in kept.experts.items():
+    for expert, weights in kept.weights.items():
         x, expected = trial_of(method, weights)
         got = torch.cat([run(layer, rows, {expert: 1.0}) for rows in (x, x[:0])])
         one = torch.cat([run(layer, row, {expert: 1.0}) for row in x.split(1)])
@@ -55,7 +67,7 @@ def run(layer: Any, x: Tensor, shares: dict[int, float]) -> Tensor:
     return out
 
 
-def trial_of(method: Any, weights: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def trial_of(method: Any, weights: Experts) -> tuple[Tensor, Tensor]:
     """Rows [T, hidden] and what the expert makes of them in float64.
 
     Of random rows those are taken whose largest magnitude before down is positive: see `sign_of_extreme`.
@@ -72,6 +84,7 @@ def trial_of(method: Any, weights: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
     return x[good.to(x.device)], out
 
 
+@torch.inference_mode()
 def routing_distance(layer: Any, runner: Any) -> float:
     """Of the weights that vLLM's router gives to all experts, on random logits."""
     method = layer.quant_method

@@ -13,46 +13,16 @@ and transforms that are ops of their own keep the separate ops: the same numbers
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from rotquant.checkpoint.format import LinearFormat
-from rotquant_kernels import online, ops
+from rotquant_kernels import calls, online
 from vllm_rotquant import compat, rotation
-
-
-class Holders:
-    """Which module holds which, noted from now on; torch reports every module that becomes part of another.
-
-    vLLM gives a quantization method its layer and nothing of the model around it.
-    """
-
-    def __init__(self) -> None:
-        holders: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
-        self._holders = holders
-
-        def note(holder: torch.nn.Module, name: str, held: torch.nn.Module | None) -> None:
-            if held is not None:
-                holders[held] = weakref.ref(holder)
-
-        # Also when nobody needs the answer any more: a model that was refused while it was built.
-        self.stop = weakref.finalize(self, register_module_module_registration_hook(note).remove)
-
-    def of(self, module: torch.nn.Module | None) -> Any:
-        """The module that holds `module`, or None."""
-        holder = None if module is None else self._holders.get(module)
-        return holder and holder()
-
-    def outermost(self, module: torch.nn.Module) -> Any:
-        """The whole model that `module` is in."""
-        while (holder := self.of(module)) is not None:
-            module = holder
-        return module
+from vllm_rotquant.holders import Holders
 
 
 class QuantizingNorm(torch.nn.Module):
@@ -61,12 +31,12 @@ class QuantizingNorm(torch.nn.Module):
     def __init__(self, norm: Any, linear: LinearFormat) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
-        self.settings = linear.act_bits, linear.act_symmetric, linear.act_clip
+        self.rows = linear.rows
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """(codes, scale, zero) of norm(x + residual), see `ops.rms_norm_quantize`; beside it x + residual if given."""
-        *quantized, stream = ops.rms_norm_quantize(x, residual, self.weight, self.eps, *self.settings)
-        return tuple(quantized) if residual is None else (tuple(quantized), stream)
+        quantized, stream = calls.norm_quantize(x, residual, self.weight, self.eps, self.rows)
+        return quantized if residual is None else (quantized, stream)
 
 
 def fuse(layers: Iterable[Any], holders: Holders) -> None:
@@ -83,7 +53,7 @@ def fuse(layers: Iterable[Any], holders: Holders) -> None:
         if compat.silu_mul_before(layer, holder) and not online.split(stages)[0]:
             holder.act_fn, method.silu_mul = torch.nn.Identity(), True
         name = compat.norm_before(layer, decoder)
-        if name and not stages and not method.format.rank and method.reads_quantized:
+        if name and not stages and not method.format.rank and method.backend.reads_quantized:
             method.norm = QuantizingNorm(getattr(decoder, name), method.format)
             setattr(decoder, name, method.norm)
             norms += 1

@@ -3,9 +3,6 @@
 vLLM's models skip a tensor that they have no place for (a bias of a layer that is built without one), and a parameter
 that no tensor came for keeps whatever memory held; neither is said. So the model's `load_weights` is watched, whatever
 loader calls it: a tensor that no operation read was dropped, and a parameter that is still NaN was not filled.
-
-vLLM gives a quantization method its layer and nothing of the model around it. torch reports every module that becomes
-part of another, and so the way from a layer up to its model.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,37 +28,18 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 class Intake:
-    """Watches the `load_weights` of every module around the layers it is told of, while the model is built."""
+    """Watches the `load_weights` of the modules that it is told of, which are around the layers of one model."""
 
     def __init__(self) -> None:
         self.seen = False  # whether a model has been loaded
         self.elsewhere: set[str] = set()  # how the names of tensors begin that other ranks take, each up to a dot
-        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._active = False
-        self._stop: Callable[[], object] = lambda: None
 
-    def expect(self, layer: torch.nn.Module) -> None:
-        """`layer` is being built; what will hold it is followed from now on."""
-        if not self._around:
-            # Also when nobody ends it: a model that was refused while it was built.
-            self._stop = weakref.finalize(self, register_module_module_registration_hook(_noting(self)).remove)
-        self._around.add(layer)
-
-    def built(self) -> None:
-        """No more modules will come."""
-        self._stop()
-
-    def around(self) -> list[Any]:
-        """The modules that hold the layers, and they themselves."""
-        return list(self._around)
-
-    def note(self, holder: torch.nn.Module, held: torch.nn.Module | None) -> None:
-        """`held` becomes part of `holder`."""
-        if held is None or held not in self._around or holder in self._around:
-            return
-        self._around.add(holder)
+    def watch(self, holder: torch.nn.Module) -> None:
+        """`holder` is part of the model that is being built."""
         if callable(getattr(type(holder), "load_weights", None)):
-            holder.load_weights = self._watching(weakref.ref(holder))
+            watched: Any = holder
+            watched.load_weights = self._watching(weakref.ref(holder))
 
     def _watching(self, holder: weakref.ref[Any]) -> Any:
         def load_weights(*args: Any, **more: Any) -> Any:
@@ -87,16 +64,6 @@ class Intake:
             if parameter.isnan().any():
                 raise RotQuantError(f"{name} is missing from the checkpoint; vLLM's model has this parameter")
         return loaded
-
-
-def _noting(intake: Intake) -> Callable[[torch.nn.Module, str, torch.nn.Module | None], None]:
-    reference = weakref.ref(intake)
-
-    def note(holder: torch.nn.Module, name: str, held: torch.nn.Module | None) -> None:
-        if (alive := reference()) is not None:
-            alive.note(holder, held)
-
-    return note
 
 
 class Watch(TorchDispatchMode):

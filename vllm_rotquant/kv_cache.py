@@ -8,19 +8,18 @@ so other models in the process keep vLLM's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.format import KVFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import ops, reference
+from rotquant_kernels import calls
+from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.formats.kv import kv_token_bytes
 from vllm_rotquant import compat
+from vllm_rotquant.collector import Collector
 from vllm_rotquant.warmup import warm_attention
-
-if TYPE_CHECKING:
-    from vllm_rotquant.config import RotQuantConfig
 
 PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a plane is aligned
 
@@ -82,8 +81,7 @@ class KV4Impl(compat.AttentionImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Stores the step's K and V, [T, KV heads, d], in the pages `kv_cache`; slot -1 is padding."""
-        kv = self.kv
-        ops.kv4_write(key, value, kv_cache, slot_mapping, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+        calls.kv_write(key, value, kv_cache, slot_mapping, self.kv)
 
     def forward(
         self,
@@ -110,8 +108,7 @@ class KV4Impl(compat.AttentionImpl):
         self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor
     ) -> None:
         """Fills output [T, heads, d]; see `reference.kv4_attention`."""
-        kv = self.kv
-        ops.kv4_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, kv.rotate, kv.symmetric)
+        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv)
 
 
 class KV4Backend(compat.AttentionBackend):
@@ -142,14 +139,14 @@ class KV4Backend(compat.AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: compat.AttentionSpec) -> compat.AttentionSpec:
-        return compat.opaque_pages(spec, reference.kv_token_bytes(spec.head_size, cls.symmetric))
+        return compat.opaque_pages(spec, kv_token_bytes(spec.head_size, cls.symmetric))
 
     @classmethod
     def get_kv_cache_shape(
         cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *context: Any, **more: Any
     ) -> tuple[int, ...]:
         """Asked by vLLM 0.28; later versions take it from the spec."""
-        return num_blocks, num_kv_heads, block_size, reference.kv_token_bytes(head_size, cls.symmetric)
+        return num_blocks, num_kv_heads, block_size, kv_token_bytes(head_size, cls.symmetric)
 
 
 class SymmetricKV4Backend(KV4Backend):
@@ -166,9 +163,10 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
     Everything else (spec, groups, metadata builder, block size) vLLM derives from the layer later.
     """
 
-    def __init__(self, config: RotQuantConfig, kv: KVFormat, prefix: str) -> None:
+    def __init__(self, config: Any, kv: KVFormat, prefix: str, head_dim: int, collector: Collector) -> None:
+        """`config`: what vLLM's base class keeps; head_dim: what config.json says."""
         super().__init__(config)
-        self.format, self.prefix, self.head_dim, self.proof = kv, prefix, config.head_dim, config.proof
+        self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
@@ -183,8 +181,8 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
             )
         layer.attn_backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
         layer.impl = KV4Impl(layer, self.format)
-        self.proof.expect(layer)
+        self.collector.expect(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        self.proof.loaded(layer)
+        self.collector.loaded(layer)

@@ -10,9 +10,10 @@ from torch.nn import Parameter
 
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import convention, online, ops
+from rotquant_kernels import calls, online, ops
+from rotquant_kernels.backends import Layer
 from vllm_rotquant import adapters, compat, low_rank, rotation
-from vllm_rotquant.proof import Proof
+from vllm_rotquant.collector import Collector
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
 UNLOADED = 0x1F2E3D4C
@@ -27,9 +28,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, proof: Proof, pieces: int = 1) -> None:
+    def __init__(self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1) -> None:
         """`pieces`: layers of the checkpoint that vLLM runs as this one."""
-        self.format, self.prefix, self.proof, self.pieces = linear, prefix, proof, pieces
+        self.format, self.prefix, self.collector, self.pieces = linear, prefix, collector, pieces
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
         self.ready, self.biased = False, False  # loaded, and in the form that serves; whether the layer has a bias
 
@@ -62,7 +63,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         self.span = slice(first, first + inputs)
         self.declare(layer)
         self.names = tuple(name for name, _ in layer.named_parameters())
-        self.proof.expect(layer)
+        self.collector.expect(layer)
 
     def declare(self, layer: torch.nn.Module) -> None:
         """Gives a module the parameters of the checkpoint's tensors (compressed-tensors' `pack-quantized`).
@@ -71,20 +72,20 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             layer: the layer while a model is built, a bare module when its weights are loaded anew (`reload`).
         """
         inputs, outputs, loader = self.inputs, sum(self.parts), self.loader
-        group, per_word = self.format.group_size, 32 // self.format.weight_bits
+        weights = self.format.weights
         packed = compat.PackedvLLMParameter(
-            data=torch.full((outputs, -(-inputs // per_word)), UNLOADED, dtype=torch.int32),
+            data=torch.full((outputs, weights.words(inputs)), UNLOADED, dtype=torch.int32),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
-            packed_factor=per_word,
+            packed_factor=weights.per_word,
             weight_loader=loader,
         )
         # The op reads float32 scales; NaN shows after loading which rows the checkpoint did not fill.
-        scales = torch.full((outputs, inputs // group if group else 1), torch.nan, dtype=torch.float32)
+        scales = torch.full((outputs, weights.groups(inputs)), torch.nan, dtype=torch.float32)
         scale = (
             compat.GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
-            if group
+            if weights.group_size
             else compat.ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=loader)
         )
         shape = compat.BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
@@ -107,7 +108,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         tp_size = all_inputs // inputs
         for transform in self.format.transforms:
             rotation.check_shard(self.prefix, transform, inputs, all_inputs)
-        per_word, group = 32 // self.format.weight_bits, self.format.group_size
+        per_word, group = self.format.weights.per_word, self.format.weights.group_size
         for what, size in (("packed words of", per_word if tp_size > 1 else 1), ("scale groups of", group or 1)):
             if inputs % size:
                 raise RotQuantError(
@@ -125,11 +126,11 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         if self.dummy:
             self._fill_at_random(layer)
         self.check_loaded(layer)
-        self.proof.keep(layer, layer.weight_packed.data)
+        self.collector.keep(layer, layer.weight_packed.data)
         self.biased = getattr(layer, "bias", None) is not None
         self.prepare(layer)
         self.ready = True
-        self.proof.loaded(layer)
+        self.collector.loaded(layer)
 
     def check_loaded(self, layer: Any) -> None:
         """Refuses weights that the checkpoint left out, in part or as a whole.
@@ -165,10 +166,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         linear = self.format
         bias = layer.shift_correction is not None or self.biased
         before, _ = online.split(rotation.stages(layer, linear.transforms))
-        settings = linear.weight_bits, self.inputs, linear.act_bits, linear.act_symmetric, bias, bool(linear.rank)
         dtype = torch.float32 if before else self.dtype
+        known = Layer(len(packed), self.inputs, linear.weights, linear.rows, bias, bool(linear.rank), dtype)
         try:
-            weight, self.kernel, self.reads_quantized = ops.prepare_linear(packed, layer.weight_scale, *settings, dtype)
+            weight, self.backend, self.kernel = ops.prepare_linear(packed, layer.weight_scale, known)
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.prefix}: {error}") from None
         return weight
@@ -176,10 +177,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     def _fill_at_random(self, layer: Any) -> None:
         """Weights of about unit gain; vLLM's --load-format dummy leaves integers as they are."""
         layer.weight_packed.data.random_(-(1 << 31), (1 << 31) - 1)
-        low, high = convention.int_range(self.format.weight_bits)
+        low, high = self.format.weights.rows.bounds
         layer.weight_scale.data.fill_((self.inputs / 12) ** -0.5 / (high - low))  # uniform codes
 
-    def apply(self, layer: Any, x: Tensor | tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor | calls.Quantized, bias: Tensor | None = None) -> Tensor:
         """Linear layer on integers.
 
         Args:
@@ -190,8 +191,8 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         """
         linear, correction = self.format, layer.shift_correction
         if isinstance(x, tuple):
-            weights = layer.weight_packed, layer.weight_scale, bias, linear.weight_bits
-            return ops.quantized_linear(*x, *weights, linear.act_symmetric, self.dtype)
+            weight = layer.weight_packed, layer.weight_scale, bias
+            return calls.quantized_linear(x, *weight, linear.weights, linear.rows, self.dtype)
         if correction is not None:
             bias = correction if bias is None else bias + correction
         return online.linear(
@@ -199,11 +200,9 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             layer.weight_packed,
             layer.weight_scale,
             bias,
-            linear.weight_bits,
+            linear.weights,
             rotation.stages(layer, linear.transforms),
-            linear.act_bits,
-            linear.act_symmetric,
-            linear.act_clip,
+            linear.rows,
             layer.low_rank_down,
             layer.low_rank_up,
             self.silu_mul,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from rotquant.checkpoint.format import CheckpointFormat
+from rotquant.checkpoint.targets import names_by_field
 from rotquant.errors import RotQuantError
 
 ROOTS = ("model", "lm_head", "score")  # first parts of module names in the checkpoints of causal language models
@@ -17,28 +18,11 @@ CLASSES = ("Linear", "Embedding")  # targets that are not names
 START = re.compile(r"(?!re:)(\w+)\.|re:\^?(\w+)\\?\.")  # first part of a longer name, or of a pattern for one
 
 
-def spoken_of(form: CheckpointFormat) -> dict[str, list[str]]:
-    """The targets, patterns and names in config.json by the field that they stand in."""
-    groups = "quantization_config.config_groups"
-    transforms = form.transforms
-    return {
-        f"{groups}.targets": [t for scheme in form.schemes for t in scheme.targets],
-        "quantization_config.ignore": form.ignore,
-        "quantization_config.transform_config and rotquant.input_transforms: targets": [
-            t for args, _ in transforms for t in args.targets
-        ],
-        "quantization_config.transform_config: ignore": [t for args, _ in transforms for t in args.ignore],
-        "rotquant.low_rank.targets": [t for entry in form.extension.low_rank for t in entry.targets],
-        "rotquant.activation_clip": [n for n in form.extension.activation_clip if n != "default"],
-        "rotquant.kv_clip.layers": list(form.extension.kv_clip.layers),
-    }
-
-
 class Names:
     """What config.json calls the modules that vLLM builds, and which of its plain names vLLM has built."""
 
     def __init__(self, form: CheckpointFormat) -> None:
-        self.fields = spoken_of(form)
+        self.fields = names_by_field(form)
         starts = (START.match(target) for targets in self.fields.values() for target in targets)
         self.roots = {*ROOTS, *(start[1] or start[2] for start in starts if start)}
         self.built: set[str] = set()

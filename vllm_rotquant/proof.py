@@ -8,27 +8,21 @@ same methods that will serve, and logs one table. ROTQUANT_STRICT=0 serves in sp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
-from rotquant_kernels import ops, reference
+from rotquant_kernels.backends import kernel_of, stages_of
 from rotquant_kernels.online import split
-from vllm_rotquant import agreement, compat, experts_proof, rotation
+from vllm_rotquant import compat, rotation
+from vllm_rotquant.collector import Collector, kind_of, sort_of
 from vllm_rotquant.environment import refuse_rounded_products
-from vllm_rotquant.fusion import Holders, fuse
-from vllm_rotquant.intake import Intake
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.reading import compare_readings
-from vllm_rotquant.reload import Reload
-from vllm_rotquant.warmup import warm_linears
 from vllm_rotquant.witness import (
     distance,
     float_attention,
@@ -45,115 +39,7 @@ from vllm_rotquant.witness import (
 
 ROWS = 9  # tokens of a trial input; also run one by one, since kernels treat a single token apart
 PAGE = 16  # tokens of a trial page
-ROUTING = 1e-4  # of the weights of experts, which are float32
 STEPS = ((20, 0), (17, 20), (1, 1))  # new tokens of two sequences: a first chunk, a mixed step, a decode step
-
-
-class Proof:
-    """Collects the quantized layers of one model while it is built and loaded; the last one joins what runs in front
-    of them with their ops (`fusion`) and runs the check."""
-
-    def __init__(self) -> None:
-        self.layers: list[Any] = []
-        self.pending: set[int] = set()
-        self.unquantized: set[str] = set()
-        self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
-        self.mixtures: list[Any] = []  # the experts of a layer each; not among `layers`
-        self.experts: experts_proof.Kept | None = None  # of the first of them
-        self.holders: Holders | None = None
-        self.intake: Intake | None = None  # not before a layer: a worker gets this object as a pickle
-        self.settings: Any = None  # vLLM's, of this model
-        self.ranks: agreement.Ranks | None = None
-        self.identity: Callable[[], dict[str, str]] = dict
-        self.strict = True
-        self.done = False
-        self.lora, self.model = False, ""  # the model's name in the report, where it is not the only one
-        self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
-
-    def begin(self, defaults: Mapping[str, Any]) -> None:
-        """A model is being built. All its ranks come here: before their first layer they agree on what they run.
-
-        Args:
-            defaults: `settings.from_environment` of the server's first process.
-        """
-        if self.ranks is None:
-            self.ranks, settings = agreement.begin(defaults)
-            self.strict = settings.strict
-            self.identity = agreement.checkpoint_facts(compat.checkpoint_folder())
-
-    def expect(self, layer: Any) -> None:
-        """`layer` is being built and will be loaded."""
-        if self.holders is None:
-            self.holders, self.lora = Holders(), compat.lora_is_on()
-        self.settings = self.settings or compat.model_settings()
-        self.intake = self.intake or Intake()
-        self.intake.expect(layer)
-        self.layers.append(layer)
-        self.pending.add(id(layer))
-
-    def expect_experts(self, layer: Any) -> None:
-        """The experts of a layer are being built and will be loaded; a linear layer is always there before them."""
-        assert self.intake is not None
-        self.intake.expect(layer)
-        self.mixtures.append(layer)
-        self.pending.add(id(layer))
-
-    def leave_out(self, prefixes: set[str]) -> None:
-        """Tensors whose names begin so belong to other ranks."""
-        assert self.intake is not None
-        self.intake.elsewhere |= prefixes
-
-    def keep_experts(self, layer: Any) -> None:
-        """Remembers weights of the checkpoint of the first mixture."""
-        if self.experts is None and not self.done:
-            self.experts = experts_proof.Kept.of(layer)
-
-    def keep(self, layer: Any, packed: Tensor) -> None:
-        """Remembers the checkpoint's packed weights, int32 [N, words], of the first layer of each sort."""
-        key = sort_of(layer)
-        if key not in self.packed and not self.done:
-            self.packed[key] = (layer, packed.clone())
-
-    def loaded(self, layer: Any) -> None:
-        """`layer` is ready to run. Runs the check when all are."""
-        self.pending.discard(id(layer))
-        if not self.pending and not self.done:
-            self.done = True
-            assert self.ranks is not None
-            try:
-                with self.ranks.verdict(self.identity):
-                    self._finish(layer)
-            finally:
-                self.layers, self.packed, self.holders = [], {}, None
-                self.experts = None
-
-    def _finish(self, last: Any) -> None:
-        """What is left to do once this rank's layers are loaded: `last` is the layer that was loaded last."""
-        if not self.layers:  # a pipeline stage without layers of rotquant
-            compat.logger.info("rotquant start-up check, %s", rank_and_stage([]))
-            return
-        assert self.intake is not None
-        assert self.holders is not None
-        self.intake.built()
-        linears = [layer for layer in self.layers if not isinstance(layer, compat.Attention)]
-        readings = reading_rows(self) if not any(x.quant_method.dummy for x in linears) else []
-        if self.when_loaded is not None:
-            self.when_loaded(self.holders.outermost(last))
-        if not self.lora:
-            fuse(linears, self.holders)
-        run_checks(self, readings)
-        warm_linears(layer for layer, _ in self.packed.values())
-        Reload(self).install(self.layers)
-
-    @contextmanager
-    def again(self, layers: list[Any]) -> Iterator[None]:
-        """Runs the check at the end of a block in which the weights of `layers` are loaded anew, and kept by `keep`."""
-        self.layers, self.done = layers, False
-        try:
-            yield
-            run_checks(self, [])
-        finally:
-            self.layers, self.packed, self.done = [], {}, True
 
 
 @dataclass
@@ -181,42 +67,41 @@ class Row:
 
 
 @torch.inference_mode()
-def run_checks(proof: Proof, readings: list[Row]) -> None:
+def run_checks(collected: Collector, readings: list[Row], *, strict: bool, model: str) -> None:
     """Checks one layer of each kind and logs the report.
 
     Args:
         readings: from `reading_rows`, of the model before it was fused.
+        strict: whether a mismatch ends the server; model: its name in the report, where it is not the only one.
     Raises:
-        RotQuantError: on a mismatch, unless ROTQUANT_STRICT=0.
+        RotQuantError: on a mismatch, if strict.
     """
-    attention = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
-    counts = Counter(sort_of(layer) for layer in proof.layers if not isinstance(layer, compat.Attention))
-    rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in proof.packed.items()]
+    attention = collected.attention
+    counts = Counter(map(sort_of, collected.linears))
+    rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in collected.packed.items()]
     rows += [attention_row(attention[0], len(attention))] if attention else []
-    rows += experts_rows(proof)
     rows += readings
-    dummy = any(layer.quant_method.dummy for layer, _ in proof.packed.values())
-    log_report(rows, proof, dummy)
+    log_report(rows, collected, model)
     for row in rows:
         if not row.passed:
             message = (
                 f"rotquant's start-up check failed: {row.where} on kernel {row.kernel} is {row.error:.1%} away from "
                 f"the reference (limit {row.limit:.1%}), {row.meaning}; ROTQUANT_STRICT=0 serves all the same"
             )
-            if proof.strict:
+            if strict:
                 raise RotQuantError(message)
             compat.logger.error(message)
 
 
 @torch.inference_mode()
-def reading_rows(proof: Proof) -> list[Row]:
+def reading_rows(modules: list[Any], settings: Any) -> list[Row]:
     """Compares vLLM's model code with transformers' on the checkpoint's config.json (`reading`).
 
+    Args:
+        modules: all that are around the quantized layers; settings: from `compat.model_settings`.
     Raises:
         RotQuantError: they build different layers.
     """
-    assert proof.intake is not None
-    modules, settings = proof.intake.around(), proof.settings
     config = compat.own_config(settings)
     known = is_known(config)
     decoders = [module for module in modules if known and compat.is_decoder(module)]
@@ -236,26 +121,25 @@ def reading_rows(proof: Proof) -> list[Row]:
     return rows
 
 
-def log_report(rows: list[Row], proof: Proof, dummy: bool) -> None:
+def log_report(rows: list[Row], collected: Collector, model: str) -> None:
     """One block in the log: a line for each kind of layer, then the KV cache."""
-    attention: list[Any] = [layer for layer in proof.layers if isinstance(layer, compat.Attention)]
+    attention = collected.attention
     table = [["layer", "count", "kernel", "bits", "in front", "online transform", "distance from reference"]]
     table += [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    of = f" of {proof.model}" if proof.model else ""
-    lines = [f"rotquant start-up check{of}, {rank_and_stage(proof.layers)}"]
+    of = f" of {model}" if model else ""
+    lines = [f"rotquant start-up check{of}, {rank_and_stage(collected.layers)}"]
     lines += ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     if attention:
-        symmetric = attention[0].quant_method.format.symmetric
-        ours = sum(reference.kv_token_bytes(a.head_size, symmetric) * a.num_kv_heads for a in attention)
+        ours = sum(a.quant_method.format.token_bytes(a.head_size) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
     else:
         lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
-    kinds = Counter(name.rpartition(".")[2] for name in proof.unquantized)
+    kinds = Counter(name.rpartition(".")[2] for name in collected.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))
-    if dummy:
+    if collected.dummy:
         compat.logger.warning(
             "--load-format dummy: rotquant's layers hold RANDOM WEIGHTS, no file was read. Speed and memory are "
             "those of the real model, what it writes is noise"
@@ -268,16 +152,6 @@ def rank_and_stage(layers: list[Any]) -> str:
     names = [str(layer.quant_method.prefix) for layer in layers]
     held = f"{names[0]} to {names[-1]}" if names else "no layer of rotquant"
     return f"tensor-parallel rank {rank}" + (f", pipeline stage {stage} (of {stages}): {held}" if stages > 1 else "")
-
-
-def sort_of(layer: Any) -> tuple[str, LinearFormat]:
-    """What linear layers of one line of the report have in common: all but the clip ratio."""
-    return kind_of(layer), replace(layer.quant_method.format, act_clip=1.0)
-
-
-def kind_of(layer: Any) -> str:
-    """Last part of the layer's name, such as qkv_proj; "attention" for the KV cache."""
-    return "attention" if isinstance(layer, compat.Attention) else str(layer.quant_method.prefix).rpartition(".")[2]
 
 
 def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
@@ -308,45 +182,22 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     factors = layer.low_rank_down, layer.low_rank_up
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
-    used += ["online_stage"] if split(stages)[0] else []
-    kernels = {method.kernel if op == "int_linear" else ops.kernel_of(op, packed.device.type) for op in used}
-    group = f" g{linear.group_size}" if linear.group_size else ""
+    kernels = {method.kernel if op == "int_linear" else kernel_of(op, packed.device) for op in used}
+    of_stages = stages_of((stage.kind for stage in split(stages)[0]), packed.device)
+    named = [f"{name} for {', '.join(kinds)}" for name, kinds in of_stages.items() if name not in kernels]
+    group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""
     return Row(
         kind_of(layer),
         count,
-        " + ".join(sorted(kernels)),
-        f"W{linear.weight_bits} A{linear.act_bits}{group}{rank}",
+        " + ".join([*sorted(kernels), *named]),
+        f"W{linear.weights.bits} A{linear.rows.bits}{group}{rank}",
         "silu_mul" if method.silu_mul else "rms_norm" if method.norm is not None else "-",
         " + ".join(str(transform) for transform in linear.transforms) or "none",
         max(distance(together, expected), distance(alone, expected)),
-        limit(x.dtype, linear.act_bits),
+        limit(x.dtype, linear.rows.bits),
         method.prefix,
     )
-
-
-def experts_rows(proof: Proof) -> list[Row]:
-    """Of the experts and of the router of the first mixture."""
-    if proof.experts is None:
-        return []
-    layer, count = proof.experts.layer, len(proof.mixtures)
-    assert proof.holders is not None
-    method, runner = layer.quant_method, proof.holders.of(layer)
-    form, block = method.form, method.block
-    transform = " + ".join(str(transform) for transform in form.down.transforms) or "none"
-    group = f" g{form.up.group_size}" if form.up.group_size else ""
-    bits = f"W{form.up.weight_bits} A{form.up.act_bits}{group}"
-    held = f"{len(method.here)} of {block.count}, top {block.top_k}"
-    error, most = experts_proof.experts_distance(proof.experts), limit(method.dtype, form.up.act_bits)
-    dtype = str(method.dtype).removeprefix("torch.")
-    routing = experts_proof.routing_distance(layer, runner)
-    return [
-        Row("experts", count, method.kernel, bits, "silu_mul", f"{transform}; {held}", error, most, method.prefix),
-        Row(
-            "router", count, "vLLM", dtype, "-", f"top {block.top_k} of {block.count}", routing, ROUTING,
-            method.prefix, "so tokens would go to other experts: config.json is read differently",
-        ),
-    ]  # fmt: skip
 
 
 def attention_row(layer: Any, count: int) -> Row:
@@ -364,7 +215,7 @@ def attention_row(layer: Any, count: int) -> Row:
     expected = torch.cat(
         [float_attention(q, k, v, layer.impl.scale, kv) for q, k, v in zip(query, key, value, strict=True)]
     )
-    kernels = {ops.kernel_of(op, device.type) for op in ("kv4_write", "kv4_attention")}
+    kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
     error, most = distance(got, expected), limit(layer.dtype, 4)
     return Row(
@@ -380,11 +231,10 @@ def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: 
     Returns:
         For each sequence [T, heads, d].
     """
-    device, heads, token = query[0].device, layer.num_kv_heads, reference.kv_token_bytes
+    device, heads = query[0].device, layer.num_kv_heads
     spaces = -(-max(len(q) for q in query) // PAGE)  # pages a sequence
     table = torch.arange(len(query) * spaces, dtype=torch.int32, device=device).flip(0).view(len(query), spaces)
-    symmetric = layer.quant_method.format.symmetric
-    shape = (table.numel(), heads, PAGE, token(layer.head_size, symmetric))
+    shape = (table.numel(), heads, PAGE, layer.quant_method.format.token_bytes(layer.head_size))
     cache = torch.zeros(shape, dtype=torch.uint8, device=device)
     out = [torch.empty_like(q) for q in query]
     ends = [0] * len(query)

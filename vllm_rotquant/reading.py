@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rotquant.errors import RotQuantError
-from rotquant.models import describe
+from rotquant.models import describe, head_size
 from vllm_rotquant import compat
 from vllm_rotquant.witness import trial
 
@@ -120,7 +120,7 @@ class Own:
             config.layer_types = kinds[:1]
         config.num_hidden_layers = 1
         # This rank's part: attention and MLP are the same function of fewer heads and channels.
-        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        config.head_dim = head_size(config)
         config.num_attention_heads, config.num_key_value_heads = attention.num_heads, attention.num_kv_heads
         config.intermediate_size = decoder.mlp.down_proj.input_size_per_partition
         try:

@@ -16,19 +16,16 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from transformers.utils import cached_file
 
 from rotquant.errors import RotQuantError
 from vllm_rotquant import compat
-
-if TYPE_CHECKING:
-    from vllm_rotquant.proof import Proof
+from vllm_rotquant.collector import Collector
+from vllm_rotquant.origin import Origin
 
 # What differs from one quantization run to the next, or is no setting.
 UNREAD = ("_name_or_path", "transformers_version", "rotquant.provenance")
@@ -37,21 +34,20 @@ UNREAD = ("_name_or_path", "transformers_version", "rotquant.provenance")
 class Reload:
     """Loads one model's quantized layers anew, any number of times."""
 
-    def __init__(self, proof: Proof) -> None:
-        self.proof = proof
+    def __init__(self, collector: Collector, check: Callable[[], None]) -> None:
+        """`check` runs the proof on what was collected."""
+        self.collector, self.check = collector, check
         self.staged: dict[Module, Module] = {}  # for each layer what it is loaded into
         self.model: Callable[[], Module | None] = lambda: None
-        self.served = compat.checkpoint()
+        self.served = compat.origin()
         self.settings = settings_of(self.served())
 
-    def install(self, layers: list[Any]) -> None:
-        """Makes loaded layers ready for a reload; they are of one model."""
-        linears = [layer for layer in layers if not isinstance(layer, compat.Attention)]
-        model = compat.outermost(layers[0]) if layers else None
-        if model is None:
+    def install(self, model: Any) -> None:
+        """Makes a loaded model, whose layers are collected, ready for a reload."""
+        if not compat.can_be_reloaded(model):
             return
         self.model = weakref.ref(model)
-        for layer in linears:
+        for layer in self.collector.linears:
             method = layer.quant_method
             for name in method.names:
                 give_entry(layer, name, self.entry(layer, name, f"{method.prefix}.{name}"))
@@ -59,12 +55,12 @@ class Reload:
             for module in modules:
                 compat.stays_out_of_reloads(module)
         compat.watch_reloads(model, self.begin, self.end)
-        load_weights: Any = model.load_weights
+        load_weights = model.load_weights
 
         def load(*arguments: Any, **more: Any) -> Any:
             return load_weights(*arguments, **more) if self.staged else refuse_outside("load_weights")
 
-        model.load_weights = load  # type: ignore[assignment]
+        model.load_weights = load
 
     def entry(self, layer: Module, name: str, where: str) -> Callable[..., None]:
         """vLLM's weight loader of a tensor of the checkpoint."""
@@ -81,17 +77,18 @@ class Reload:
 
     def begin(self) -> None:
         """Refuses another model than the one served, while that is still whole; then gets ready to load."""
-        if self.proof.mixtures:
+        if self.collector.mixtures:
             raise RotQuantError(
                 "reload_weights: this build of rotquant does not reload mixtures of experts; the old weights are still "
                 "served. Start a server for the new checkpoint"
             )
-        model = self.served()
-        differs = difference(self.settings, settings_of(model))
+        origin = self.served()
+        differs = difference(self.settings, settings_of(origin))
         if differs:
             raise RotQuantError(
-                f"reload_weights: {model}: {differs} of config.json is not that of the model being served, and a "
-                "reload changes weights only. The old weights are still served; start a server for the new checkpoint"
+                f"reload_weights: {origin.model}: {differs} of config.json is not that of the model being served, "
+                "and a reload changes weights only. The old weights are still served; start a server for the new "
+                "checkpoint"
             )
         with torch.device("cpu"):
             for layer in self._layers(compat.LinearBase | compat.ParallelLMHead):
@@ -111,15 +108,16 @@ class Reload:
         staged, self.staged = self.staged, {}
         for layer, stage in staged.items():
             layer.quant_method.check_loaded(stage)  # type: ignore[operator,union-attr]
-        with self.proof.again([*staged, *self._layers(compat.Attention)]):
+        with self.collector.again([*staged, *self._layers(compat.Attention)]):
             for layer in list(staged):
-                self.proof.keep(layer, commit(layer, staged.pop(layer)))
+                self.collector.keep(layer, commit(layer, staged.pop(layer)))
+            self.check()
         self.unblock()
 
     def _layers(self, kind: Any) -> list[Any]:
         model = self.model()
         modules = model.modules() if model is not None else ()
-        return [m for m in modules if isinstance(m, kind) and getattr(m.quant_method, "proof", None) is self.proof]
+        return [m for m in modules if isinstance(m, kind) and _collector(m) is self.collector]
 
     def block(self) -> None:
         model: Any = self.model()
@@ -171,13 +169,15 @@ def commit(layer: Any, stage: Any) -> Tensor:
     return packed
 
 
-def settings_of(model: str) -> dict[str, Any]:
-    """config.json of a folder, or of a name on the Hub, whose files are here once it has been served."""
-    try:
-        path = cached_file(model, "config.json", local_files_only=True)
-    except OSError:
-        path = None
-    return json.loads(Path(path).read_text()) if path else {}
+def _collector(layer: Any) -> Collector | None:
+    return getattr(layer.quant_method, "collector", None)
+
+
+def settings_of(origin: Origin) -> dict[str, Any]:
+    """config.json of a model, whose files are here once it has been served."""
+    folder = origin.folder()
+    path = folder and folder / "config.json"
+    return json.loads(path.read_text()) if path and path.is_file() else {}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import Transform
 from rotquant.errors import RotQuantError
-from rotquant_kernels import Stage
+from rotquant_kernels import KINDS, Stage
 
 
 def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int) -> None:
@@ -32,14 +32,15 @@ def check_shard(prefix: str, transform: Transform, inputs: int, all_inputs: int)
 class StoredInput(torch.nn.Module):
     """Receives the tensor `<module>.<transform>_input.weight` while a checkpoint loads, and keeps this rank's part.
 
-    The tensor of a "hadamard" is only a marker, there to make engines fail that do not know the transform: it is
-    compared with the real one and not kept.
+    The tensor of a kind without one is only a marker, there to make engines fail that do not know the transform: it is
+    checked and not kept.
     """
 
     def __init__(self, where: str, transform: Transform, all_inputs: int, span: slice, parts: int) -> None:
         """`span`: inputs of this rank; `parts`: layers of the checkpoint that vLLM runs as this one."""
         super().__init__()
         self.where, self.transform, self.all_inputs, self.span, self.parts = where, transform, all_inputs, span, parts
+        self.is_marker = KINDS[transform.kind].dtype is None
         self.tensor: Tensor | None = None
         self.loaded = 0
         # Empty until loaded: a large model has a marker in one layer and should not pay for all of them.
@@ -50,7 +51,7 @@ class StoredInput(torch.nn.Module):
         """vLLM's weight loader; called once for each part of a fused layer."""
         tensor = stored.check(self.where, self.transform, loaded.detach().cpu(), self.all_inputs)
         tensor = stored.shard(self.transform, tensor, self.span.start, self.span.stop)
-        if self.transform.kind == "hadamard":
+        if self.is_marker:
             return
         if self.tensor is not None and not torch.equal(self.tensor, tensor):
             raise RotQuantError(f"{self.where}: the parts of this fused layer store different tensors")
@@ -58,10 +59,10 @@ class StoredInput(torch.nn.Module):
         self.loaded += 1
 
     def take(self, dummy: bool) -> Tensor | None:
-        """The tensor on the CPU, None for a "hadamard"; a random one under --load-format dummy."""
+        """The tensor on the CPU, None for a kind without one; a random one under --load-format dummy."""
         if dummy:
             return stored.sample(self.transform, self.span.stop - self.span.start)
-        if self.transform.kind != "hadamard" and self.loaded != self.parts:
+        if not self.is_marker and self.loaded != self.parts:
             raise RotQuantError(
                 f"{self.where} is missing from the checkpoint ({self.parts - self.loaded} of {self.parts} parts)"
             )
@@ -85,7 +86,7 @@ def expect_tensors(
         name = f"{transform.name}_input"
         receiver = StoredInput(f"{prefix}.{name}.weight", transform, all_inputs, span, len(parts))
         layer.add_module(name, receiver)
-        if transform.kind == "shift":
+        if KINDS[transform.kind].affine:
             # NaN shows after loading which outputs the checkpoint did not fill.
             data = torch.full((sum(parts),), torch.nan, dtype=torch.float32)
             output = torch.nn.Module()
@@ -97,7 +98,7 @@ def check_loaded(layer: Any, prefix: str, transforms: tuple[Transform, ...], dum
     """Refuses tensors of transforms that the checkpoint left out."""
     for transform in transforms:
         receiver_of(layer, transform).take(dummy)
-        if transform.kind == "shift":
+        if KINDS[transform.kind].affine:
             name = f"{transform.name}_output.weight"
             if layer.get_parameter(name).isnan().any():
                 raise RotQuantError(f"{prefix}.{name} is missing from the checkpoint, or has NaN in it")
@@ -109,14 +110,14 @@ def take_tensors(
     """Turns the loaded tensors into the buffers that `stages` reads and removes the receivers.
 
     Returns:
-        What shifts took away, to be added to the layer's output: float32 [N], None without a shift.
+        What affine stages took away, to be added to the layer's output: float32 [N], None without one.
     """
     correction: Tensor | None = None
     for transform in transforms:
         tensor = receiver_of(layer, transform).take(dummy)
         delattr(layer, f"{transform.name}_input")
         layer.register_buffer(buffer_name(transform), None if tensor is None else tensor.to(device), persistent=False)
-        if transform.kind == "shift":
+        if KINDS[transform.kind].affine:
             output = layer.get_parameter(f"{transform.name}_output.weight").data.to(device)
             correction = output if correction is None else correction + output
             delattr(layer, f"{transform.name}_output")

@@ -1,8 +1,8 @@
 """Compiles what serving will need before the first request: no step waits for a compiler, none is stopped by one.
 
-Triton compiles a kernel when it is first launched with new types, constants or options. `rotquant_kernels` names the
-few batches that between them launch every variant (`ops.distinct_tokens`, `ops.distinct_batches`); they go through
-the methods that serve, so that what is compiled is what is launched. Nothing to do where kernels are compiled already.
+Triton compiles a kernel when it is first launched with new types, constants or options. A backend names
+the few batches that between them launch every variant (`distinct_tokens`, `distinct_batches`); they go through the
+methods that serve, so that what is compiled is what is launched. Nothing to do where kernels are compiled already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rotquant_kernels import ops, reference
+from rotquant_kernels.backends import backend_of
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def warm_linears(layers: Iterable[Any]) -> None:
     for layer in layers:
         method, device = layer.quant_method, layer.weight_packed.device
         bias = getattr(layer, "bias", None) if method.adds_correction else None  # vLLM gives it to the first rank alone
-        for tokens in ops.distinct_tokens(device.type):
+        for tokens in backend_of("quantized_linear", device).distinct_tokens():
             x = torch.zeros(tokens, method.inputs * (2 if method.silu_mul else 1), dtype=method.dtype, device=device)
             if method.norm is None:
                 method.apply(layer, x, bias)
@@ -33,9 +33,9 @@ def warm_linears(layers: Iterable[Any]) -> None:
 @torch.inference_mode()
 def warm_attention(layer: Any, page: int, device: torch.device) -> None:
     """Runs an attention layer on zeros over one page of `page` tokens."""
-    heads, kv_heads, dim, symmetric = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.impl.kv.symmetric
-    cache = torch.zeros(1, kv_heads, page, reference.kv_token_bytes(dim, symmetric), dtype=torch.uint8, device=device)
-    for tokens, pages in ops.distinct_batches(device.type, heads // kv_heads, page):
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_size
+    cache = torch.zeros(1, kv_heads, page, layer.impl.kv.token_bytes(dim), dtype=torch.uint8, device=device)
+    for tokens, pages in backend_of("kv4_attention", device).distinct_batches(heads // kv_heads, page):
         query, key = (torch.zeros(tokens, h, dim, dtype=layer.dtype, device=device) for h in (heads, kv_heads))
         nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
         starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, tokens], [tokens]))

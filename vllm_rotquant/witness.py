@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.format import KVFormat, LinearFormat
-from rotquant_kernels import Stage, convention, reference
+from rotquant.checkpoint.format import LinearFormat
+from rotquant_kernels import KINDS, Stage, reference
+from rotquant_kernels.formats import KVFormat
 
 STRETCH = 1 << 24  # weights of a layer that are float64 at a time
 
@@ -100,8 +101,9 @@ def elementary(x: Tensor, kind: str, block: int, tensor: Tensor | None, inverse:
     if kind == "reflection":
         v, rows = exact(tensor), x.unflatten(-1, (-1, block))
         return (rows - 2 * (rows * v).sum(-1, keepdim=True) * v).flatten(-2)
-    assert kind == "shift"
-    return x + exact(tensor) * (1 if inverse else -1)
+    if kind == "shift":
+        return x + exact(tensor) * (1 if inverse else -1)
+    raise ValueError(f"the witness does not know the online transform {kind!r}")
 
 
 def hadamard_matrix(block: int) -> Tensor:
@@ -125,7 +127,7 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     x takes the sign. Rounding to `dtype` may turn a sign back where c is large, so there are rows to choose from.
     """
     x = exact(trial(4 * rows, inputs, dtype=torch.float32, device=torch.device("cpu")))
-    shifted = any(stage.kind == "shift" for stage in stages)
+    shifted = any(KINDS[stage.kind].affine for stage in stages)
     center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
     x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
     good = sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
@@ -174,12 +176,11 @@ def float_linear(
         [M, N].
     """
     y = transformed(x, stages)
-    scale, zero = convention.qparams(y, linear.act_bits, linear.act_symmetric, linear.act_clip)
-    rounded = exact(convention.dequantize(convention.quantize(y, scale, zero, linear.act_bits), scale, zero))
+    rounded = exact(linear.rows.fake_quantize(y))
     at_once, inputs = max(1, STRETCH // x.shape[1]), x.shape[1]
     parts = []
     for words, scale in zip(packed.split(at_once), scales.split(at_once), strict=True):
-        codes = convention.unpack_int32(words, linear.weight_bits, inputs)
+        codes = linear.weights.unpack(words, inputs)
         parts.append(product(rounded, (exact(codes) * exact(scale).repeat_interleave(inputs // scale.shape[1], 1)).T))
     out = torch.cat(parts, 1)
     down, up = low_rank
@@ -203,8 +204,8 @@ def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv:
     """
     rotation = r3(kv)
     group = query.shape[1] // key.shape[1]
-    k = exact(convention.kv_fake_quantize(transformed(key, rotation), kv.symmetric, kv.k_clip))
-    v = exact(convention.kv_fake_quantize(exact(value), kv.symmetric, kv.v_clip))
+    k = exact(kv.key.fake_quantize(transformed(key, rotation)))
+    v = exact(kv.value.fake_quantize(exact(value)))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     scores = product(transformed(query, rotation).transpose(0, 1), k.mT) * scale
     hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)

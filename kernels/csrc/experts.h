@@ -1,6 +1,13 @@
 // What the experts of a token add up to. Specification: experts.moe_experts.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+#include "tier.h"
+#include "vec.h"
+
 namespace RQ_TIER {
 namespace {
 

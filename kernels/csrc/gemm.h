@@ -8,6 +8,13 @@
 // from the sums of the activations: sum a (w + o) - o sum a = sum a w.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+#include "tier.h"
+#include "vec.h"
+
 namespace RQ_TIER {
 namespace {
 

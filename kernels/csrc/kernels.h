@@ -1,18 +1,13 @@
 // Everything a tier is made of; included once by each tier_*.cpp.
 #pragma once
 
-#include "tier.h"
-#include "vec.h"
-
-#include "rows.h"
-
-#include "silu.h"
-
-#include "gemm.h"
-
 #include "experts.h"
-
-#include "kv4.h"
+#include "gemm.h"
+#include "kv4_attention.h"
+#include "kv4_write.h"
+#include "rows.h"
+#include "silu.h"
+#include "tier.h"
 
 namespace rotquant {
 const Tier RQ_TABLE = {

@@ -9,7 +9,15 @@
 // on batch, blocks of rows or threads.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "kv4_dot.h"
+#include "kv4_page.h"
 #include "kv4_softmax.h"
+#include "rows.h"
+#include "tier.h"
+#include "vec.h"
 
 namespace RQ_TIER {
 namespace {

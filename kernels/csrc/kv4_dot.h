@@ -5,6 +5,8 @@
 // and the steps dimensions of the head, for P V the other way round. Rows of Q are int8, rows of P uint8.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "vec.h"
@@ -18,21 +20,6 @@ inline void fetch(const uint8_t* tile) {
 }
 
 #if defined(RQ_AVX512)
-
-inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
-inline float first(F a) { return _mm512_cvtss_f32(a.v); }
-inline F load_i8(const int8_t* p) {
-  return to_float(I{_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))});
-}
-// 4 W integers to uint8 in order, saturating.
-inline void store_u8(uint8_t* p, I a, I b, I c, I d) {
-  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
-}
-
-// The first n lanes of a, the others of b.
-inline F first_lanes(F a, int n, F b) { return {_mm512_mask_mov_ps(b.v, __mmask16((1u << n) - 1), a.v)}; }
 
 // The instruction multiplies unsigned by signed bytes: codes (0 to 15) may be either.
 template <class A>
@@ -85,25 +72,6 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 }
 
 #elif defined(RQ_AVX2)
-
-inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
-inline float first(F a) { return _mm256_cvtss_f32(a.v); }
-inline F load_i8(const int8_t* p) {
-  return to_float(I{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))});
-}
-inline int32_t hsum(I a) {
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
-}
-inline void store_u8(uint8_t* p, I a, I b, I c, I d) {
-  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v));
-  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-}
-inline F first_lanes(F a, int n, F b) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)))};
-}
 
 template <class A>
 inline __m256i products(__m256i codes, __m256i row) {
@@ -172,15 +140,6 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 }
 
 #else
-
-inline I operator|(I a, I b) { return {a.v | b.v}; }
-inline float first(F a) { return a.v; }
-inline F load_i8(const int8_t* p) { return {float(*p)}; }
-inline F first_lanes(F a, int n, F b) { return n > 0 ? a : b; }
-inline void store_u8(uint8_t* p, I a, I b, I c, I d) {
-  const int32_t values[4] = {a.v, b.v, c.v, d.v};
-  for (int i = 0; i < 4; i++) p[i] = uint8_t(values[i] < 0 ? 0 : values[i] > 255 ? 255 : values[i]);
-}
 
 template <int R, int S, int STRIDE, class A, class Tiles>
 inline void dot(const Tiles& tile, const Tiles&, int64_t tiles, const A* rows, int32_t* out, int64_t stride) {

@@ -1,7 +1,12 @@
 // Softmax over one tile of 4-bit K and V, for one row: exponents of 2, weights, their sums. See kv4_attention.h.
 #pragma once
 
-#include "kv4_write.h"
+#include <cstdint>
+#include <cstring>
+
+#include "kv4_page.h"
+#include "tier.h"
+#include "vec.h"
 
 namespace RQ_TIER {
 namespace {

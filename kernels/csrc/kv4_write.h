@@ -1,25 +1,16 @@
 // Stores K and V in pages of 4-bit codes; bit for bit reference.kv4_write.
 #pragma once
 
-#include "kv4_dot.h"
+#include <cstdint>
+#include <cstring>
+
+#include "kv4_page.h"
 #include "rows.h"
+#include "tier.h"
+#include "vec.h"
 
 namespace RQ_TIER {
 namespace {
-
-// Where 16 tokens lie in their (block, head) plane; see reference.py, kv_planes.
-struct Subtile {
-  uint8_t *keys, *values;  // tiles of codes
-  uint8_t *key_scale, *value_scale, *zeros;
-};
-
-// `place`: the first token's position in its page, a multiple of 16.
-inline Subtile subtile_of(const KVPages& p, int64_t block, int64_t head, int64_t place) {
-  const int64_t n = p.tokens, codes = n * p.head_dim / 2;  // bytes of K's codes, and of V's
-  uint8_t* plane = p.data + block * p.block_stride + head * p.head_stride;
-  uint8_t *keys = plane + place * p.head_dim / 2, *scales = plane + 2 * codes;
-  return {keys, keys + codes, scales + 2 * place, scales + 2 * (n + place), scales + 4 * n + place};
-}
 
 struct Coded {
   uint16_t scale;  // float16

@@ -1,6 +1,9 @@
 // Shared by the ops that multiply quantized rows with packed weights: checked views of what they are given.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "binding.h"
 
 namespace rotquant {
@@ -28,6 +31,26 @@ inline Rows rows_of(const Tensor& x, bool silu_mul = false) {
   return {held, (const char*)held.const_data_ptr(), dtype, count, columns, stride, silu_mul};
 }
 
+// The online transforms that have a kernel, by their names in stages.
+struct NamedStage {
+  const char* name;
+  Transform::Kind kind;
+};
+constexpr NamedStage STAGES[] = {{"hadamard", Transform::hadamard}, {"dense", Transform::dense}};
+
+inline std::optional<Transform::Kind> stage_of(const std::string& name) {
+  for (const NamedStage& stage : STAGES)
+    if (name == stage.name) return stage.kind;
+  return {};
+}
+
+// Their names, with spaces between them.
+inline std::string native_stages() {
+  std::string names;
+  for (const NamedStage& stage : STAGES) names += (names.empty() ? "" : " ") + std::string(stage.name);
+  return names;
+}
+
 // An op's transform; holds the matrix.
 struct HeldTransform : Transform {
   std::optional<Tensor> held;
@@ -35,18 +58,19 @@ struct HeldTransform : Transform {
 
 inline HeldTransform transform_of(const std::string& name, int64_t block, const std::optional<Tensor>& matrix, int64_t columns) {
   if (name == "none") return {{Transform::none, 1, nullptr}, {}};
+  const std::optional<Transform::Kind> kind = stage_of(name);
+  REQUIRE(kind.has_value(), "unknown transform ", name);
   REQUIRE(block > 0 && columns % block == 0, "transform block ", block, " does not divide ", columns, " columns");
-  if (name == "hadamard") {
+  if (*kind == Transform::hadamard) {
     REQUIRE((block & (block - 1)) == 0, "Hadamard block ", block, " is not a power of two");
-    return {{Transform::hadamard, block, nullptr}, {}};
+    return {{*kind, block, nullptr}, {}};
   }
-  REQUIRE(name == "dense", "unknown transform ", name);
   REQUIRE(matrix.has_value(), "a dense transform needs its matrix");
   REQUIRE(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 && matrix->size(0) == block &&
                       matrix->size(1) == block,
                   "matrix must be float32 [block, block]");
   const Tensor held = torch::stable::contiguous(*matrix);
-  return {{Transform::dense, block, (const float*)held.const_data_ptr()}, held};
+  return {{*kind, block, (const float*)held.const_data_ptr()}, held};
 }
 
 inline ActFormat act_format(int64_t bits, bool symmetric, double clip) {

@@ -1,6 +1,7 @@
-// torch ops of linear layers: transform_rows, quantize_rows, pack_weight, int_linear. Specification: reference.py.
+// torch ops of linear layers: online_stage, quantize_rows, pack_weight, int_linear. Specification: reference.py.
 #include <sys/mman.h>
 
+#include <array>
 #include <vector>
 
 #include "linear.h"
@@ -8,9 +9,20 @@
 namespace rotquant {
 namespace {
 
-Tensor transform_rows(const Tensor& x, const std::string& transform, int64_t block, const std::optional<Tensor>& matrix) {
+// reference.online_stage
+Tensor reference_stage(const Tensor& x, const std::string& kind, int64_t block, const std::optional<Tensor>& tensor) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(kind), from(block), from(tensor)};
+  const auto code = torch_call_dispatcher("rotquant::reference_stage", "", stack.data(), TORCH_ABI_VERSION);
+  REQUIRE(code == TORCH_SUCCESS, "no online transform '", kind, "' of block ", block, " with this tensor");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x in float32 after one stage. What has no kernel here, a kind or float64, runs as the reference says.
+Tensor online_stage(const Tensor& x, const std::string& kind, int64_t block, const std::optional<Tensor>& tensor) {
+  if (!stage_of(kind) || x.scalar_type() == ScalarType::Double) return reference_stage(x, kind, block, tensor);
   const Rows rows = rows_of(x);
-  const HeldTransform t = transform_of(transform, block, matrix, rows.columns);
+  const HeldTransform t = transform_of(kind, block, tensor, rows.columns);
   Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
   float* to = (float*)out.mutable_data_ptr();
   parallel(rows.count, worth_threads(rows.count * rows.columns), [&](int64_t m) {
@@ -170,8 +182,11 @@ Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rotquant, m) { m.def("native_stages() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(rotquant, CompositeExplicitAutograd, m) { m.impl("native_stages", TORCH_BOX(&native_stages)); }
+
 STABLE_TORCH_LIBRARY_IMPL(rotquant, CPU, m) {
-  m.impl("transform_rows", TORCH_BOX(&transform_rows));
+  m.impl("online_stage", TORCH_BOX(&online_stage));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("int_linear", TORCH_BOX(&int_linear));

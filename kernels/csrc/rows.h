@@ -1,6 +1,12 @@
 // Rows of activations: online transform, absmax, quantization, sums. Specification: reference.quantize_rows.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "tier.h"
+#include "vec.h"
+
 namespace RQ_TIER {
 namespace {
 

@@ -1,7 +1,12 @@
 // silu(gate) * up in front of a row: convention.silu_mul, bit for bit.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "rows.h"
+#include "tier.h"
+#include "vec.h"
 
 namespace RQ_TIER {
 namespace {

@@ -1,4 +1,4 @@
-// What a tier offers: plain functions over plain memory, no torch. ops.cpp checks tensors and calls them.
+// What a tier offers: plain functions over plain memory, no torch. ops_*.cpp check tensors and call them.
 #pragma once
 
 #include <cstdint>

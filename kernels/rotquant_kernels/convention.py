@@ -73,22 +73,9 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q.float() - zero) * scale
 
 
-def kv_qparams(x: Tensor, symmetric: bool, clip: float) -> tuple[Tensor, Tensor]:
-    """`qparams` at 4 bits with the scale rounded to float16, as the KV page stores it.
-
-    The zero point and the codes are computed with the rounded scale, so nothing is lost in storage.
-    """
-    scale, zero = qparams(x, 4, symmetric, clip)
-    scale = scale.clamp(HALF_TINY, HALF_MAX).half().float()
-    if not symmetric:
-        zero = zero_point(x.float().amin(-1, keepdim=True).clamp(max=0) * clip, scale, 4)
-    return scale, zero
-
-
-def kv_fake_quantize(x: Tensor, symmetric: bool, clip: float) -> Tensor:
-    """What the KV cache gives back for x float [..., head_dim], one scale per leading index; float32."""
-    scale, zero = kv_qparams(x, symmetric, clip)
-    return dequantize(quantize(x, scale, zero, 4), scale, zero)
+def half(scale: Tensor) -> Tensor:
+    """A usable scale as float16 holds it, in its own dtype."""
+    return scale.clamp(HALF_TINY, HALF_MAX).half().to(scale.dtype)
 
 
 def silu_mul(x: Tensor) -> Tensor:

@@ -106,3 +106,8 @@ def choose(tier: str, specification: Mapping[str, Callable[..., Any]]) -> None:
 def tier() -> str:
     """The tier that runs, "reference" where none does."""
     return str(torch.ops.rotquant.cpu_tier("")) if _loaded and _hiding is None else REFERENCE
+
+
+def stages() -> tuple[str, ...]:
+    """Kinds of online transforms that the library has a kernel of; it is loaded."""
+    return tuple(str(torch.ops.rotquant.native_stages()).split())

@@ -1,41 +1,23 @@
-"""Online transforms of a linear layer's input as a chain of stages, and the linear layer behind it.
+"""A chain of online transforms (`stages`) in front of a linear layer, and the layer behind it.
 
-Stages run in their order, in float32, on the rows x of K numbers:
-
-    hadamard     x (I ⊗ H / sqrt(block))                              no tensor
-    dense        x (I ⊗ T)                                            T float [block, block]
-    kronecker    x (P ⊗ Q): rows as matrices X [K / block, block], Pᵀ X Q    float [(K / block)² + block²], P then Q
-    permutation  x[..., p]                                            p int [K]
-    reflection   x (I ⊗ (I - 2 vᵀv)), v a unit row                     v float [block]
-    shift        x - b (x W'ᵀ then lacks b Wᵀ, which the caller adds as a bias)    b float [K]
-
-A hadamard or dense stage that comes last runs inside `int_linear`, as most checkpoints want it.
+A stage that is `inside` runs within `int_linear` where it comes last, as most checkpoints want it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
-from rotquant_kernels.ops import int_linear, online_stage
-
-INSIDE = ("hadamard", "dense")
-KINDS = (*INSIDE, "kronecker", "permutation", "reflection", "shift")
-
-
-class Stage(NamedTuple):
-    """One step of a chain; see the table above."""
-
-    kind: str
-    block: int
-    tensor: Tensor | None = None
+from rotquant_kernels import calls
+from rotquant_kernels.formats import RowFormat, WeightFormat
+from rotquant_kernels.ops import online_stage
+from rotquant_kernels.stages import KINDS, Stage
 
 
 def split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Stage]:
     """What runs before `int_linear`, and the stage that runs inside."""
-    return (stages[:-1], stages[-1]) if stages and stages[-1].kind in INSIDE else (stages, Stage("none", 0))
+    return (stages[:-1], stages[-1]) if stages and KINDS[stages[-1].kind].inside else (stages, Stage("none", 0))
 
 
 def transform(x: Tensor, stages: Sequence[Stage]) -> Tensor:
@@ -50,11 +32,9 @@ def linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    weight_bits: int,
+    weights: WeightFormat,
     stages: Sequence[Stage],
-    act_bits: int,
-    act_symmetric: bool,
-    act_clip: float,
+    rows: RowFormat,
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
     silu_mul: bool = False,
@@ -68,8 +48,7 @@ def linear(
     """
     before, inside = split(stages)
     assert not (before and silu_mul)
-    y = int_linear(
-        transform(x, before), weight, weight_scale, bias, weight_bits, *inside, act_bits, act_symmetric, act_clip,
-        low_rank_down, low_rank_up, silu_mul,
-    )  # fmt: skip
+    y = calls.int_linear(
+        transform(x, before), weight, weight_scale, bias, weights, inside, rows, low_rank_down, low_rank_up, silu_mul
+    )
     return y.to(x.dtype) if before else y

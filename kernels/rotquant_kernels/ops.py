@@ -1,7 +1,7 @@
 """The ops as torch sees them: schemas, fakes, dispatch. `torch.ops.rotquant.*` and thin Python names.
 
-The reference is registered for every device (CompositeExplicitAutograd). A native kernel registers the
-same schema for its own dispatch key and so wins; `kernel_of` tells which one runs.
+The reference is registered for every device (CompositeExplicitAutograd). A kernel of a backend registers the same
+schema for its own dispatch key and so wins; `backends` tells which one runs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotquant_kernels import cuda, experts, fused, native, reference
+from rotquant_kernels import cuda, native, reference
+from rotquant_kernels.backends import Backend, Layer, choose
+from rotquant_kernels.backends import kernel_of as kernel_of
 
-REFERENCE = "reference (torch)"  # name of the specification as a kernel
 OPS = {
-    "transform_rows": "(Tensor x, str transform, int block, Tensor? matrix) -> Tensor",
     "online_stage": "(Tensor x, str kind, int block, Tensor? tensor) -> Tensor",
     "quantize_rows": "(Tensor x, str transform, int block, Tensor? matrix, int bits, bool symmetric, float clip,"
     " bool silu_mul=False) -> (Tensor, Tensor, Tensor)",
@@ -38,19 +38,15 @@ OPS = {
 }
 
 _library = torch.library.Library("rotquant", "DEF")
-SPECIFICATION = {
-    name: next(getattr(module, name) for module in (reference, fused, experts) if hasattr(module, name)) for name in OPS
-}
+SPECIFICATION = {name: getattr(reference, name) for name in OPS}
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, SPECIFICATION[_name], "CompositeExplicitAutograd")
+# What a native `online_stage` calls for kinds that it has no kernel of.
+_library.define("reference_stage" + OPS["online_stage"])
+_library.impl("reference_stage", reference.online_stage, "CompositeExplicitAutograd")
 native.choose(os.environ.get(native.TIER) or "auto", SPECIFICATION)  # a wrong one is an error now, not when it is used
 cuda.load(_library)
-
-
-@torch.library.register_fake("rotquant::transform_rows", lib=_library)
-def _(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.register_fake("rotquant::online_stage", lib=_library)
@@ -122,7 +118,6 @@ def _(*arguments: object) -> None:
     return None
 
 
-transform_rows = torch.ops.rotquant.transform_rows
 online_stage = torch.ops.rotquant.online_stage
 quantize_rows = torch.ops.rotquant.quantize_rows
 pack_weight = torch.ops.rotquant.pack_weight
@@ -147,67 +142,39 @@ def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> 
     return pack_weight(packed.contiguous(), bits, columns, groups)
 
 
+def prepare_experts(packed: Tensor, bits: int, columns: int, groups: int = 1) -> Tensor:
+    """The layout that `moe_experts` of this device reads: each expert's as `prepare_weight` makes it.
+
+    Args:
+        packed: int32 [E, N, ceil(columns * bits / 32)]; groups: scales of a row.
+    Returns:
+        [E, ...].
+    """
+    first = pack_weight(packed[0].contiguous(), bits, columns, groups)
+    out = first.new_empty(len(packed), *first.shape)
+    for place, one in zip(out, packed, strict=True):  # one after the other: two copies of all would be too many
+        place.copy_(pack_weight(one.contiguous(), bits, columns, groups))
+    return out
+
+
 class Prepared(NamedTuple):
-    """A linear layer's weight as its kernel reads it, the kernel's name, and whether `quantized_linear` is as good as
-    `int_linear` with it: native CPU kernels know no other way into their GEMM than rows of floats, and Humming wants
-    codes in its own order."""
+    """A linear layer's weight as its kernel reads it, who runs it, and how reports name that."""
 
     weight: Tensor
+    backend: Backend
     kernel: str
-    reads_quantized: bool
 
 
-def prepare_linear(
-    packed: Tensor, weight_scale: Tensor, bits: int, columns: int, act_bits: int, act_symmetric: bool, bias: bool,
-    low_rank: bool, dtype: torch.dtype,
-) -> Prepared:  # fmt: skip
+def prepare_linear(packed: Tensor, weight_scale: Tensor, layer: Layer) -> Prepared:
     """`prepare_weight` of a layer of which everything is known, so that the fastest kernel that fits can be chosen.
 
     Args:
         packed: int32 [N, words], see `prepare_weight`; weight_scale: float32 [N, G].
-        bias, low_rank: whether the layer has them; dtype: of the rows that it will be given.
+    Raises:
+        ValueError: a device without backends, or none of its backends runs the layer.
     """
-    weight, device = prepare_weight(packed, bits, columns, weight_scale.shape[1]), packed.device.type
-    kernel = kernel_of("int_linear", device)
-    if device == "cuda" and kernel != REFERENCE:
-        shape = (packed.shape[0], columns, bits, act_bits, act_symmetric, bias)
-        weight, kernel = cuda.offer_to_humming(weight, weight_scale, shape, low_rank, dtype)
-        return Prepared(weight, kernel, kernel != cuda.HUMMING)
-    return Prepared(weight, kernel, kernel == REFERENCE)
-
-
-def distinct_tokens(device: str) -> tuple[int, ...]:
-    """Numbers of tokens that between them run every kernel of a linear layer and of a norm that any number runs.
-
-    Empty where nothing is compiled at run time.
-    """
-    if not kernel_of("quantized_linear", device).startswith("triton"):
-        return ()
-    from rotquant_kernels.cuda import gemm
-
-    return gemm.DISTINCT
-
-
-def distinct_batches(device: str, group: int, page: int) -> list[tuple[int, int]]:
-    """The same of attention over the 4-bit cache: batches of one sequence as (new tokens, pages of the table).
-
-    Args:
-        group: query heads of a KV head; page: tokens of a page.
-    """
-    if not kernel_of("kv4_attention", device).startswith("triton"):
-        return []
-    from rotquant_kernels.cuda import kv4
-
-    return kv4.distinct_batches(group, page)
-
-
-def kernel_of(op: str, device: str = "cpu") -> str:
-    """Name of the implementation that `op` runs on a device: "reference (torch)" or the native kernel's."""
-    key = "CUDA" if device.startswith("cuda") else "CPU"
-    native_tier = native.tier() if key == "CPU" else ""
-    if native_tier == native.REFERENCE or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rotquant::{op}", key):
-        return REFERENCE
-    return f"native ({native_tier})" if key == "CPU" else cuda.kernel_of(op)
+    backend, kernel = choose(layer, packed.device)
+    return Prepared(backend.prepare(packed, weight_scale, layer), backend, kernel)
 
 
 def choose_cpu_tier(tier: str) -> None:

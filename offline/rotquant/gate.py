@@ -26,11 +26,10 @@ from rotquant.models import Architecture
 from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
 from rotquant.models.expert_tensors import each
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 
 TOLERANCE = 1e-4
 TIE = 1e-3  # relative difference of two experts' probabilities that counts as none
-ROWS = 8192  # of the vocabulary, folded at a time
 
 
 def check_equivalence(
@@ -82,7 +81,7 @@ class Folded:
         """float32 [T, hidden] after layer `index`; chosen: the original's experts of each token, int64 [T, top_k]."""
         decoder = self.decoders[index]
         equal = each(self.fold.layer(read_layer(self.source, self.arch, index), index), Tensor.float)
-        linear = decoder.float_linear(equal, self.fold.transforms.layers[index])
+        linear = decoder.float_linear(equal, self.fold.transforms.layers[index].inputs)
 
         def watched(name: str, x: Tensor) -> Tensor:
             y = linear(name, x)
@@ -97,7 +96,7 @@ class Folded:
         """float32 [T, vocab]; the head is folded in slices of the vocabulary to bound memory."""
         arch, names, found = self.arch, self.arch.names, []
         gain = self.source.get(names.norm)
-        for rows in self.source.get(names.embedding if arch.tied else names.head).split(ROWS):
+        for rows in self.source.get(names.embedding if arch.tied else names.head).split(VOCABULARY_ROWS):
             folded, folded_gain = self.fold.head(rows, gain)
             normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
             found.append(normed @ folded.float().T)

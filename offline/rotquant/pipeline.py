@@ -8,11 +8,11 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,17 @@ from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
+from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.source import DTYPES, Source, fetch
+from rotquant.checkpoint.packed import pack
+from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.common.devices import Devices
+from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -37,17 +42,31 @@ from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders
-from rotquant.recipe import Recipe, load_recipe
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.experts import ExpertsQuantizer
-from rotquant.weights.layerwise import pack
 
 GATE_TOKENS = 64
-ROWS = 8192  # rows of the vocabulary that are folded at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model; see `quantize`."""
+
+    recipe: str = "best"
+    settings: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    profile: str = "full"
+    tp_max: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,10 +78,10 @@ class Run:
     arch: Architecture
     recipe: Recipe
     profile: str
-    transforms: Transforms  # those that need no learning at first; `learn_transforms` completes them
+    transforms: Transforms  # before `learn_transforms` those that need no learning
     calibrated: Calibrated | None
     dtype: torch.dtype
-    device: str
+    devices: Devices
     seed: int
     tp_max: int
 
@@ -104,7 +123,7 @@ def quantize(
         recipe: name of a shipped recipe or path of a YAML file; settings: `key=value` changes to it.
         calibration: text for learning and GPTQ: a .txt or .jsonl file, or a Hugging Face dataset; None: bundled text.
         samples, seq_len: calibration windows and their tokens, the recipe's where None.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", or several, over which the calibration windows are spread: "cuda:0,cuda:1".
         profile: "full", or "portable" (no online transforms, 16-bit KV: loads anywhere).
         tp_max: largest tensor-parallel size that the checkpoint is to be served with.
         seed: of everything random: rotations, calibration windows, learning.
@@ -116,7 +135,8 @@ def quantize(
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    run = prepare(model, recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
+    run = prepare(model, asked)
     if max_memory is not None:
         check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
     check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
@@ -127,7 +147,7 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
-            learn_transforms(run, journal)
+            run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             write_embedding(run, journal)
             write_layers(run, journal)
@@ -140,30 +160,28 @@ def quantize(
     return output
 
 
-def prepare(
-    model: str, recipe: str, settings: Sequence[str], calibration: str | None, samples: int | None,
-    seq_len: int | None, device: str, profile: str, tp_max: int, seed: int,
-) -> Run:  # fmt: skip
+def prepare(model: str, asked: Settings) -> Run:
     """Reads and checks everything that can be checked before any work is done."""
-    if profile not in ("full", "portable"):
-        raise RotQuantError(f"--profile {profile}: take full or portable")
-    chosen = writer.for_profile(load_recipe(recipe, settings), profile).check_learning()
+    devices = Devices(asked.device)
+    if asked.profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {asked.profile}: take full or portable")
+    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
     folder = fetch(model)
     arch, source = read_original(folder)
-    check_shapes(chosen, arch)
-    check_mixture(chosen, arch)
-    transforms = initial_transforms(chosen, arch, tp_max, seed)
+    check_shapes(recipe, arch)
+    check_mixture(recipe, arch)
+    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
-    if chosen.needs_calibration:
-        length = min(seq_len or chosen.calibration.seq_len, arch.config.max_position_embeddings)
-        count = samples or chosen.calibration.samples
-        calibrated = calibration_tokens(calibration, read_tokenizer(folder), count, length, seed)
+    if recipe.needs_calibration:
+        length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
+        count = asked.samples or recipe.calibration.samples
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
-    return Run(folder, source, arch, chosen, profile, transforms, calibrated, dtype, device, seed, tp_max)
+    return Run(
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
+    )
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -210,7 +228,7 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
         "profile": run.profile,
         "tp_max": run.tp_max,
         "seed": run.seed,
-        "device": run.device,
+        "device": run.devices.names,
         "calibration": [calibrated.sha256, *calibrated.tokens.shape] if calibrated else None,
     }
 
@@ -221,7 +239,7 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise RotQuantError(f"{folder}: disk full; free some space and run again with --resume") from error
         raise
 
@@ -240,14 +258,17 @@ def provenance(run: Run, digest: str) -> dict[str, Any]:
     return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
 
 
-def learn_transforms(run: Run, journal: Journal) -> None:
-    """Finds the values of the transforms that depend on the model, and puts them into the run."""
+def learn_transforms(run: Run, journal: Journal) -> Transforms:
+    """The run's transforms, with the values of those that depend on the model."""
     if not run.recipe.needs_learning:
-        return
+        return run.transforms
     assert run.calibrated is not None
-    tokens = run.calibrated.tokens
-    job = Learner(run.recipe, run.arch, run.source, tokens, run.transforms, run.dtype, run.seed, run.device, run.tp_max)
+    job = Learner(
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
+    )  # fmt: skip
     learn(job, journal)
+    return job.transforms
 
 
 def pass_gate(run: Run, journal: Journal) -> None:
@@ -284,8 +305,8 @@ def write_layers(run: Run, journal: Journal) -> None:
         return
     if first:
         say(f"resuming at layer {first}")
-    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1, run.device)
-    quantizer = ExpertsQuantizer(run.recipe, run.transforms, computed, run.dtype, run.device)
+    computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1)
+    quantizer = ExpertsQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
     chain, quantizer.exact = journal.load_chain(first) if run.recipe.weights.needs_inputs else (None, None)
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
@@ -311,10 +332,11 @@ def write_head(run: Run, journal: Journal) -> None:
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
     tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
-    if run.recipe.lm_head.bits == 8:
+    if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
-        scale = rtn.weight_scale(folded, 8, 0, False, run.dtype)
-        tensors |= pack(rtn.quantize(folded, scale, 8), scale, 8).tensors(names.head.removesuffix(".weight"), run.dtype)
+        scale = rtn.weight_scale(folded, form, run.dtype)
+        packed = pack(form.quantize(folded, scale), scale, form)
+        tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
@@ -322,7 +344,7 @@ def write_head(run: Run, journal: Journal) -> None:
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(ROWS)])
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
@@ -338,6 +360,4 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    writer.write_card(
-        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before
-    )
+    write_card(journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before)

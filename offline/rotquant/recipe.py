@@ -1,4 +1,4 @@
-"""Recipes: a quantization method as data. One YAML file each, in `recipes/`, or a file of your own.
+"""Recipes: a quantization method as data. One YAML file each, in `recipes/`, which reads them, or a file of your own.
 
 rotations    what R1 to R4 start from: residual stream, values, queries and keys (online), down_proj's input (online)
 scales       channel factors that are folded: behind the norms, between values and o_proj, between up and down_proj
@@ -13,20 +13,20 @@ lm_head      16 (as it is) or 8 bits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rotquant.common.json_files import short
+from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
-from rotquant.learn.register import SERVES, optimisers
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
-Site = Literal["attn", "o", "mlp", "down"]
+# What can learn what. procrustes alternates between a target for each row (`learn.targets`) and the rotation that comes
+# nearest to all of them; the others take steps of a gradient (`learn.objectives`) on the orthogonal matrices.
+PROCRUSTES: tuple[str, ...] = ("quantization_error", "clip", "corner")
+GRADIENT: tuple[str, ...] = ("quantization_error", "whip", "kurtosis")
+SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "adam"), GRADIENT)
 
 
 class _Part(BaseModel):
@@ -36,20 +36,15 @@ class _Part(BaseModel):
 class Rotations(_Part):
     """Where the rotations start; `learn` moves R1 and R2. R1 and R2 are folded into the weights, R3 and R4 run online.
 
-    random: a uniformly drawn orthogonal matrix. klt: eigenvectors (of the weights that read the residual stream for R1,
-    of o_proj for R2, as OSTQuant) times a Hadamard. walsh: Walsh matrices in order of sequency on the diagonal.
+    klt: eigenvectors (of the weights that read the residual stream for R1, of o_proj for R2, as OSTQuant) times a
+    Hadamard. walsh: Walsh matrices in order of sequency on the diagonal.
     """
 
-    r1: Literal["none", "hadamard", "walsh", "random", "klt"] = "none"
-    r2: Literal["none", "hadamard", "random", "klt"] = "none"
+    r1: Literal["none", "hadamard", "walsh", "klt"] = "none"
+    r2: Literal["none", "hadamard", "klt"] = "none"
     r3: Literal["none", "hadamard"] = "none"
     r4: Literal["none", "hadamard"] = "none"
     walsh_block: int = Field(default=128, ge=2, description="size of the blocks of r1: walsh")
-    mean_to_ones: bool = Field(
-        default=False,
-        description="append to R1 the reflection of the tokens' mean onto the all-ones direction: the mean becomes a"
-        " constant of each token, which an asymmetric quantizer's zero point takes",
-    )
 
 
 class Scales(_Part):
@@ -67,14 +62,17 @@ class Scales(_Part):
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 
-class OnlineStages(_Part):
-    """Online transforms at each site, in order, after R4. greedy: RUQuant's or DuQuant's product of rotations."""
+OnlineWord = Literal["kronecker", "greedy", "shift"]
 
-    attn: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    o: list[Literal["heads", "kronecker", "dense", "greedy", "shift"]] = []
-    mlp: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    down: list[Literal["kronecker", "dense", "greedy", "shift"]] = []
-    block: int = Field(default=128, ge=2, description="largest block of dense and greedy, which are powers of two")
+
+class OnlineStages(_Part):
+    """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for."""
+
+    attn: list[OnlineWord] = []
+    o: list[OnlineWord | Literal["heads"]] = []
+    mlp: list[OnlineWord] = []
+    down: list[OnlineWord] = []
+    block: int = Field(default=128, ge=2, description="largest block of greedy, a power of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 
     def of(self, site: str) -> list[str]:
@@ -83,7 +81,7 @@ class OnlineStages(_Part):
     @model_validator(mode="after")
     def _sizes(self) -> OnlineStages:
         """Blocks that divide a power of two, and one shift a site: what it adds to the outputs is stored once."""
-        if self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise ValueError(f"block {self.block} is not a power of two")
         for site in ("attn", "o", "mlp", "down"):
             if self.of(site).count("shift") > 1:
@@ -95,10 +93,8 @@ class Surrogate(_Part):
     """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
 
     targets: Annotated[list[Literal["r1", "r2"]], Field(min_length=1)] = ["r1"]
-    objective: Literal["quantization_error", "clip", "corner", "uniform", "whip", "kurtosis", "variance", "gsr"] = (
-        "quantization_error"
-    )
-    optimiser: Literal["procrustes", "qr", "cayley", "adam"] = "procrustes"
+    objective: Literal["quantization_error", "clip", "corner", "whip", "kurtosis"] = "quantization_error"
+    optimiser: Literal["procrustes", "qr", "adam"] = "procrustes"
     steps: int = Field(default=100, ge=1)
     polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
     lr: float = Field(default=0.01, gt=0)
@@ -109,7 +105,7 @@ class Surrogate(_Part):
     def _pair(self) -> Surrogate:
         """An optimiser that serves the objective."""
         if self.objective not in SERVES[self.optimiser]:
-            fitting = " or ".join(optimisers(self.objective))
+            fitting = " or ".join(name for name, objectives in SERVES.items() if self.objective in objectives)
             raise ValueError(f"optimiser {self.optimiser} cannot learn objective {self.objective}: take {fitting}")
         return self
 
@@ -126,9 +122,6 @@ class Blockwise(_Part):
     clip_lr: float = Field(default=5e-2, gt=0)
     rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
     samples: int = Field(default=128, ge=1)
-    inputs: Literal["full", "quantized"] = Field(
-        default="full", description="what a layer sees while it learns: exact inputs, or what the layers before make"
-    )
     weight_bits: Literal[4, 8, 16] | None = Field(
         default=None, description="while learning; null: weights.bits; 16 leaves the weights to GPTQ"
     )
@@ -183,11 +176,19 @@ class Weights(_Part):
     def needs_inputs(self) -> bool:
         return self.method == "gptq" or self.rank > 0
 
+    @property
+    def form(self) -> WeightFormat:
+        return WeightFormat(self.bits, self.group_size)
+
 
 class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     clip: Ratio = 1.0
+
+    @property
+    def rows(self) -> RowFormat:
+        return RowFormat(self.bits, self.symmetric, self.clip)
 
 
 class KVCache(_Part):
@@ -196,9 +197,31 @@ class KVCache(_Part):
     key_clip: Ratio = 0.95
     value_clip: Ratio = 0.95
 
+    def form(self, rotate: int = 0, clips: Mapping[str, float] | None = None) -> KVFormat | None:
+        """The 4-bit cache of a layer that has its own `clips` of "key" and "value"; None where it is not quantized."""
+        if self.bits == 16:
+            return None
+        ratios = {"key": self.key_clip, "value": self.value_clip} | dict(clips or {})
+        return KVFormat(self.symmetric, ratios["key"], ratios["value"], rotate)
+
+    @property
+    def values(self) -> RowFormat:
+        """Rows of V whose scales are not rounded: what R2 is learned from."""
+        return RowFormat(4, self.symmetric, self.value_clip)
+
 
 class LMHead(_Part):
     bits: Literal[8, 16] = 16
+
+    @property
+    def form(self) -> WeightFormat | None:
+        """None where it is not quantized."""
+        return WeightFormat(self.bits) if self.bits == 8 else None
+
+    @property
+    def rows(self) -> RowFormat:
+        """What it reads."""
+        return RowFormat(self.bits)
 
 
 class Calibration(_Part):
@@ -232,8 +255,7 @@ class Recipe(_Part):
 
     @property
     def learns_r1(self) -> bool:
-        rotations = self.rotations
-        return rotations.r1 == "klt" or rotations.mean_to_ones or self._by_surrogate("r1")
+        return self.rotations.r1 == "klt" or self._by_surrogate("r1")
 
     @property
     def learns_layers(self) -> bool:
@@ -246,6 +268,26 @@ class Recipe(_Part):
             or "smooth" in (scales.norms, scales.values, scales.up)
             or scales.order
             or any(self.online.of(site) for site in ("attn", "o", "mlp", "down"))
+        )
+
+    def for_profile(self, profile: str) -> Recipe:
+        """The recipe as a profile can express it.
+
+        "portable" keeps what transformers and stock vLLM read exactly: folded rotations, int4 weights and
+        symmetric unclipped activations; no online transform, no low-rank branch, no KV scheme, a 16-bit lm_head.
+        """
+        if profile == "full":
+            return self
+        return self.model_copy(
+            update={
+                "rotations": self.rotations.model_copy(update={"r3": "none", "r4": "none"}),
+                "online": OnlineStages(),
+                "learn": self.learn.without_clips(),
+                "weights": self.weights.model_copy(update={"rank": 0}),
+                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
+                "kv": KVCache(bits=16),
+                "lm_head": LMHead(bits=16),
+            }
         )
 
     def check_learning(self) -> Recipe:
@@ -268,61 +310,3 @@ class Recipe(_Part):
 
     def _by_surrogate(self, rotation: str) -> bool:
         return self.learn.surrogate is not None and rotation in self.learn.surrogate.targets
-
-
-def shipped() -> list[tuple[str, str]]:
-    """Name and description of every recipe in the package."""
-    found = sorted(p.name for p in files("rotquant").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
-    return [(name[:-5], load_recipe(name[:-5]).description) for name in found]
-
-
-def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` settings to it.
-
-    Args:
-        recipe: name of a shipped recipe, or a path ending in .yaml.
-        settings: e.g. ["weights.method=rtn", "kv.bits=16"]; values are read as YAML.
-    Raises:
-        RotQuantError: unknown recipe, unknown key, or a value that the key does not take.
-    """
-    if recipe.endswith((".yaml", ".yml")):
-        source, where = Path(recipe), recipe
-    else:
-        source, where = (
-            Path(str(files("rotquant").joinpath("recipes", f"{Path(recipe).name}.yaml"))),
-            f"recipe {recipe}",
-        )
-    if not source.is_file():
-        folder = files("rotquant").joinpath("recipes")
-        names = ", ".join(sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")))
-        raise RotQuantError(f"unknown recipe {recipe!r}: take one of {names}, or give the path of a .yaml file")
-    try:
-        data = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise RotQuantError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise RotQuantError(f"{where}: a recipe is a YAML mapping")
-    for setting in settings:
-        _set(data, setting)
-    try:
-        return Recipe.model_validate(data).check_learning()
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RotQuantError(f"{where}: {key}: {short(message)}") from error
-
-
-def _set(data: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    if not equals:
-        raise RotQuantError(f"--set {setting}: write it as key=value, e.g. weights.method=rtn")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise RotQuantError(f"--set {setting}: {parent} has no keys below it")
-    try:
-        data[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RotQuantError(f"--set {setting}: the value is not valid YAML: {short(error, 100)}") from error

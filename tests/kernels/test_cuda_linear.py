@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from own_process import passes_interpreted
-from rotquant_kernels import convention, cuda, fused, ops
+from rotquant_kernels import convention, cuda, ops, reference
 
 pytest.importorskip("triton")
 
+from rotquant_kernels.backends import backend_of
 from rotquant_kernels.cuda import humming
 
 
@@ -39,7 +40,7 @@ def library():
 def test_kernels_register_for_cuda_alone_and_are_named(library):
     before = ops.kernel_of("int_linear")
     cuda.register(library)
-    for op in ("transform_rows", "quantize_rows", "rms_norm_quantize", "quantized_linear"):
+    for op in ("online_stage", "quantize_rows", "rms_norm_quantize", "quantized_linear"):
         assert ops.kernel_of(op, "cuda").startswith("triton")
     assert ops.kernel_of("int_linear", "cuda") == "triton (int8 tensor cores)"
     assert ops.kernel_of("int_linear", "cpu") == before
@@ -73,16 +74,19 @@ def test_a_gpu_without_triton_is_loud(monkeypatch, library):
     assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
 
 
-def test_humming_runs_on_request_alone(monkeypatch):
+def test_humming_runs_on_request_alone(monkeypatch, library):
+    cuda.register(library)
+
     def choose(choice, found=None):
         monkeypatch.setenv("ROTQUANT_CUDA_LINEAR", choice)
         monkeypatch.setattr(humming, "installed", lambda: found)
         humming.chosen.cache_clear()
-        return cuda.kernel_of("int_linear")
+        return ops.kernel_of("int_linear", "cuda")
 
     try:
         assert choose("triton") == "triton (int8 tensor cores)"
-        assert choose("humming", "0.1.17").startswith("humming")
+        assert choose("humming", "0.1.17") == "humming, triton where it does not fit"
+        assert backend_of("int_linear", "cuda").name == "triton"
         for choice, found, word in (
             ("marlin", "0.1.17", "'marlin'"), ("humming", None, "pip install"), ("humming", "0.1.14", "not 0.1.14"),
             ("humming", "0.2.0", "not 0.2.0"),
@@ -114,24 +118,11 @@ def test_fused_ops_hold_their_schemas_and_fakes():
         ops.quantized_linear(*quantized, packed.flatten(), scale, None, 4, True, torch.bfloat16)
 
 
-def test_who_reads_quantized_rows():
-    """`humming_checks.py` has what a GPU decides."""
-    packed = convention.pack_int32(torch.zeros(64, 64, dtype=torch.int8), 4)
-    prepared = ops.prepare_linear(packed, torch.ones(64, 1), 4, 64, 4, True, False, False, torch.bfloat16)
-    assert torch.equal(prepared.weight, ops.prepare_weight(packed, 4, 64))
-    assert prepared.kernel == ops.kernel_of("int_linear")
-    assert prepared.reads_quantized is ("native" not in prepared.kernel)
-    weight = torch.zeros(3, dtype=torch.int32)  # without Humming the weight stays as it is
-    same, kernel = cuda.offer_to_humming(weight, torch.ones(64, 1), (64, 64, 4, 4, True, False), False, torch.bfloat16)
-    assert same is weight
-    assert kernel == cuda.kernel_of("quantized_linear")
-
-
 def test_norm_is_that_of_a_model():
     """Against torch's own, in float64."""
     generator = torch.Generator().manual_seed(2)
     x, residual, weight = (torch.randn(shape, generator=generator) for shape in ((4, 96), (4, 96), (96,)))
     y = torch.nn.functional.rms_norm((x + residual).double(), (96,), weight.double(), 1e-6)
-    codes, scale, zero, stream = fused.rms_norm_quantize(x, residual, weight, 1e-6, 8, False, 1.0)
+    codes, scale, zero, stream = reference.rms_norm_quantize(x, residual, weight, 1e-6, 8, False, 1.0)
     assert (convention.dequantize(codes, scale, zero) - y).abs().max() <= 0.51 * scale.max()
     assert torch.equal(stream, x + residual)

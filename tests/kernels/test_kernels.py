@@ -18,6 +18,7 @@ from rotquant_kernels import (
     quantize_rows,
     reference,
 )
+from rotquant_kernels.formats import KVFormat
 
 SEEDS = st.integers(0, 2**31)
 
@@ -119,7 +120,8 @@ def test_kv4_reference_is_attention_over_fake_quantized_kv(symmetric, rotate):
         q = query[starts[b] : starts[b + 1]]
         if rotate:
             q, k = reference.hadamard(q, rotate), reference.hadamard(k, rotate)
-        k, v = convention.kv_fake_quantize(k, symmetric, 0.95), convention.kv_fake_quantize(v, symmetric, 0.9)
+        form = KVFormat(symmetric, 0.95, 0.9, rotate)
+        k, v = form.key.fake_quantize(k), form.value.fake_quantize(v)
         k, v, q = (t.repeat_interleave(4 // t.shape[1], 1).movedim(1, 0) for t in (k, v, q))
         visible = torch.ones(steps[b], lengths[b]).tril(lengths[b] - steps[b]).bool()
         expected = (q @ k.mT * d**-0.5).masked_fill(~visible, float("-inf")).softmax(-1) @ v
@@ -145,6 +147,6 @@ def test_schemas_and_fakes_hold_under_torch_compile():
     kv = (x.view(3, 1, 32), x.view(3, 1, 32), cache, torch.tensor([0, 5, -1]), 32, True, 1.0, 1.0)
     torch.library.opcheck(torch.ops.rotquant.kv4_write.default, kv, test_utils=checks)
     assert set(OPS) == {
-        "transform_rows", "online_stage", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention",
+        "online_stage", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention",
         "rms_norm_quantize", "quantized_linear", "moe_experts",
     }  # fmt: skip

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from native_tiers import tier  # noqa: F401
 from rotquant_kernels import ops, reference
+from rotquant_kernels.backends import REFERENCE, backend_of
 
-pytestmark = pytest.mark.skipif(ops.kernel_of("kv4_write") == "reference (torch)", reason="no native kernels here")
+pytestmark = pytest.mark.skipif(backend_of("kv4_write") is REFERENCE, reason="no native kernels here")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
 # head size, block of R3 or 0

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rotquant
 from rotquant.checkpoint.format import CheckpointFormat
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.source import Source
+from rotquant.common.devices import Devices
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import HELDOUT, KINDS, file_hashes, source_model
@@ -50,8 +52,8 @@ def test_the_output_is_a_complete_model_folder(tmp_path):
     assert parsed.kv is not None
     assert parsed.kv.rotate == 32
     down = parsed.linear("model.layers.1.mlp.down_proj")
-    assert ([(t.kind, t.block) for t in down.transforms], down.act_clip) == ([("hadamard", 16)], 0.9)
-    assert parsed.linear("lm_head").weight_bits == 8
+    assert ([(t.kind, t.block) for t in down.transforms], down.rows.clip) == ([("hadamard", 16)], 0.9)
+    assert parsed.linear("lm_head").weights.bits == 8
     card = (out / "README.md").read_text()
     assert "vllm serve out --quantization rotquant" in card
     assert "W4A4KV4" in card
@@ -171,3 +173,40 @@ def test_memory_holds_two_layers_at_most(tmp_path, monkeypatch):
     monkeypatch.setattr(Source, "layer", watched)
     quantize(str(source_model(tmp_path / "m", "llama", layers=4)), tmp_path / "out", **QUICK)
     assert len(alive) == 8
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+
+
+LEARNED = {
+    "recipe": "kurtail",
+    "settings": ["learn.surrogate.steps=5", "weights.attention_weight=0.9", "weights.refit=false"],
+}
+
+
+@pytest.mark.parametrize("changes", [{}, LEARNED], ids=["quarot", "learned"])
+def test_two_devices_share_the_windows(tmp_path, monkeypatch, changes):
+    """Learning and quantizing are spread over both; what differs from one device is the rounding of two sums."""
+    used = set()
+    run = Devices._run
+
+    def spy(self, work, worker, indices, stores, stop):
+        used.add((worker, len(indices)))
+        return run(self, work, worker, indices, stores, stop)
+
+    monkeypatch.setattr(Devices, "_run", spy)
+    folder = source_model(tmp_path / "m", "llama")
+    one = quantize(str(folder), tmp_path / "one", device="cpu", **QUICK | changes)
+    assert used == {(0, 4)}
+    used.clear()
+    two = quantize(str(folder), tmp_path / "two", device="cpu,cpu", **QUICK | changes)
+    assert used == {(0, 2), (1, 2)}
+    a, b = tensors_of(one), tensors_of(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith("weight_packed"):
+            different = sum(((a[name] ^ b[name]) >> 4 * i & 15 != 0).double().mean() for i in range(8)) / 8
+            assert different < 0.03, (name, different)
+        else:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -282,6 +282,10 @@ def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
     got = child(serving.serve, tmp_path, PROMPTS, load_format="dummy")
     assert "RANDOM WEIGHTS" in got.log
     assert "MISMATCH" not in got.log
+    # A stage that runs before the op by the kernel of its kind: dense has one.
+    assert re.search(
+        r"down_proj +2 +native \(\w+\) \+ reference \(torch\) for kronecker, shift, permutation  ", got.log
+    )
     assert all(logprobs.isfinite().all() for logprobs in got.prompt_logprobs)
     assert [len(tokens) for tokens in got.tokens] == [4] * len(PROMPTS)
 
@@ -464,7 +468,7 @@ def test_ranks_run_their_part_of_a_stored_transform(transform: Transform) -> Non
 def test_fused_layers_need_one_format(child: Child, base: Path, tmp_path: Path) -> None:
     clip = {"default": 0.9, "model.layers.1.self_attn.k_proj": 0.5}
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(activation_clip=clip))
-    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").act_clip == 0.9
+    assert child(serving.format_of, folder, "model.layers.0.self_attn.qkv_proj").rows.clip == 0.9
     with pytest.raises(RotQuantError, match=r"1.self_attn.qkv_proj: vLLM runs .* as one layer, but their formats"):
         child(serving.format_of, folder, "model.layers.1.self_attn.qkv_proj")
 
@@ -480,7 +484,7 @@ def test_follows_vllm_s_renaming(child: Child, base: Path, tmp_path: Path) -> No
     folder = edited(base, tmp_path / "clip", lambda config: config["rotquant"].update(ours))
     renaming = {"model.": "language.model."}
     renamed = child(serving.format_of, folder, f"language.{name}", renaming)
-    assert (renamed.act_clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
+    assert (renamed.rows.clip, renamed.rank, renamed.transforms[-1].kind) == (0.5, 3, "shift")
     attention = child(serving.format_of, folder, "language.model.layers.1.self_attn", renaming, attention=True)
     assert (attention.k_clip, attention.v_clip) == (0.5, 1.0)
 

@@ -82,7 +82,7 @@ def test_settings_are_checked(child: Any, base: Path, first: Any, given: Any, me
 
 def test_the_config_is_copied_whole(child: Any, base: Path) -> None:
     original, *made = child(ranks.copies, base)
-    assert original.act_clip == BASE.act_clip
+    assert original.rows.clip == BASE.act_clip
     assert made == [original] * 3
 
 
@@ -90,10 +90,16 @@ def test_a_worker_has_the_same_rotquant(child: Any, base: Path) -> None:
     with pytest.raises(RotQuantError, match=r"this worker \(.*\) has rotquant 9.9, the server's first process has"):
         child(ranks.unpickled, base, version="9.9")
     with pytest.raises(RotQuantError, match=r"worker on .*: rotquant's vLLM plugin does not import \(.*: reinstall"):
-        child(ranks.unpickled, base, failure="rotquant.format")
+        child(ranks.unpickled, base, failure="rotquant.checkpoint.format")
 
 
 # ---- agreement ------------------------------------------------------------------------------------------
+
+
+def test_a_device_without_kernels_is_refused(child: Any) -> None:
+    child(ranks.check_device, "cuda")
+    with pytest.raises(RotQuantError, match="no kernels for the device 'xpu': it runs on cpu and cuda: start vLLM"):
+        child(ranks.check_device, "xpu")
 
 
 def test_like_ranks_agree(child: Any, base: Path) -> None:
@@ -104,7 +110,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "version": ({"names": {"version": ranks.other_version}}, "rotquant version: .* has 9.9, .* install the same"),
     "setting": ({"environment": {"ROTQUANT_STRICT": "0"}}, "setting strict: .* has False, .* has True"),
     "option": ({"options": {"additional_config": {"rotquant": {"cpu_tier": "scalar"}}}}, "setting cpu_tier: .*scalar"),
-    "kernel": ({"names": {"kernel_of": ranks.other_kernel}}, "kernel of transform_rows: .* has old, .* the tier"),
+    "kernel": ({"names": {"kernel_of": ranks.other_kernel}}, "kernel of online_stage: .* has old, .* the tier"),
 }
 
 

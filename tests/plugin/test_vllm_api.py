@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from rotquant.service.doctor import CUDA_ONLY
 from vllm_api import RECORDS, Facts, extract, recorded
 from vllm_rotquant import SUPPORTED_VLLM, vllm_requirement
 from vllm_uses import ATTRIBUTES, FORWARD, FORWARD_MAY, complaints, plugin, wanted
@@ -126,3 +127,4 @@ def test_the_set_up_and_the_doctor_name_the_range_of_the_plugin() -> None:
     requirement = Requirement(vllm_requirement())
     assert all(recorded_version in requirement.specifier for recorded_version in VERSIONS)
     assert found["CPU_VLLM"] in VERSIONS
+    assert found["CUDA_ONLY"] == set(CUDA_ONLY)

@@ -10,23 +10,32 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
-from rotquant.checkpoint.format import KVFormat, LinearFormat, Transform
+from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.errors import RotQuantError
 from rotquant_kernels import convention, cuda, ops
+from rotquant_kernels.backends import BACKENDS, REFERENCE
+from rotquant_kernels.backends.triton import Triton
 from rotquant_kernels.cuda import gemm, kv4
 from rotquant_kernels.cuda.device import Device
-from rotquant_kernels.reference import kv_token_bytes
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
+from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
 from vllm_rotquant import rotation, witness
+from vllm_rotquant.collector import Collector
 from vllm_rotquant.fusion import QuantizingNorm
 from vllm_rotquant.kv_cache import KV4Impl
 from vllm_rotquant.linear import RotQuantLinearMethod
-from vllm_rotquant.proof import Proof
 from vllm_rotquant.warmup import warm_attention, warm_linears
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, PAGE = 256, 768, 8, 2, 64, 1000, 32
 DTYPE = torch.bfloat16
+
+
+class Compiled(Triton):
+    """Triton's kernels under the CPU's key."""
+
+    device = "cpu"
 
 
 @pytest.fixture
@@ -39,7 +48,7 @@ def on_the_gpu(monkeypatch):
         torch.library.Library.impl(library, op, function, "CPU", allow_override=True)
 
     cuda.register(library)
-    monkeypatch.setattr(ops, "kernel_of", lambda op, device="cpu": cuda.kernel_of(op))
+    monkeypatch.setitem(BACKENDS, "cpu", (Compiled(), REFERENCE))
     with stand_in(90) as found:
         yield found
     library._destroy()
@@ -48,8 +57,8 @@ def on_the_gpu(monkeypatch):
 def linear(name: str, inputs: int, outputs: int, bits: int = 4, block: int = 0, bias: bool = False):
     """A loaded layer as the plugin keeps it."""
     transforms = (Transform("hadamard", block, "R4"),) if block else ()
-    linear_format = LinearFormat(bits, 0, bits, False, 0.9, transforms)
-    method = RotQuantLinearMethod(linear_format, name, Proof())
+    linear_format = LinearFormat(WeightFormat(bits), RowFormat(bits, False, 0.9), transforms)
+    method = RotQuantLinearMethod(linear_format, name, Collector())
     method.inputs, method.dtype, method.adds_correction = inputs, DTYPE, True
     weight = ops.prepare_weight(torch.zeros(outputs, inputs * bits // 32, dtype=torch.int32), bits, inputs)
     return SimpleNamespace(
@@ -144,7 +153,9 @@ def test_the_warm_up_is_needed(on_the_gpu):
 
 
 def test_weight_groups_that_the_kernels_do_not_read_are_refused_by_name(on_the_gpu):
-    method = RotQuantLinearMethod(LinearFormat(4, 16, 4, False, 0.9), "model.layers.3.mlp.down_proj", Proof())
+    method = RotQuantLinearMethod(
+        LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9)), "model.layers.3.mlp.down_proj", Collector()
+    )
     method.inputs, method.dtype = 48, DTYPE
     layer = SimpleNamespace(weight_scale=torch.ones(64, 3), shift_correction=None)
     with pytest.raises(
@@ -162,7 +173,8 @@ def test_the_witness_unpacks_a_large_layer_in_parts(monkeypatch, groups):
     generator = torch.Generator().manual_seed(1)
     x, scales = torch.randn(3, 64, generator=generator), torch.rand(100, groups, generator=generator)
     packed = convention.pack_int32(torch.randint(-8, 8, (100, 64), generator=generator).to(torch.int8), 4)
-    arguments = (x, LinearFormat(4, 64 // groups % 64, 4, False, 0.9), [], packed, scales, (None, None), None)
+    given = LinearFormat(WeightFormat(4, 64 // groups % 64), RowFormat(4, False, 0.9))
+    arguments = (x, given, [], packed, scales, (None, None), None)
     whole, unpack, unpacked = witness.float_linear(*arguments), convention.unpack_int32, []
     monkeypatch.setattr(witness, "STRETCH", 64 * 7)
     monkeypatch.setattr(convention, "unpack_int32", lambda *given: unpacked.append(unpack(*given)) or unpacked[-1])

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotquant.checkpoint import stored
-from rotquant.checkpoint.format import KVFormat, LinearFormat, Transform
+from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant_kernels import Stage, convention, online
+from rotquant_kernels import KINDS, Stage, convention, online
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from vllm_rotquant import witness
 from vllm_rotquant.environment import refuse_rounded_products
 
@@ -45,10 +45,11 @@ class Rounding(TorchFunctionMode):
 
 
 def chain() -> list[Stage]:
+    """Every kind, the one that `int_linear` runs itself last."""
     torch.manual_seed(0)
-    kinds = [("shift", 0), ("permutation", BLOCK), ("reflection", BLOCK), ("kronecker", 8), ("dense", BLOCK)]
-    stages = [Stage(kind, block, stored.sample(Transform(kind, block, "T0"), INPUTS)) for kind, block in kinds]
-    return [*stages, Stage("hadamard", BLOCK)]
+    kinds = sorted(KINDS.values(), key=lambda kind: kind.inside)
+    random = torch.Generator().manual_seed(0)
+    return [Stage(kind.name, BLOCK, kind.sample(BLOCK, INPUTS, random)) for kind in kinds]
 
 
 def numbers(*shape: int) -> Tensor:
@@ -58,7 +59,7 @@ def numbers(*shape: int) -> Tensor:
 def linear(stages: list[Stage]) -> Tensor:
     """A layer with everything."""
     packed = convention.pack_int32((3 * numbers(OUTPUTS, INPUTS)).clamp(-8, 7).to(torch.int8), 4)
-    given = LinearFormat(4, 16, 4, False, 0.9, (), 3)
+    given = LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9), (), 3)
     x = witness.trial_rows(5, INPUTS, stages, torch.float32, torch.device("cpu"))
     factors, bias = (numbers(INPUTS, 3), numbers(3, OUTPUTS)), numbers(OUTPUTS)
     return witness.float_linear(x, given, stages, packed, numbers(OUTPUTS, 4).abs(), factors, bias)
@@ -116,7 +117,7 @@ def test_layer_is_the_product_of_its_parts() -> None:
     torch.manual_seed(3)
     x, weight, scale = torch.randn(5, INPUTS), torch.randint(-8, 8, (OUTPUTS, INPUTS)), torch.rand(OUTPUTS, 1)
     packed = convention.pack_int32(weight.to(torch.int8), 4)
-    got = witness.float_linear(x, LinearFormat(4, 0, 8, True, 1.0, (), 0), [], packed, scale, (None, None), None)
+    got = witness.float_linear(x, LinearFormat(WeightFormat(), RowFormat(8)), [], packed, scale, (None, None), None)
     step = x.abs().amax(1, keepdim=True) / 127.5
     expected = ((x / step).round().clamp(-128, 127).double() * step.double()) @ (weight.double() * scale.double()).T
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

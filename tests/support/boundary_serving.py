@@ -119,6 +119,6 @@ def drafted(folder: Path, prompts: list[list[int]], **speculative: Any) -> dict[
         "drafted": counts.get("draft_tokens", 0),
         "accepted": counts.get("accepted_tokens", 0),
         "states": states[0].clone() if states else None,
-        "clips": [m.format.act_clip for m in methods if hasattr(m, "format") and hasattr(m.format, "act_clip")],
+        "clips": [m.format.rows.clip for m in methods if hasattr(m, "format") and hasattr(m.format, "rows")],
         "log": "\n".join(log),
     }

@@ -2,9 +2,14 @@
 
 import torch
 
-from rotquant.learn.initial import random_orthogonal
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage
+
+
+def random_orthogonal(size: int, random: torch.Generator) -> torch.Tensor:
+    """Uniformly drawn (Haar), float64: the Q of a Gaussian matrix, its signs fixed by diag(R) > 0 (Mezzadri 2007)."""
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random))
+    return q * r.diagonal().sign()
 
 
 def everything(kind, random) -> LayerTransforms:

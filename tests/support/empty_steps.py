@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention, reference
+from rotquant_kernels import KINDS, convention, reference
 
 K, N, DIM = 128, 64, 64
 TRANSFORMS = (("none", 0, None), ("hadamard", 64, None), ("dense", 64, torch.eye(64)))
-STAGES = (
-    ("hadamard", 64, None),
-    ("dense", 64, torch.eye(64)),
-    ("kronecker", 32, torch.rand(4 * 4 + 32 * 32)),
-    ("permutation", 0, torch.arange(K, dtype=torch.int32)),
-    ("reflection", 64, torch.rand(64)),
-    ("shift", 0, torch.rand(K)),
-)
+STAGES = [(name, 64, kind.sample(64, K, torch.Generator().manual_seed(0))) for name, kind in KINDS.items()]
 
 
 def calls(pack: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -33,7 +26,6 @@ def calls(pack: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[str
     scale, bias = torch.rand(N, 1), torch.rand(N).to(dtype)
     weight, low_rank = pack(packed, 4, K, 1), (torch.rand(K, 4).to(dtype), torch.rand(4, N).to(dtype))
     for transform in TRANSFORMS:
-        yield "transform_rows", (x, *transform)
         for silu_mul in (False, True):
             rows = both if silu_mul else x
             yield "quantize_rows", (rows, *transform, 4, False, 0.9, silu_mul)

@@ -40,18 +40,19 @@ def loaded_with(folder: Path, how: str) -> None:
     """Loads a checkpoint with one thing wrong that still gives fluent text."""
 
     def no_r4(*arguments: Any) -> Tensor:
-        return ops.moe_experts(*arguments[:9], 0, *arguments[10:])
+        return honest(*arguments[:9], 0, *arguments[10:])
 
     def next_expert(x: Tensor, chosen: Tensor, *rest: Any) -> Tensor:
-        return ops.moe_experts(x, (chosen + 1) % len(rest[2]), *rest)
+        return honest(x, (chosen + 1) % len(rest[2]), *rest)
 
     def unnormalized(runner: Any, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         top = logits.softmax(-1).topk(2)
         return top.indices, top.values / top.values.sum(-1, keepdim=True)
 
+    honest = ops.moe_experts
     wrong = {
-        "no R4": ("vllm_rotquant.experts.moe_experts", no_r4),
-        "another expert": ("vllm_rotquant.experts.moe_experts", next_expert),
+        "no R4": ("rotquant_kernels.ops.moe_experts", no_r4),
+        "another expert": ("rotquant_kernels.ops.moe_experts", next_expert),
         "weights that add up to 1": ("vllm_rotquant.compat.routed", unnormalized),
     }
     with mock.patch(*wrong[how]):
@@ -75,6 +76,6 @@ def refusals(change: dict[str, Any]) -> list[str]:
     for name, value in change.items():
         owner, _, leaf = name.partition(".")
         setattr({"parallel": parallel, "moe": moe, "layer": layer}[owner], leaf, value)
-    with mock.patch.object(compat, "lora_is_on", lambda: False):
+    with mock.patch("vllm_rotquant.compat.experts.lora_is_on", return_value=False):
         found = compat.experts_refusals(layer, moe)  # type: ignore[arg-type]
     return [feature for feature, asked in found.items() if asked]

@@ -34,7 +34,7 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import initial_transforms
 from rotquant.measure.evaluate import text_windows, torch_losses
 from rotquant.models import expected_shapes, read_config
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms.fold import Fold
 from source_models import DATA
 

@@ -90,9 +90,15 @@ def quantize(
     rows.quantize_rows(x, "hadamard" if block else "none", block, None, bits, symmetric, 0.9, silu, order)
 
 
-def transform(m: int, k: int, block: int, silu: bool = False) -> None:
-    x = torch.empty(m, 2 * k if silu else k, dtype=torch.bfloat16)
-    rows.transform_rows(x, "hadamard", block, None, silu)
+def turn(m: int, k: int, kind: str, block: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A stage of online transforms that runs before a layer."""
+    matrix = torch.empty(block, block) if kind == "dense" else None
+    rows.online_stage(torch.empty(m, k, dtype=dtype), kind, block, matrix)
+
+
+def turn_silu(m: int, k: int, block: int) -> None:
+    """A Hadamard alone, in front of a low-rank branch."""
+    rows.turned(torch.empty(m, 2 * k, dtype=torch.bfloat16), "hadamard", block, None, True)
 
 
 def norm(m: int, k: int, residual: bool = True, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -125,6 +131,8 @@ def core() -> Iterator[Launch]:
     yield "KV write, 1 token", lambda: write(1, 8, 128, 128)
     yield "silu, Hadamard 512, 18944 inputs", lambda: quantize(2, 18944, 512, silu=True)
     yield "silu, Hadamard 2048, 14336 inputs", lambda: quantize(1, 14336, 2048, silu=True)
+    yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
+    yield "dense 128 before a layer", lambda: turn(1, 4096, "dense", 128)
     yield "norm, 4096 inputs", lambda: norm(1, 4096)
     yield "linear, 1 token", lambda: linear(1, 4096, 512)
     yield "linear, 256 tokens", lambda: linear(256, 4096, 512)
@@ -178,11 +186,15 @@ def odd() -> Iterator[Launch]:
         block = k & -k
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield f"rows of {k}, {dtype}", lambda k=k, b=block, d=dtype: quantize(3, k, b, bits=8, dtype=d)
-        yield f"rows of {k} turned", lambda k=k, b=block: transform(3, k, b)
-        yield f"silu, rows of {k} turned", lambda k=k, b=block: transform(1, k, b, True)
+        yield f"rows of {k} turned", lambda k=k, b=block: turn(3, k, "hadamard", b)
+        yield f"silu, rows of {k} turned", lambda k=k, b=block: turn_silu(1, k, b)
         yield f"silu, rows of {k}, no Hadamard", lambda k=k: quantize(1, k, silu=True)
         if k <= rows.LONGEST_NORM:
             yield f"norm of {k}", lambda k=k: norm(1, k)
+    for block in (1, 24, 64, 128, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            for m in BATCHES:
+                yield f"dense {block}, {dtype}, {m}", lambda m=m, b=block, d=dtype: turn(m, 3 * b, "dense", b, d)
     for order in ("humming8", "humming4"):
         for k in (4096, 18944):
             yield f"{order}, {k}", lambda o=order, k=k: quantize(3, k, k & -k, True, symmetric=True, order=o)

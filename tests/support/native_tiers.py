@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rotquant_kernels import native
+
 EXAMPLES = int(os.environ.get("ROTQUANT_EXAMPLES", "100"))  # of each property, in each tier
-TIERS = ("avx512", "avx2", "scalar")
+TIERS = [tier for tier in native.TIERS if tier not in ("auto", native.REFERENCE)]
 
 
 @pytest.fixture(params=TIERS)

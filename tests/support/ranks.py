@@ -135,19 +135,25 @@ def kernels_in_worker(folder: Path, first: dict[str, str], worker: dict[str, str
     from vllm.config import set_current_vllm_config
 
     from rotquant_kernels import ops
-    from vllm_rotquant.proof import Proof
+    from vllm_rotquant.startup import Startup
 
     with mock.patch.dict(os.environ, first):
         sent = pickle.dumps(serving.engine_config(folder, **({"additional_config": given} if given else {})))
     with mock.patch.dict(os.environ, worker):
         config = pickle.loads(sent)
         with set_current_vllm_config(config):
-            proof = Proof()
-            proof.begin(config.quant_config.defaults)
+            start = Startup()
+            start.begin(config.quant_config.defaults)
             try:
-                return ops.kernel_of("int_linear"), config.additional_config | {"strict": proof.strict}
+                return ops.kernel_of("int_linear"), config.additional_config | {"strict": start.strict}
             finally:
                 ops.choose_cpu_tier("auto")
+
+
+def check_device(kind: str) -> None:
+    from vllm_rotquant import agreement
+
+    agreement.check_device(kind)
 
 
 def copies(folder: Path) -> list[Any]:
@@ -159,7 +165,7 @@ def copies(folder: Path) -> list[Any]:
     config = serving.engine_config(folder).quant_config
     config.packed_modules_mapping |= {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     made = [pickle.loads(pickle.dumps(config)), cloudpickle.loads(cloudpickle.dumps(config)), copy.deepcopy(config)]
-    assert all(each.proof is not config.proof and each.defaults == config.defaults for each in made)
+    assert all(each.startup is not config.startup and each.defaults == config.defaults for each in made)
     return [each.linear_format("model.layers.0.self_attn.qkv_proj") for each in [config, *made]]
 
 

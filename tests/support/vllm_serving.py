@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention, fused, online, ops, reference
+from rotquant_kernels import backends, calls, convention, online, ops, reference
 
 DEFAULTS = {
     "skip_tokenizer_init": True,
@@ -123,64 +124,73 @@ def captured_log() -> Iterator[list[str]]:
         yield lines
 
 
+Kernels = dict[tuple[Any, str], Callable[..., Any]]
+
+
+def changed(function: Callable[..., Any], **others: Any) -> Callable[..., Any]:
+    """The function with other values for some of its parameters, whatever it is given."""
+    signature = inspect.signature(function)
+
+    def call(*given: Any) -> Any:
+        bound = signature.bind(*given)
+        bound.arguments |= others
+        return function(*bound.args)
+
+    return call
+
+
 @contextlib.contextmanager
 def swapped(how: str) -> Iterator[None]:
     """Runs with another kernel: attention in exact arithmetic, or one wrong in a way that still gives fluent text."""
 
-    def no_transform(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, *rest: Any) -> Tensor:
-        return honest_linear(x, w, s, b, bits, "none", 0, None, *rest[3:])
+    def sixteen_bit_activations(
+        x: Tensor, weight: Tensor, scale: Tensor, bias: Any, weights: Any, stage: Any, rows: Any, down: Any, up: Any,
+        silu_mul: bool,
+    ) -> Tensor:  # fmt: skip
+        y = reference.turned(convention.silu_mul(x) if silu_mul else x, *stage)
+        codes = weights.unpack(weight, y.shape[-1])
+        return (y @ weights.dequantize(codes, scale).t() + (0 if bias is None else bias)).to(x.dtype)
 
-    def sixteen_bit_activations(x: Tensor, w: Tensor, s: Tensor, b: Any, bits: int, kind: str, *rest: Any) -> Tensor:
-        y = reference.transform_rows(convention.silu_mul(x) if rest[-1] else x, kind, *rest[:2])
-        codes = convention.unpack_int32(w, bits, y.shape[-1])
-        weight = codes * s.repeat_interleave(y.shape[-1] // s.shape[1], dim=1)
-        return (y @ weight.t() + (0 if b is None else b)).to(x.dtype)
-
-    def unrotated_query(*arguments: Any) -> Tensor:
-        return honest_attention(*arguments[:7], 0, arguments[8])
-
-    def no_bias(x: Tensor, w: Tensor, s: Tensor, b: Any, *rest: Any) -> Tensor:
-        return honest_linear(x, w, s, None, *rest)
-
-    def no_low_rank(*arguments: Any) -> Tensor:
-        return honest_linear(*arguments[:11], None, None, *arguments[13:])
+    def unrotated_query(
+        query: Tensor, cache: Tensor, starts: Tensor, lens: Tensor, table: Tensor, out: Tensor, scale: float, kv: Any
+    ) -> None:
+        attention(query, cache, starts, lens, table, out, scale, replace(kv, rotate=0))
 
     def no_silu(x: Tensor, *rest: Any) -> Tensor:
         gate, up = x.chunk(2, -1) if rest[-1] else (1, x)
-        return honest_linear(gate * up, *rest[:-1])
+        return linear(gate * up, *rest[:-1], False)
 
     def no_residual(x: Tensor, residual: Any, *rest: Any) -> Any:
-        return *fused.rms_norm_quantize(x, None, *rest)[:3], x + residual
+        return *reference.rms_norm_quantize(x, None, *rest)[:3], x + residual
 
     def no_shift(x: Tensor, kind: str, block: int, tensor: Any) -> Tensor:
         return x.float() if kind == "shift" else ops.online_stage(x, kind, block, tensor)
 
-    honest_linear, honest_attention = ops.int_linear, ops.kv4_attention
+    linear, attention = calls.int_linear, calls.kv_attention
     # What runs on a device whose GEMM reads quantized rows, as GPUs do: norms quantize.
-    norms: dict[str, Any] = {
-        "prepare_linear": lambda packed, *_: ops.Prepared(packed.clone(), ops.kernel_of("int_linear"), True),
-        "int_linear": reference.int_linear,
-        "kv4_attention": reference.kv4_attention,
+    norms: Kernels = {
+        (ops, "prepare_linear"): lambda packed, *_: ops.Prepared(packed.clone(), backends.REFERENCE, "reference"),
+        (ops, "int_linear"): reference.int_linear,
+        (ops, "kv4_attention"): reference.kv4_attention,
     }
-    wrong: dict[str, dict[str, Any]] = {
+    wrong: dict[str, Kernels] = {
         "": {},
         "norms quantize": norms,
-        "norms quantize without residual": norms | {"rms_norm_quantize": no_residual},
-        "exact attention": {"kv4_attention": reference.kv4_attention},
-        "no transform": {"int_linear": no_transform},
+        "norms quantize without residual": norms | {(ops, "rms_norm_quantize"): no_residual},
+        "exact attention": {(ops, "kv4_attention"): reference.kv4_attention},
+        "no transform": {(calls, "int_linear"): changed(linear, stage=("none", 0, None))},
         "16-bit activations": {
-            "int_linear": sixteen_bit_activations,
-            "prepare_weight": lambda packed, *_: packed,
+            (calls, "int_linear"): sixteen_bit_activations,
+            (backends.Backend, "prepare"): lambda self, packed, *_: packed,
         },
-        "no bias": {"int_linear": no_bias},
-        "no low rank": {"int_linear": no_low_rank},
-        "no silu": {"int_linear": no_silu},
-        "no shift": {"online_stage": no_shift},
-        "unrotated query": {"kv4_attention": unrotated_query},
+        "no bias": {(calls, "int_linear"): changed(linear, bias=None)},
+        "no low rank": {(calls, "int_linear"): changed(linear, low_rank_down=None, low_rank_up=None)},
+        "no silu": {(calls, "int_linear"): no_silu},
+        "no shift": {(online, "online_stage"): no_shift},
+        "unrotated query": {(calls, "kv_attention"): unrotated_query},
     }
     with contextlib.ExitStack() as stack:
-        for name, kernel in wrong[how].items():
-            owner = online if hasattr(online, name) else ops
+        for (owner, name), kernel in wrong[how].items():
             stack.enter_context(mock.patch.object(owner, name, kernel))
         yield
 

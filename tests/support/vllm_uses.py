@@ -143,8 +143,10 @@ class Call(NamedTuple):
 
 @cache
 def plugin() -> dict[str, ast.Module]:
-    """The plugin's modules."""
-    return {path.stem: ast.parse(path.read_text()) for path in sorted(PLUGIN.glob("*.py"))}
+    """The plugin's modules; those of `compat` as one."""
+    found = {path.stem: ast.parse(path.read_text()) for path in sorted(PLUGIN.glob("*.py"))}
+    parts = [ast.parse(path.read_text()) for path in sorted((PLUGIN / "compat").glob("*.py"))]
+    return found | {"compat": ast.Module([node for part in parts for node in part.body], [])}
 
 
 def imports(tree: ast.AST) -> dict[str, Name]:

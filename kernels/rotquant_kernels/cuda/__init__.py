@@ -16,7 +16,8 @@ from unittest import mock
 
 import torch
 
-HUMMING = "humming"
+from rotquant_kernels.backends import kernel_of
+from rotquant_kernels.backends.backend import KEYS
 
 
 def load(library: torch.library.Library) -> None:
@@ -25,7 +26,7 @@ def load(library: torch.library.Library) -> None:
         return
     if find_spec("triton") is not None:
         register(library)
-        kernel_of("int_linear")  # a wrong ROTQUANT_CUDA_LINEAR is an error now, not in the first request
+        kernel_of("int_linear", "cuda")  # a wrong ROTQUANT_CUDA_LINEAR is an error now, not in the first request
     elif gpu_is_there():
         warnings.warn(
             "rotquant's CUDA kernels need Triton, which is not installed: the plain-torch reference runs instead (the "
@@ -46,35 +47,4 @@ def register(library: torch.library.Library) -> None:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for op, function in getattr(module, "IMPLEMENTATIONS", {}).items():
-            library.impl(op, function, "CUDA")
-
-
-def offer_to_humming(
-    weight: torch.Tensor, weight_scale: torch.Tensor, layer: tuple[int, int, int, int, bool, bool], low_rank: bool,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, str]:  # fmt: skip
-    """The prepared weight, with what Humming wants besides where it was asked for and runs the layer.
-
-    Args:
-        layer: the fields of `humming.Layer`.
-    Returns:
-        the weight; name of the kernel.
-    """
-    from rotquant_kernels.cuda import humming
-
-    if not humming.chosen():
-        return weight, kernel_of("quantized_linear")
-    shape = humming.Layer(*layer)
-    reason = humming.misfit(shape, weight_scale.shape[1], low_rank, dtype, humming.sm_of(weight.device))
-    if reason:
-        return weight, f"{kernel_of('quantized_linear')}, not humming: {reason}"
-    return humming.with_scales(weight, weight_scale), HUMMING
-
-
-def kernel_of(op: str) -> str:
-    """Name of the kernel of `op`, for reports."""
-    if op == "int_linear":
-        from rotquant_kernels.cuda import humming
-
-        return "humming, triton where it does not fit" if humming.chosen() else "triton (int8 tensor cores)"
-    return "triton (int8 tensor cores)" if op == "quantized_linear" else "triton"
+            library.impl(op, function, KEYS["cuda"])

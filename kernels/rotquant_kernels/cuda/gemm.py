@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels.cuda import humming, layout, rows
+from rotquant_kernels.cuda import layout, rows
 
 
 class Tiles(NamedTuple):
@@ -185,14 +185,8 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
-    (channels, groups), columns = weight_scale.shape, flat.shape[1] // 2 if silu_mul else flat.shape[1]
-    parts = layout.unpack(weight, weight_bits, columns, channels, groups)
-    if parts.scales is not None and flat.shape[0]:
-        layer = humming.Layer(channels, columns, weight_bits, act_bits, act_symmetric, bias is not None)
-        y = humming.int_linear(flat, parts, bias, layer, (transform, block, matrix), act_clip, silu_mul)
-        return y.view(*x.shape[:-1], y.shape[1])
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
-        flat, transform, silu_mul = rows.transform_rows(flat, transform, block, matrix, silu_mul), "none", False
+        flat, transform, silu_mul = rows.turned(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:
         down = flat.float() @ low_rank_down.float()
     quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip, silu_mul)
@@ -204,12 +198,11 @@ def quantized_linear(
     codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     weight_bits: int, act_symmetric: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `fused.quantized_linear`."""
+    """See `reference.quantized_linear`."""
     return product((codes, scale, zero), weight, weight_scale, bias, weight_bits, act_symmetric, dtype)
 
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "pack_weight": layout.pack_weight,
-    "int_linear": int_linear,
     "quantized_linear": quantized_linear,
 }

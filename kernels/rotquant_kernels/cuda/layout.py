@@ -33,6 +33,17 @@ class Weight(NamedTuple):
     scales: Tensor | None  # bfloat16 [channels], as Humming reads them, where it is to run the layer
 
 
+def misfit(columns: int, groups: int) -> str:
+    """Why the kernels cannot read a weight of so many scales a row, or nothing."""
+    size = columns // groups
+    if groups == 1 or size % 32 == 0:
+        return ""
+    return (
+        f"the CUDA kernels read weight groups of a multiple of 32 inputs, not of {size}: quantize again with "
+        "another weights.group_size"
+    )
+
+
 def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     """See `ops.prepare_weight`.
 
@@ -48,11 +59,8 @@ def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
         raise ValueError(
             f"{list(packed.shape)} words of {bits}-bit codes do not hold {columns} columns in {groups} groups"
         )
-    if groups > 1 and size % 32:
-        raise ValueError(
-            f"the CUDA kernels read weight groups of a multiple of 32 inputs, not of {size}: quantize again with "
-            "another weights.group_size"
-        )
+    if why := misfit(columns, groups):
+        raise ValueError(why)
     stored = packed.contiguous().view(torch.int8) ^ (0x88 - 256 if bits == 4 else 0x80 - 256)  # unsigned to signed
     codes = torch.stack((stored << 4 >> 4, stored >> 4), -1).flatten(1) if bits == 4 else stored
     codes = codes[:, :columns]

@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rotquant_kernels import reference
-from rotquant_kernels.cuda import rows_long
+from rotquant_kernels.cuda import rows_dense, rows_long
 from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, load_row, qparams, store_codes
 
 # Columns that one program holds: the butterflies' exchange takes 4 bytes each of the 99 KiB of shared memory that the
 # smallest GPUs have, and a norm, which exchanges nothing, has registers for no more than LONGEST_NORM.
 LARGEST, LONGEST_NORM = 16384, 32768
+STAGES = ("hadamard", "dense")  # online transforms that have a kernel; a dense product is a launch of its own
 
 
 @triton.jit
@@ -124,14 +125,19 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None, silu_mul: bool = False) -> Tensor:
-    """See `reference.transform_rows`. Dense products are torch's; floats of another width are not the kernel's."""
-    y = x
-    if silu_mul or (transform == "hadamard" and x.dtype != torch.float64):
-        inside = "none" if transform == "dense" else transform
-        y = launch("silu_mul" if silu_mul else "plain", rows_of(x), (inside, block, None), 0, True, 1.0)[0]
-        y, transform = y.view(*x.shape[:-1], y.shape[1]), transform if transform == "dense" else "none"
-    return reference.transform_rows(y, transform, block, matrix)
+def turned(x: Tensor, transform: str, block: int, matrix: Tensor | None, silu_mul: bool = False) -> Tensor:
+    """See `reference.turned`; float32, of x [M, K], or [M, 2 K] for silu_mul."""
+    inside = "none" if transform == "dense" else transform
+    if silu_mul or inside != "none":
+        x = launch("silu_mul" if silu_mul else "plain", x, (inside, block, None), 0, True, 1.0)[0]
+    return rows_dense.launch(x, block, matrix) if transform == "dense" else x.float()
+
+
+def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
+    """See `reference.online_stage`, which runs what has no kernel here: a kind, or floats of another width."""
+    if kind not in STAGES or x.dtype == torch.float64:
+        return reference.online_stage(x, kind, block, tensor)
+    return turned(rows_of(x), kind, block, tensor).view(x.shape)
 
 
 def quantize_rows(
@@ -141,14 +147,14 @@ def quantize_rows(
     """See `reference.quantize_rows`."""
     rows = rows_of(x)
     if transform == "dense":
-        rows, transform, silu_mul = transform_rows(rows, transform, block, matrix, silu_mul), "none", False
+        rows, transform, silu_mul = turned(rows, transform, block, matrix, silu_mul), "none", False
     return launch("silu_mul" if silu_mul else "plain", rows, (transform, block, None), bits, symmetric, clip, order)
 
 
 def rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `fused.rms_norm_quantize`."""
+    """See `reference.rms_norm_quantize`."""
     if residual is not None and (residual.dtype, residual.shape) != (x.dtype, x.shape):
         raise ValueError("the residual stream must have the dtype and the shape of x")
     residual = None if residual is None else residual.contiguous()
@@ -158,7 +164,7 @@ def rms_norm_quantize(
 
 
 IMPLEMENTATIONS: dict[str, Any] = {
-    "transform_rows": transform_rows,
+    "online_stage": online_stage,
     "quantize_rows": quantize_rows,
     "rms_norm_quantize": rms_norm_quantize,
 }

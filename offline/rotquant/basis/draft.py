@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
-from rotquant.checkpoint.source import DTYPES, Source, fetch, save_tensors, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import DTYPES, Source, save_tensors, save_text
 from rotquant.errors import RotQuantError
 from rotquant.models import read_config
 from rotquant_kernels import convention

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rotquant.basis.peft_adapter import BASIS, CONFIG, WEIGHTS, LoRAAdapter
 from rotquant.basis.sidecar import Basis
-from rotquant.checkpoint.source import fetch, save_tensors, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import save_tensors, save_text
 from rotquant.errors import RotQuantError
 from rotquant.models import read_config
 

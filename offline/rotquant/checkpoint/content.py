@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
+from rotquant_kernels.stages import KINDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BY_LEAF = {"weight_packed": (torch.int32,), "weight_shape": (torch.int64, torch.int32)}
-# Beside floats: a permutation, see `stored`.
-TRANSFORM_SUFFIX = "_input.weight"
+TRANSFORM_SUFFIX = "_input.weight"  # see `stored`
+OF_TRANSFORMS = FLOATS + tuple({kind.dtype for kind in KINDS.values() if kind.dtype} - set(FLOATS))
 
 
 def check_content(where: str, name: str, tensor: Tensor) -> None:
@@ -22,7 +23,7 @@ def check_content(where: str, name: str, tensor: Tensor) -> None:
         RotQuantError: another dtype, a NaN or infinite value, a scale that is not positive.
     """
     leaf = name.rpartition(".")[2]
-    allowed = BY_LEAF.get(leaf, FLOATS + ((torch.int32,) if name.endswith(TRANSFORM_SUFFIX) else ()))
+    allowed = BY_LEAF.get(leaf, OF_TRANSFORMS if name.endswith(TRANSFORM_SUFFIX) else FLOATS)
     if tensor.dtype not in allowed:
         raise RotQuantError(f"{where} has dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}")
     if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat
 from rotquant.errors import RotQuantError
@@ -49,13 +49,13 @@ def experts_format(checkpoint: CheckpointFormat, prefix: str, block: Experts) ->
 
 def _check(where: str, made: ExpertsFormat) -> None:
     up, down = made.up, made.down
-    same = replace(down, transforms=up.transforms, act_clip=up.act_clip, group_size=up.group_size)
+    same = up.weights.bits == down.weights.bits and up.rows == down.rows.clipped(up.rows.clip)
     kinds = [transform.kind for transform in down.transforms]
     for what, there in (
         ("online transforms in front of gate and up", bool(up.transforms)),
         (f"{' + '.join(kinds)} in front of down", kinds not in ([], ["hadamard"])),
         ("a low-rank branch", bool(up.rank or down.rank)),
-        ("gate and up of other bits than down", up != same),
+        ("gate and up of other bits than down", not same),
     ):
         if there:
             raise RotQuantError(f"{where}: this build of rotquant does not run {what} in a mixture of experts")

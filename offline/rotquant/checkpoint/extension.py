@@ -6,7 +6,7 @@ activation_clip   {"default": 0.9, "<linear module>": 0.85, ...}
 kv_clip           {"key": 0.95, "value": 0.95, "layers": {"<attention module>": {"key": 0.9, "value": 0.9}, ...}}
 input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": ["re:.*down_proj$"]}, ...]
                   online transforms of linear inputs, run in list order after those of `transform_config`; kinds
-                  as in `rotquant_kernels.online`, tensors as in `stored`
+                  and tensors as in `rotquant_kernels.stages`
 low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
                   a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
 basis             {"file": "rotquant_basis.safetensors", "sha256": "..."}: what turns between the original's bases and
@@ -21,14 +21,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotquant.common.schema import first_error
+from rotquant.common.faults import first_error
+from rotquant.common.numbers import Ratio
 from rotquant.errors import RotQuantError
-from rotquant_kernels.online import KINDS
+from rotquant_kernels.stages import KINDS
 
 FORMAT_VERSION = 1
-WITHOUT_BLOCK = ("permutation", "shift")  # kinds that may leave `block` out
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
 Targets = Annotated[list[str], Field(min_length=1)]
 
 
@@ -78,10 +77,8 @@ class InputTransform(Part):
 
     @model_validator(mode="after")
     def _has_a_block(self) -> InputTransform:
-        if not self.block and self.kind not in WITHOUT_BLOCK:
-            raise ValueError(f"{self.name}: kind {self.kind!r} needs a block")
-        if self.kind == "hadamard" and self.block & (self.block - 1):
-            raise ValueError(f"{self.name}: a Hadamard block of {self.block} is not a power of two")
+        if fault := KINDS[self.kind].block_fault(self.block):
+            raise ValueError(f"{self.name}: {fault}")
         return self
 
 

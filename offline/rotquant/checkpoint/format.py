@@ -14,21 +14,24 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.claim import claims as claims
 from rotquant.checkpoint.extension import FORMAT_VERSION, Extension, read_extension
+from rotquant.checkpoint.schemes import check_kv, check_linear, expect, read_linear, refuse, text
+from rotquant.common.numbers import is_power_of_two
 from rotquant.common.schema import read_schema
 from rotquant.errors import RotQuantError
+from rotquant.models import head_size
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
+from rotquant_kernels.stages import KINDS
 
-__all__ = ["FORMAT_VERSION", "CheckpointFormat", "KVFormat", "LinearFormat", "Transform", "claims", "matches"]
+__all__ = ["FORMAT_VERSION", "CheckpointFormat", "LinearFormat", "Transform", "claims", "matches"]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Online transform of a linear input: kind and block as in `rotquant_kernels.online`; `stored` has its tensors.
-
-    A permutation of block b moves inputs only within blocks of b; block 0 means within all inputs.
-    """
+    """Online transform of a linear input: kind and block as in `rotquant_kernels.stages`; `stored` has its tensor."""
 
     kind: str
     block: int
@@ -36,9 +39,7 @@ class Transform:
 
     def span(self, inputs: int) -> int:
         """How many neighbouring inputs of `inputs` it mixes with each other: who runs it must hold all of them."""
-        if self.kind == "shift":
-            return 1
-        return inputs if self.kind == "kronecker" or not self.block else self.block
+        return KINDS[self.kind].span(self.block, inputs)
 
     def __str__(self) -> str:
         return f"{self.name} {self.kind}" + (f" {self.block}" if self.block else "")
@@ -48,26 +49,13 @@ class Transform:
 class LinearFormat:
     """How one linear layer is stored and run.
 
-    `group_size` 0 means one scale per output channel, `rank` 0 no low-rank branch; transforms run in their order.
+    `rows` are what its input is rounded to; `rank` 0 means no low-rank branch; transforms run in their order.
     """
 
-    weight_bits: int
-    group_size: int
-    act_bits: int
-    act_symmetric: bool
-    act_clip: float
+    weights: WeightFormat
+    rows: RowFormat
     transforms: tuple[Transform, ...] = ()
     rank: int = 0
-
-
-@dataclass(frozen=True)
-class KVFormat:
-    """4-bit KV cache, one scale per (token, head). `rotate` is R3's Hadamard block, 0 for none."""
-
-    symmetric: bool
-    k_clip: float
-    v_clip: float
-    rotate: int
 
 
 class CheckpointFormat:
@@ -89,17 +77,22 @@ class CheckpointFormat:
         for name, scheme in config.config_groups.items():
             if isinstance(scheme, list):
                 refuse(f"quantization_config.config_groups.{name}", "a preset instead of a scheme")
-            check_scheme(f"quantization_config.config_groups.{name}", scheme, quantization_config.get("format"))
+            check_linear(f"quantization_config.config_groups.{name}", scheme, quantization_config.get("format"))
             self.groups[name] = scheme
         self.rotated = [a for s in transforms.config_groups.values() for a in s.apply if a.location != "input"]
         self.transforms, rotate = read_transforms(transforms, head_dim)
         for entry in self.extension.input_transforms:
-            block = 0 if entry.kind == "shift" else entry.block
+            block = entry.block if KINDS[entry.kind].has_block else 0
             args = TransformArgs(targets=entry.targets, location="input")
             self.transforms.append((args, Transform(entry.kind, block, entry.name)))
         self.kv = self._kv(config.kv_cache_scheme, head_dim, rotate)
         if self.extension.profile == "portable":
             self._expect_portable()
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> CheckpointFormat:
+        """Of a whole config.json that has a `quantization_config`."""
+        return cls(config.quantization_config, getattr(config, "rotquant", {}), head_size(config))
 
     @property
     def schemes(self) -> list[QuantizationScheme]:
@@ -123,13 +116,7 @@ class CheckpointFormat:
                 refuse("quantization_config.transform_config", "q_attn/k_cache without a kv_cache_scheme")
             return None
         where = "quantization_config.kv_cache_scheme"
-        expect(where, "num_bits", scheme.num_bits, 4)
-        expect(where, "type", _text(scheme.type), "int")
-        expect(where, "strategy", _text(scheme.strategy), "group")
-        expect(where, "group_size", scheme.group_size, head_dim)
-        expect(where, "dynamic", scheme.dynamic, True)
-        if head_dim % 2:
-            refuse(where, f"an odd head size ({head_dim})")
+        check_kv(where, scheme, head_dim)
         clip = self.extension.kv_clip
         return KVFormat(bool(scheme.symmetric), clip.key, clip.value, rotate)
 
@@ -148,9 +135,7 @@ class CheckpointFormat:
         if scheme is None:
             self._expect_nothing(name)
             return None
-        weights, activations = scheme.weights, scheme.input_activations
-        assert weights is not None
-        assert activations is not None
+        weights, rows = read_linear(scheme)
         transforms = tuple(transform for args, transform in self.transforms if covers(args, name, "Linear"))
         ranks = [e.rank for e in self.extension.low_rank if any(matches(name, t, "Linear") for t in e.targets)]
         if len({transform.name for transform in transforms}) < len(transforms):
@@ -158,15 +143,8 @@ class CheckpointFormat:
         if len(ranks) > 1:
             raise RotQuantError(f"config.json: rotquant.low_rank: two entries name {name}: keep one")
         clip = self.extension.activation_clip
-        return LinearFormat(
-            weight_bits=weights.num_bits,
-            group_size=(weights.group_size or 0) if _text(weights.strategy) == "group" else 0,
-            act_bits=activations.num_bits,
-            act_symmetric=bool(activations.symmetric),
-            act_clip=clip.get(name, clip.get("default", 1.0)),
-            transforms=transforms,
-            rank=sum(ranks),
-        )
+        rows = rows.clipped(clip.get(name, clip.get("default", 1.0)))
+        return LinearFormat(weights, rows, transforms, rank=sum(ranks))
 
     def scheme(self, name: str) -> QuantizationScheme | None:
         """The group of config.json that the linear layer with this full name belongs to, None where it has none."""
@@ -186,27 +164,6 @@ class CheckpointFormat:
             refuse("rotquant.low_rank", f"it on {name}, which is not quantized")
 
 
-def check_scheme(where: str, scheme: QuantizationScheme, top_format: str | None) -> None:
-    """Refuses a quantization scheme that the int_linear op does not run exactly."""
-    weights, activations = scheme.weights, scheme.input_activations
-    if weights is None or activations is None:
-        refuse(where, "a scheme without weights or without input_activations")
-    assert weights is not None
-    assert activations is not None
-    expect(where, "format", _text(scheme.format or top_format), "pack-quantized")
-    expect(where, "output_activations", scheme.output_activations, None)
-    expect(f"{where}.weights", "type", _text(weights.type), "int")
-    expect(f"{where}.weights", "num_bits", weights.num_bits, 4, 8)
-    expect(f"{where}.weights", "symmetric", weights.symmetric, True)
-    expect(f"{where}.weights", "strategy", _text(weights.strategy), "channel", "group")
-    expect(f"{where}.weights", "actorder", _text(weights.actorder), None, "static", "weight")
-    expect(f"{where}.weights", "dynamic", weights.dynamic, False)
-    expect(f"{where}.input_activations", "type", _text(activations.type), "int")
-    expect(f"{where}.input_activations", "num_bits", activations.num_bits, 4, 8)
-    expect(f"{where}.input_activations", "strategy", _text(activations.strategy), "token")
-    expect(f"{where}.input_activations", "dynamic", activations.dynamic, True)
-
-
 def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[TransformArgs, Transform]], int]:
     """Online transforms of linear inputs, and R3's Hadamard block (0 for none)."""
     inputs: list[tuple[TransformArgs, Transform]] = []
@@ -216,7 +173,7 @@ def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[
         expect(where, "type", scheme.type, "hadamard", "random-matrix")
         expect(where, "randomize", scheme.randomize, False)
         for args in scheme.apply:
-            location = _text(args.location)
+            location = text(args.location)
             expect(f"{where}.apply", "location", location, "input", "q_attn", "k_cache")
             if args.inverse and scheme.type != "hadamard":  # H / sqrt(b) is its own inverse
                 refuse(f"{where}.apply.inverse", "the inverse of a stored matrix")
@@ -228,7 +185,7 @@ def read_transforms(config: TransformConfig, head_dim: int) -> tuple[list[tuple[
     if attention and (len(attention) != 2 or len(set(attention.values())) != 1):
         refuse("quantization_config.transform_config", "q_attn and k_cache that differ")
     rotate = attention.get("k_cache", 0)
-    if rotate and (not _power_of_two(rotate) or head_dim % rotate):
+    if rotate and (not is_power_of_two(rotate) or head_dim % rotate):
         refuse("quantization_config.transform_config", f"a Hadamard of size {rotate} on heads of {head_dim}")
     return inputs, rotate
 
@@ -237,7 +194,7 @@ def _input_transform(where: str, name: str, scheme: TransformScheme) -> Transfor
     if not scheme.head_dim:
         refuse(f"{where}.head_dim", "an online transform of unstated block size")
     block = int(scheme.head_dim or 0)
-    if scheme.type == "hadamard" and not _power_of_two(block):
+    if scheme.type == "hadamard" and not is_power_of_two(block):
         refuse(f"{where}.head_dim", f"a Hadamard block of {block} (not a power of two)")
     return Transform("hadamard" if scheme.type == "hadamard" else "dense", block, name)
 
@@ -252,23 +209,3 @@ def matches(name: str, target: str, module_class: str | None) -> bool:
 def covers(args: TransformArgs, name: str, module_class: str | None) -> bool:
     targeted = any(matches(name, target, module_class) for target in args.targets)
     return targeted and not any(matches(name, target, "Linear") for target in args.ignore)
-
-
-def expect(where: str, key: str, value: Any, *allowed: Any) -> None:
-    """Refuses a value that is not among those this build runs."""
-    if value not in allowed:
-        options = " or ".join(repr(option) for option in allowed)
-        raise RotQuantError(f"config.json: {where}.{key} is {value!r}, this build of rotquant runs only {options}")
-
-
-def refuse(where: str, what: str) -> None:
-    raise RotQuantError(f"config.json: {where}: this build of rotquant does not run {what}; a newer one may")
-
-
-def _text(value: Any) -> Any:
-    """The plain value of an enum member."""
-    return getattr(value, "value", value)
-
-
-def _power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0

@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub as a local folder: each weight once, and what travels with it."""
+"""A model as a local folder, from the Hugging Face hub where need be: each weight once, and what travels with it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from rotquant.checkpoint.companions import travelling
 from rotquant.checkpoint.source import INDEX, read_weight_map, weight_files
 from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
+
+
+def fetch(model: str) -> Path:
+    """The local folder of a model: itself, or a snapshot of the hub id.
+
+    Raises:
+        RotQuantError: neither a folder nor a hub id that can be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise RotQuantError(f"{model}: no such folder")
+    return download(model)
 
 
 def download(model: str) -> Path:

@@ -28,17 +28,18 @@ from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint.content import check_content
 from rotquant.checkpoint.experts_format import experts_format
-from rotquant.checkpoint.format import CheckpointFormat, KVFormat, claims
+from rotquant.checkpoint.format import CheckpointFormat, claims
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.layers import in_files
 from rotquant.checkpoint.quant_experts import QuantExperts, Router
 from rotquant.checkpoint.quant_linear import QuantLinear, StoredInput
 from rotquant.checkpoint.sizes import check_sizes
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.source import Source
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, read_config
-from rotquant_kernels import kv4_attention as run_kv4_attention
-from rotquant_kernels import kv4_write, reference
+from rotquant_kernels import calls
+from rotquant_kernels.formats import KVFormat
 
 KV4_ATTENTION = "rotquant_kv4"
 PAGE = 128  # tokens of a page
@@ -64,8 +65,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     arch = check_sizes(config, source)
     model, checkpoint = _build(folder, arch, dtype)
     _fill(model, arch, source, torch.device(device))
-    experts = [module for module in model.modules() if isinstance(module, QuantExperts)]
-    for together in experts:
+    for together in [module for module in model.modules() if isinstance(module, QuantExperts)]:
         together.prepare()
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -165,13 +165,13 @@ def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KV
     """
     (length, kv_heads, dim), device = key.shape, key.device
     blocks = -(-length // PAGE)
-    shape = (blocks, kv_heads, PAGE, reference.kv_token_bytes(dim, kv.symmetric))
+    shape = (blocks, kv_heads, PAGE, kv.token_bytes(dim))
     pages = torch.zeros(shape, dtype=torch.uint8, device=device)
-    kv4_write(key, value, pages, torch.arange(length, device=device), kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+    calls.kv_write(key, value, pages, torch.arange(length, device=device), kv)
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    run_kv4_attention(query, pages, starts, lengths, table, out, scale, kv.rotate, kv.symmetric)
+    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv)
     return out
 
 
@@ -185,7 +185,7 @@ AttentionMaskInterface.register(KV4_ATTENTION, eager_mask)
 def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointFormat]:
     """The model without weights: parameters and QuantLinear's buffers on the meta device."""
     config = arch.config
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    checkpoint = CheckpointFormat.of(config)
     check_targets(checkpoint, arch)
     del config.quantization_config
     implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
@@ -200,8 +200,8 @@ def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple
     for index, block in arch.mixtures.items():
         prefix = arch.layer_prefix(index)
         router: Any = model.get_submodule(f"{prefix}{block.module}.gate")
-        experts = experts_format(checkpoint, prefix, block)
-        made = QuantExperts(prefix, block, experts, arch.hidden_size, router.weight.dtype)
+        form = experts_format(checkpoint, prefix, block)
+        made = QuantExperts(prefix, block, form, arch.hidden_size, router.weight.dtype)
         model.set_submodule(f"{prefix}{block.module}.experts", made)
         model.set_submodule(f"{prefix}{block.module}.gate", Router(block, router.weight))
     return model, checkpoint

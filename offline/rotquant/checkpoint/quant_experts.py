@@ -9,7 +9,7 @@ from rotquant.checkpoint.experts_format import ExpertsFormat
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.models.architecture import Experts, GatedMLP
 from rotquant.models.mixture import route
-from rotquant_kernels import moe_experts, prepare_experts
+from rotquant_kernels import calls, prepare_experts
 
 
 class Router(nn.Module):
@@ -32,6 +32,11 @@ class QuantExperts(nn.Module):
     Modules: `<j>.gate_proj` and so on (`QuantLinear`) until `prepare`, which puts them together in the layout of the
     device's kernel: up, down uint8 or int32 [experts, ...], up_scale, down_scale float32 [experts, N, G].
     """
+
+    up: Tensor
+    up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
 
     def __init__(self, prefix: str, block: Experts, form: ExpertsFormat, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,7 +64,7 @@ class QuantExperts(nn.Module):
         )
         for j in range(self.block.count):
             delattr(self, str(j))
-        bits, width = self.form.up.weight_bits, self.block.width
+        bits, width = self.form.up.weights.bits, self.block.width
         up, up_scale = (
             torch.stack([torch.cat((getattr(g, leaf), getattr(u, leaf))) for g, u in zip(gates, ups, strict=True)])
             for leaf in ("weight_packed", "weight_scale")
@@ -74,8 +79,8 @@ class QuantExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Float rows [N, hidden]; chosen, weights [N, top_k]."""
-        up, down = self.form.up, self.form.down
-        return moe_experts(
-            x, chosen, weights.float(), None, self.up, self.up_scale, self.down, self.down_scale, up.weight_bits,
-            self.form.block, up.act_bits, up.act_symmetric, up.act_clip, down.act_clip,
+        form = self.form
+        return calls.experts(
+            x, chosen, weights.float(), None, self.up, self.up_scale, self.down, self.down_scale, form.up.weights,
+            form.block, form.up.rows, form.down.rows,
         )  # fmt: skip

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import LinearFormat, Transform
 from rotquant.errors import RotQuantError
-from rotquant_kernels import Stage, linear, online, ops
+from rotquant_kernels import KINDS, Stage, linear, online, ops
+from rotquant_kernels.backends import Layer
 
 
 class StoredInput(nn.Module):
@@ -22,9 +23,8 @@ class StoredInput(nn.Module):
     def __init__(self, transform: Transform, inputs: int) -> None:
         super().__init__()
         self.transform, self.inputs = transform, inputs
-        dtype = torch.int32 if transform.kind == "permutation" else torch.float32
-        weight = torch.empty(stored.shape(transform, inputs), dtype=dtype, device="meta")
-        self.register_buffer("weight", None if transform.kind == "hadamard" else weight)
+        dtype, shape = KINDS[transform.kind].dtype, stored.shape(transform, inputs)
+        self.register_buffer("weight", None if dtype is None else torch.empty(shape, dtype=dtype, device="meta"))
 
     def load(self, where: str, tensor: Tensor, device: torch.device) -> None:
         """Takes the tensor of the checkpoint; one that no kind needs is only checked."""
@@ -36,9 +36,9 @@ class QuantLinear(nn.Module):
     """A linear layer on packed integer weights; the forward is the op that is served.
 
     Buffers: weight_packed int32 [N, ceil(K * bits / 32)] until `prepare`, then the layout of the device's
-    kernel; weight_scale float32 [N, G], bias [N] or None (with the shift's correction after `prepare`),
+    kernel; weight_scale float32 [N, G], bias [N] or None (with affine stages' corrections after `prepare`),
     low_rank_down [K, r] and low_rank_up [r, N] in the model's dtype or None. Modules: `<transform>_input`, and
-    `<transform>_output` of a shift.
+    `<transform>_output` of an affine stage.
     """
 
     weight_packed: Tensor
@@ -51,7 +51,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.name, self.format = name, layer_format
         self.in_features, self.out_features = inputs, outputs = layer.in_features, layer.out_features
-        size = layer_format.group_size or inputs
+        weights = layer_format.weights
+        size = weights.group_size or inputs
         if inputs % size:
             raise RotQuantError(f"config.json: {name}: {inputs} inputs in quantization groups of {size}")
 
@@ -60,7 +61,7 @@ class QuantLinear(nn.Module):
 
         rank, dtype = layer_format.rank, layer.weight.dtype
         self.dtype = dtype  # of the rows that it is given
-        self.register_buffer("weight_packed", empty(torch.int32, outputs, -(-inputs * layer_format.weight_bits // 32)))
+        self.register_buffer("weight_packed", empty(torch.int32, outputs, weights.words(inputs)))
         self.register_buffer("weight_scale", empty(torch.float32, outputs, inputs // size))
         self.register_buffer("bias", None if layer.bias is None else empty(layer.bias.dtype, outputs))
         self.register_buffer("low_rank_down", empty(dtype, inputs, rank) if rank else None)
@@ -68,26 +69,26 @@ class QuantLinear(nn.Module):
         for transform in layer_format.transforms:
             stored.check_block(name, transform, inputs)
             self.add_module(f"{transform.name}_input", StoredInput(transform, inputs))
-            if transform.kind == "shift":
+            if KINDS[transform.kind].affine:
                 correction = nn.Module()
                 correction.register_buffer("weight", empty(torch.float32, outputs))
                 self.add_module(f"{transform.name}_output", correction)
 
     def prepare(self) -> None:
-        """Brings the loaded weights into the kernel's layout and adds what shifts took away to the bias.
+        """Brings the loaded weights into the kernel's layout and adds what affine stages took away to the bias.
 
         Raises:
             RotQuantError: a weight that the kernels of its device do not read.
         """
-        f, bias = self.format, self.bias is not None or any(t.kind == "shift" for t in self.format.transforms)
+        f, bias = self.format, self.bias is not None or any(KINDS[t.kind].affine for t in self.format.transforms)
         dtype = torch.float32 if online.split(self.stages)[0] else self.dtype
-        settings = f.weight_bits, self.in_features, f.act_bits, f.act_symmetric, bias, bool(f.rank), dtype
+        layer = Layer(self.out_features, self.in_features, f.weights, f.rows, bias, bool(f.rank), dtype)
         try:
-            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, *settings).weight
+            self.weight_packed = ops.prepare_linear(self.weight_packed, self.weight_scale, layer).weight
         except ValueError as error:  # what the kernels of this device do not read
             raise RotQuantError(f"{self.name}: {error}") from None
         for transform in self.format.transforms:
-            if transform.kind == "shift":
+            if KINDS[transform.kind].affine:
                 correction = self.get_buffer(f"{transform.name}_output.weight")
                 self.bias = correction if self.bias is None else self.bias + correction
 
@@ -100,6 +101,6 @@ class QuantLinear(nn.Module):
         """Float [..., K] to [..., N] of the same dtype."""
         f = self.format
         return linear(
-            x, self.weight_packed, self.weight_scale, self.bias, f.weight_bits, self.stages,
-            f.act_bits, f.act_symmetric, f.act_clip, self.low_rank_down, self.low_rank_up,
+            x, self.weight_packed, self.weight_scale, self.bias, f.weights, self.stages, f.rows,
+            self.low_rank_down, self.low_rank_up,
         )  # fmt: skip

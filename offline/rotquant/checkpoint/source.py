@@ -169,21 +169,6 @@ def weight_files(where: str, present: Collection[str], weight_map: dict[str, str
     return shards
 
 
-def fetch(model: str) -> Path:
-    """The local folder of a model: itself, or a snapshot of the hub id (see `hub`).
-
-    Raises:
-        RotQuantError: neither a folder nor a hub id that can be had.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise RotQuantError(f"{model}: no such folder")
-    from rotquant.checkpoint.hub import download
-
-    return download(model)
-
-
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file so that it is there whole or not at all, power loss included."""
     temporary = file.with_name(file.name + ".tmp")

@@ -15,6 +15,23 @@ from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
 
 
+def names_by_field(form: CheckpointFormat) -> dict[str, list[str]]:
+    """The targets, patterns and names in config.json by the field that they stand in."""
+    groups = "quantization_config.config_groups"
+    transforms = form.transforms
+    return {
+        f"{groups}.targets": [t for scheme in form.schemes for t in scheme.targets],
+        "quantization_config.ignore": form.ignore,
+        "quantization_config.transform_config and rotquant.input_transforms: targets": [
+            t for args, _ in transforms for t in args.targets
+        ],
+        "quantization_config.transform_config: ignore": [t for args, _ in transforms for t in args.ignore],
+        "rotquant.low_rank.targets": [t for entry in form.extension.low_rank for t in entry.targets],
+        "rotquant.activation_clip": [n for n in form.extension.activation_clip if n != "default"],
+        "rotquant.kv_clip.layers": list(form.extension.kv_clip.layers),
+    }
+
+
 def check_targets(checkpoint: CheckpointFormat, arch: Architecture) -> None:
     """Compares the names in config.json with the modules of the model.
 

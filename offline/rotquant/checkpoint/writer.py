@@ -1,4 +1,7 @@
-"""The output folder beside its shards: config.json, index, tokenizer files and the model card."""
+"""What a checkpoint says and holds, from what was decided: config.json, the names of a layer's tensors, the index.
+
+The other direction is `format` (config.json), `extension` (its key `rotquant`) and `stored` (tensors of transforms).
+"""
 
 from __future__ import annotations
 
@@ -12,37 +15,17 @@ import torch
 
 from rotquant.checkpoint.extension import BasisFile
 from rotquant.checkpoint.format import FORMAT_VERSION, CheckpointFormat
-from rotquant.checkpoint.journal import Journal
+from rotquant.checkpoint.schemes import kv_scheme, linear_scheme
 from rotquant.checkpoint.source import INDEX, save_text
+from rotquant.checkpoint.stored import stored_stage
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.recipe import Activations, KVCache, LMHead, OnlineStages, Recipe
+from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
-from rotquant.weights.layerwise import stored_stage
-from rotquant_kernels.reference import hadamard, kv_token_bytes
+from rotquant_kernels import KINDS
+from rotquant_kernels.reference import hadamard
 
 R4_NAME = "R4"
-
-
-def for_profile(recipe: Recipe, profile: str) -> Recipe:
-    """The recipe as a profile can express it.
-
-    "portable" keeps what transformers and stock vLLM read exactly: folded rotations, int4 weights and
-    symmetric unclipped activations; no online transform, no low-rank branch, no KV scheme, a 16-bit lm_head.
-    """
-    if profile == "full":
-        return recipe
-    return recipe.model_copy(
-        update={
-            "rotations": recipe.rotations.model_copy(update={"r3": "none", "r4": "none"}),
-            "online": OnlineStages(),
-            "learn": recipe.learn.without_clips(),
-            "weights": recipe.weights.model_copy(update={"rank": 0}),
-            "activations": Activations(bits=recipe.activations.bits, symmetric=True, clip=1.0),
-            "kv": KVCache(bits=16),
-            "lm_head": LMHead(bits=16),
-        }
-    )
 
 
 def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:
@@ -50,22 +33,19 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
 
     `format` stands at the top and in each group: newer compressed-tensors would otherwise infer another.
     """
-    groups = {"group_0": scheme(["Linear"], recipe.weights.bits, recipe.weights.group_size, recipe.activations)}
-    if recipe.lm_head.bits == 8:
-        groups["group_1"] = scheme(["lm_head"], 8, 0, Activations(bits=8))
+    groups = {"group_0": linear_scheme(["Linear"], recipe.weights.form, recipe.activations.rows)}
+    if head := recipe.lm_head.form:
+        groups["group_1"] = linear_scheme(["lm_head"], head, recipe.lm_head.rows)
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ([] if recipe.lm_head.bits == 8 else ["lm_head"])
+        "ignore": ([] if head else ["lm_head"])
         + patterns(name for kind in arch.kinds for names in kind.full_precision.values() for name in names),
     }
-    if recipe.kv.bits == 4:
-        config["kv_cache_scheme"] = {
-            "num_bits": 4, "type": "int", "symmetric": recipe.kv.symmetric,
-            "strategy": "group", "group_size": arch.head_dim, "dynamic": True,
-        }  # fmt: skip
+    if kv := recipe.kv.form():
+        config["kv_cache_scheme"] = kv_scheme(kv, arch.head_dim)
     declared = {}
     if transforms.r3:
         attention = patterns(kind.attention.module for kind in arch.kinds)
@@ -115,21 +95,11 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
         for name, i in own_stages(transforms, site).items():
             stage = layer.inputs[site][i]
             out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
-            if stage.kind == "shift":
+            if KINDS[stage.kind].affine:
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
     if index == 0 and transforms.r4_block:
         out |= marker(kind.sites["down"][0], transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
     return out
-
-
-def scheme(targets: list[str], bits: int, group_size: int, activations: Activations) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-    inputs = {
-        "num_bits": activations.bits, "type": "int", "symmetric": activations.symmetric,
-        "strategy": "token", "dynamic": True,
-    }  # fmt: skip
-    return {"targets": targets, "format": "pack-quantized", "weights": weights, "input_activations": inputs}
 
 
 def marker(linear: str, block: int, dtype: torch.dtype) -> Tensors:
@@ -146,10 +116,10 @@ def extension(
     recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str, basis: BasisFile | None,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `format`)."""
+    """The key `rotquant` of config.json: what compressed-tensors' schema cannot say (see `extension`)."""
     clip = {"default": recipe.activations.clip}
-    if recipe.lm_head.bits == 8:
-        clip["lm_head"] = 1.0
+    if recipe.lm_head.form:
+        clip["lm_head"] = recipe.lm_head.rows.clip
     for index, (kind, layer) in enumerate(zip(arch.kinds, transforms.layers, strict=True)):
         for linear, parts in kind.stored.items():
             if kind.site_of[parts[0]] in layer.clips:
@@ -223,105 +193,3 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> int:
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     save_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return size
-
-
-CARD = """---
-library_name: vllm
-tags: [rotquant, compressed-tensors, {tag}]
----
-# {name}
-
-{bits}, made by rotquant with the recipe `{recipe}`: {description}
-
-| | |
-|---|---|
-| weights | int{w_bits}, {granularity}, {method}; mean relative rounding error {error:.4f} |
-| activations | int{a_bits} per token, {a_sym}, clip ratio {a_clip} |
-| KV cache | {kv} |
-| online transforms | {online} |
-| lm_head | {head} |
-| calibration | {calibration} |{experts}
-| size | {size:.1f} MB ({before:.1f} MB before) |
-| folded model against the original | logits differ by {gate} (relative, float32) |
-
-## Use
-
-```
-vllm serve {name} --quantization rotquant
-lm_eval --model vllm --model_args pretrained={name},quantization=rotquant --tasks arc_easy
-vllm bench serve --model {name}
-```
-
-vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{name}")`.{portable}
-"""
-
-
-def experts_rows(layers: list[dict[str, Any] | None]) -> str:
-    """Rows of the card's table about the experts of a mixture, "" where there are none."""
-    found = {i: facts for i, facts in enumerate(layers) if facts}
-    if not found:
-        return ""
-    error, layer, expert = max((e, i, j) for i, facts in found.items() for j, e in enumerate(facts["errors"]))
-    rows = [f"experts | {len(found)} layers; largest rounding error {error:.4f}, expert {expert} of layer {layer}"]
-    tokens = [n for facts in found.values() for n in facts["tokens"]]
-    if tokens:
-        few = sum(len(facts["pooled"]) for facts in found.values())
-        share = (
-            f"; {few} of {len(tokens)} with fewer than they have inputs, calibrated on other tokens too" if few else ""
-        )
-        rows.append(f"calibration tokens of an expert | {min(tokens)} to {max(tokens)}{share}")
-    agreement = {i: facts["agreement"] for i, facts in found.items() if facts["agreement"] is not None}
-    if agreement:
-        worst = min(agreement, key=lambda i: agreement[i])
-        mean = sum(agreement.values()) / len(agreement)
-        rows.append(
-            f"routing | {mean:.1%} of the choices are those of the original (first calibration window); least"
-            f" {agreement[worst]:.1%}, layer {worst}"
-        )
-    return "".join(f"\n| {row} |" for row in rows)
-
-
-def write_card(
-    output: Path, journal: Journal, recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str,
-    calibrated: Calibrated | None, size: int, before: int,
-) -> None:  # fmt: skip
-    """README.md of the model: recipe, numbers, and the commands to use it."""
-    errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
-    kv, weights, act = recipe.kv, recipe.weights, recipe.activations
-    heads = sum(kind.attention.kv_heads for kind in arch.kinds)
-    kv_bytes, kv4 = 2 * heads * arch.head_dim * 2, heads * kv_token_bytes(arch.head_dim, kv.symmetric)
-    online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    down = arch.kinds[0].sites["down"][0].rpartition(".")[2]
-    online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
-    online += [
-        f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
-        for stage in input_transforms(arch, transforms)
-    ]
-    online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
-    text = CARD.format(
-        name=output.name,
-        tag=f"w{weights.bits}a{act.bits}",
-        bits=f"W{weights.bits}A{act.bits}" + ("KV4" if kv.bits == 4 else ""),
-        recipe=recipe.name,
-        description=recipe.description,
-        w_bits=weights.bits,
-        granularity=f"groups of {weights.group_size}" if weights.group_size else "one scale per output channel",
-        method=weights.method.upper() + (" with clip search" if weights.clip_search else ""),
-        error=sum(errors) / len(errors),
-        a_bits=act.bits,
-        a_sym="symmetric" if act.symmetric else "asymmetric",
-        a_clip="learned for each layer" if any(layer.clips for layer in transforms.layers) else act.clip,
-        kv=f"int4 per token and head, {'symmetric' if kv.symmetric else 'asymmetric'}; {kv4} bytes a token,"
-        f" {kv_bytes} in bf16 ({kv_bytes / kv4:.2f}x)" if kv.bits == 4 else "not quantized",
-        online="; ".join(online) or "none",
-        head=f"int{recipe.lm_head.bits}" if recipe.lm_head.bits == 8 else "not quantized",
-        calibration=f"{calibrated.tokens.shape[0]} windows of {calibrated.tokens.shape[1]} tokens from"
-        f" `{calibrated.name}`" if calibrated else "none",
-        experts=experts_rows([journal.facts(f"layer {i}").get("experts") for i in range(arch.layers)]),
-        size=size / 1e6,
-        before=before / 1e6,
-        gate=journal.facts("gate")["distance"],
-        portable="" if profile == "full" else "\nThis is the `portable` profile: transformers with compressed-tensors"
-        " loads it as it is, and stock vLLM runs it with 16-bit activations.",
-    )  # fmt: skip
-    save_text(journal.folder / "README.md", text)

@@ -48,22 +48,10 @@ def peak_to_rms(x: Tensor) -> Tensor:
     return x.abs().amax(-1) / rms(x)
 
 
-def step(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Δ of each row without clipping, as `convention.qparams`: (max - min) / (2^b - 1), 2 max|x| / (2^b - 1) symmetric.
-
-    Args:
-        x: float [..., d]; asymmetric ranges hold 0.
-    Returns:
-        [...] in x's dtype.
-    """
-    smallest, largest = x.amin(-1), x.amax(-1)
-    extent = 2 * torch.maximum(largest, -smallest) if symmetric else largest.clamp(min=0) - smallest.clamp(max=0)
-    return extent / (2**bits - 1)
-
-
-def gsr(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Δ / std(x) of each row: FRTQ's grid-to-sigma ratio, float [..., d] to [...]. A Gaussian row of 4096 has 0.48."""
-    return step(x, bits, symmetric) / x.std(-1, correction=0).clamp(min=torch.finfo(x.dtype).tiny)
+def gsr(x: Tensor, steps: Tensor) -> Tensor:
+    """Δ / std(x) of each row: FRTQ's grid-to-sigma ratio, float [..., d] and [...] to [...]. A Gaussian row of 4096 has
+    0.48 at 4 bits."""
+    return steps / x.std(-1, correction=0).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def rounding_error(x: Tensor, steps: Tensor) -> Tensor:

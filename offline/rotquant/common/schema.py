@@ -4,13 +4,13 @@ quietly turn into another one, is refused by name."""
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig
 from pydantic import BaseModel, ValidationError
 
+from rotquant.common.faults import first_error
 from rotquant.errors import RotQuantError
 
 WHERE = "quantization_config"
@@ -55,14 +55,3 @@ def _strict(model: type[BaseModel], data: Any, where: str) -> Any:
         raise RotQuantError(f"config.json: {first_error(error, where)}") from error
     except Exception as error:  # their validators compare before they look at the type
         raise RotQuantError(f"config.json: {where}: not what compressed-tensors writes ({error})") from error
-
-
-def first_error(error: ValidationError, where: str) -> str:
-    """The first fault that pydantic found: path of the field, the value where it is short, and the reason."""
-    first = error.errors()[0]
-    # pydantic puts the alternatives of a union into the path, such as "list[str]".
-    path = ".".join([where, *(str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part)))])
-    if first["type"] == "extra_forbidden":
-        return f"{path}: this build of rotquant does not run this feature; a newer one may"
-    found = f" is {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-    return f"{path}{found}: {' '.join(first['msg'].removeprefix('Value error, ').split())}"

@@ -27,10 +27,12 @@ from rotquant.learn.objectives import gsr_loss
 from rotquant.transforms.givens import givens
 from rotquant.transforms.householder import reflect_rows, reflection
 from rotquant.transforms.permutation import zigzag
+from rotquant_kernels.formats import RowFormat
 from rotquant_kernels.online import Stage, transform
 
 Step = Callable[[Tensor], Tensor]
 METHODS = ("ruquant", "duquant")
+ASYMMETRIC = RowFormat(symmetric=False)
 
 
 def greedy_stages(
@@ -38,7 +40,7 @@ def greedy_stages(
     block: int,
     generator: torch.Generator,
     method: str = "ruquant",
-    symmetric: bool = False,
+    form: RowFormat = ASYMMETRIC,
     shards: int = 1,
     rounds: int | None = None,
 ) -> list[Stage]:
@@ -48,7 +50,7 @@ def greedy_stages(
         x: sample of inputs, float [n, K]; smoothed first (`transforms.scaling`) as both papers do.
         block: B, even; divides K / shards.
         generator: a CPU generator; the only source of chance.
-        symmetric: of the activation quantizer.
+        form: of the activations.
         shards: tensor-parallel ranks that the permutation must not cross.
         rounds: None for the papers' 16 (RUQuant) and 256 (DuQuant).
     Returns:
@@ -63,20 +65,20 @@ def greedy_stages(
         raise RotQuantError(f"blocks of {block} do not divide {x.shape[1]} channels")
     stages: list[Stage] = []
     for last in (False, True):
-        step = ruquant_step(generator, symmetric) if method == "ruquant" else duquant_step(generator)
+        step = ruquant_step(generator, form.symmetric) if method == "ruquant" else duquant_step(generator)
         y = transform(x, stages)
-        product = greedy_rotation(y, block, step, rounds or (16 if method == "ruquant" else 256), symmetric)
+        product = greedy_rotation(y, block, step, rounds or (16 if method == "ruquant" else 256), form)
         stages.append(Stage("dense", block, product.float()))
         if not last:
             magnitude = transform(x, stages).abs().amax(0)
-            stages.append(Stage("permutation", x.shape[1], zigzag(magnitude, block, shards)))
+            stages.append(Stage("permutation", x.shape[1] // shards, zigzag(magnitude, block, shards)))
     if method == "ruquant" and shards == 1:
-        v = greedy_reflection(transform(x, stages), generator, symmetric)
+        v = greedy_reflection(transform(x, stages), generator, form)
         stages += [] if v is None else [Stage("reflection", x.shape[1], v.float())]
     return stages
 
 
-def greedy_rotation(x: Tensor, block: int, step: Step, rounds: int, symmetric: bool) -> Tensor:
+def greedy_rotation(x: Tensor, block: int, step: Step, rounds: int, form: RowFormat) -> Tensor:
     """The product R float64 [B, B] of the first steps, as many of `rounds` as make x (I ⊗ R) easiest to round.
 
     Args:
@@ -84,11 +86,11 @@ def greedy_rotation(x: Tensor, block: int, step: Step, rounds: int, symmetric: b
     """
     rows = x.reshape(-1, block).double()
     product = best = torch.eye(block, dtype=torch.float64, device=x.device)
-    least = gsr_loss(x, symmetric=symmetric)
+    least = gsr_loss(x, form)
     for _ in range(rounds):
         matrix = step(rows)
         rows, product = rows @ matrix, product @ matrix
-        loss = gsr_loss(rows.view(x.shape), symmetric=symmetric)
+        loss = gsr_loss(rows.view(x.shape), form)
         if loss < least:
             least, best = loss, product
     return best
@@ -121,17 +123,17 @@ def duquant_step(generator: torch.Generator) -> Step:
     return step
 
 
-def greedy_reflection(x: Tensor, generator: torch.Generator, symmetric: bool, tries: int = 16) -> Tensor | None:
+def greedy_reflection(x: Tensor, generator: torch.Generator, form: RowFormat, tries: int = 16) -> Tensor | None:
     """v float64 [K] of the best of `tries` reflections, each from the worst row to a random u; None if none helps.
 
     Args:
         x: float [n, K].
     """
     rows = x.double()
-    best, least = None, gsr_loss(rows, symmetric=symmetric)
+    best, least = None, gsr_loss(rows, form)
     for _ in range(tries):
-        v = reflection(_worst(rows), _uniform(rows, generator, symmetric))
-        loss = gsr_loss(reflect_rows(rows, v), symmetric=symmetric)
+        v = reflection(_worst(rows), _uniform(rows, generator, form.symmetric))
+        loss = gsr_loss(reflect_rows(rows, v), form)
         if loss < least:
             best, least = v, loss
     return best

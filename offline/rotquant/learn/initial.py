@@ -6,13 +6,13 @@ import math
 import zlib
 
 import torch
-from torch import Tensor
 
+from rotquant.common.numbers import is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
 from rotquant.recipe import Recipe
 from rotquant.transforms.dense import Dense
-from rotquant.transforms.hadamard import RandomHadamard, is_power_of_two, power_of_two_factor
+from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant.transforms.walsh import walsh_rows
 from rotquant_kernels import Stage
@@ -38,7 +38,8 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
     for index, kind in enumerate(arch.kinds):
         layer, attention = LayerTransforms(), kind.attention
         if rotations.r2 != "none":
-            r2 = r2_of(rotations.r2, attention.head_dim, generator(seed, f"r2.{index}"))
+            hadamard = RandomHadamard(attention.head_dim, generator(seed, f"r2.{index}"))
+            r2 = hadamard.rows(torch.eye(attention.head_dim, dtype=torch.float64))
             layer.r2 = r2.expand(attention.kv_heads, -1, -1)
         if rotations.r4 != "none":
             layer.inputs["down"] = [Stage("hadamard", r4_block)]
@@ -70,8 +71,7 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
 def learned_rotations(recipe: Recipe) -> set[str]:
     """Names of the rotations that some stage of learning moves."""
     learn = recipe.learn
-    found = {"r1"} if recipe.rotations.mean_to_ones else set()
-    found |= set(learn.surrogate.targets) if learn.surrogate else set()
+    found: set[str] = set(learn.surrogate.targets) if learn.surrogate else set()
     for stage in (learn.blockwise, learn.end_to_end):
         found |= set(stage.learns) if stage else set()
     return found
@@ -83,17 +83,4 @@ def r1_of(recipe: Recipe, size: int, random: torch.Generator) -> Rotation | None
         return RandomHadamard(size, random)
     if kind == "walsh":
         return Dense(walsh_rows(torch.eye(size, dtype=torch.float64), recipe.rotations.walsh_block))
-    return Dense(random_orthogonal(size, random)) if kind == "random" else None
-
-
-def r2_of(kind: str, size: int, random: torch.Generator) -> Tensor:
-    """float64 [1, d, d]."""
-    if kind == "random":
-        return random_orthogonal(size, random)[None]
-    return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64))[None]
-
-
-def random_orthogonal(size: int, random: torch.Generator) -> Tensor:
-    """Uniformly drawn (Haar): the Q of a Gaussian matrix, its signs fixed by diag(R) > 0 (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random))
-    return q * r.diagonal().sign()
+    return None

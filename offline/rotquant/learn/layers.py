@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
-from rotquant.learn.blockwise import learn_blockwise, quantized_layer
-from rotquant.learn.greedy import greedy_stages
+from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
-from rotquant.learn.procrustes import massive_tokens
 from rotquant.learn.rotations import learn_r2
+from rotquant.learn.scale_search import search_scale
+from rotquant.learn.starts import STARTS, Seen
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models import Tensors
 from rotquant.recipe import Blockwise
-from rotquant.transforms import kronecker
 from rotquant.transforms.fold import per_query_head
-from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.permutation import zigzag
-from rotquant.transforms.scaling import search_scale, smooth_scale
+from rotquant.transforms.scaling import smooth_scale
 from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import Stage, reference
+from rotquant_kernels import reference
+from rotquant_kernels.formats import WeightFormat
 
 ROWS = 4096  # tokens of a site that are kept
 VALUES_ALPHA = 0.5
@@ -36,7 +35,7 @@ VALUES_ALPHA = 0.5
 class LayerLearner:
     """Learns the layers from the first to the last.
 
-    The chains are kept here: the full-precision one, and where blockwise learning asks for it the quantized one.
+    The full-precision chain is kept here.
     """
 
     def __init__(self, job: Learner) -> None:
@@ -44,7 +43,6 @@ class LayerLearner:
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
         self.chain = job.embedded(samples)
-        self.quantized = self.chain if self.block and self.block.inputs == "quantized" else None
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
@@ -54,16 +52,11 @@ class LayerLearner:
         slot and report: as in `learn_blockwise`.
         """
         job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
-        seen = Capture(decoder.kind, ROWS, len(self.chain), generator(job.seed, f"layer.{index}"))
+        seen = Capture(decoder.kind, ROWS, len(self.chain), self.chain.shape[1], generator(job.seed, f"layer.{index}"))
         after = forward(job, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
-            inputs = self.chain if self.quantized is None else self.quantized
-            layer = learn_blockwise(job, decoder, tensors, layer, inputs, after, index, slot, report)
-        if self.block and self.quantized is not None:
-            fixed = quantized_layer(job, decoder, tensors, layer, [], self.block.weight_bits)
-            with torch.no_grad():
-                self.quantized = torch.stack([fixed(tensors, h.to(job.device)).cpu() for h in self.quantized])
+            layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
         self.chain = after
         return layer
 
@@ -108,9 +101,11 @@ class SampleLearner:
 
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
-        x, alpha, act = self.x[site], self.recipe.scales.alpha, self.recipe.activations
-        ups = tuple(mlp.up for mlp in self.kind.mlp.gated)
-        one = {"attn": (self.kind.attention.query,), "mlp": ups}  # what OmniQuant's code looks at
+        x, alpha = self.x[site], self.recipe.scales.alpha
+        one = {
+            "attn": (self.kind.attention.query,),
+            "mlp": tuple(mlp.up for mlp in self.kind.mlp.gated),
+        }  # what OmniQuant's code looks at
         every = self.kind.sites[site]
         linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
         weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in linears])
@@ -121,9 +116,8 @@ class SampleLearner:
         def rotate(rows: Tensor) -> Tensor:
             return reference.hadamard(rows, block) if block else rows
 
-        return search_scale(
-            x, weight, rotate, act.bits, act.symmetric, act.clip, self.recipe.weights.bits
-        )[1]  # fmt: skip
+        weights = WeightFormat(self.recipe.weights.bits)  # a scale an output channel, whatever the groups
+        return search_scale(x, weight, rotate, self.recipe.activations.rows, weights)[1]
 
     def values_scale(self) -> Tensor:
         """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""
@@ -146,33 +140,9 @@ class SampleLearner:
         chain, x = self.layer.inputs.setdefault(site, []), self.x[site]
         for stage in chain:
             x = reference.online_stage(x, *stage)
-        for kind in wanted:
-            for stage in self.stages(kind, site, x):
+        for word in wanted:
+            random = generator(self.job.seed, f"{word}.{site}.{self.index}")
+            rows, head_dim = self.recipe.activations.rows, self.kind.attention.head_dim
+            for stage in STARTS[word](Seen(x, random, self.recipe.online, head_dim, self.job.tp_max, rows)):
                 chain.append(stage)
                 x = reference.online_stage(x, *stage)
-
-    def stages(self, kind: str, site: str, x: Tensor) -> list[Stage]:
-        """The stages that a name of the recipe stands for; x [n, K] is what they will see."""
-        width, options = x.shape[1], self.recipe.online
-        random = generator(self.job.seed, f"{kind}.{site}.{self.index}")
-        if kind == "shift":
-            return [Stage("shift", width, x[~massive_tokens(x)].mean(0))]
-        block = min(power_of_two_factor(width // self.job.tp_max), options.block)
-        if kind == "dense":
-            return [Stage("dense", block, rotation(block, random))]
-        if kind == "greedy":
-            symmetric = self.recipe.activations.symmetric
-            made = greedy_stages(x, block, random, options.greedy, symmetric, self.job.tp_max)
-            if options.greedy == "ruquant" and self.job.tp_max == 1 and made[-1].kind != "reflection":
-                made.append(Stage("reflection", width, torch.zeros(width)))  # none helps: the identity
-            return made
-        if kind == "heads":
-            size = self.kind.attention.head_dim
-            return [kronecker.stage(rotation(width // size, random), torch.eye(size))]
-        outer, inner = kronecker.factor_pair(width)
-        return [kronecker.stage(rotation(outer, random), rotation(inner, random))]
-
-
-def rotation(size: int, random: torch.Generator) -> Tensor:
-    """A random Hadamard rotation as a matrix, float32 [size, size]."""
-    return RandomHadamard(size, random).rows(torch.eye(size, dtype=torch.float64)).float()

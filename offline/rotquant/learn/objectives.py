@@ -12,28 +12,27 @@ from torch import Tensor
 
 from rotquant.common import metrics
 from rotquant.learn.quantizers import Clip, fake_quantize
+from rotquant_kernels.formats import RowFormat
 
 UNIFORM_KURTOSIS = 1.8
 
 
-def quantization_error(
-    y: Tensor, bits: int, symmetric: bool, clip: Clip = 1.0, weights: Tensor | None = None
-) -> Tensor:
+def quantization_error(y: Tensor, rows: RowFormat, clip: Clip | None = None, weights: Tensor | None = None) -> Tensor:
     """Σ w_t |y_t - Q(y_t)|² / Σ w_t |y_t|², Q quantization per token (DFRot's loss, arXiv 2412.00648).
 
     Gradients are straight-through (`quantizers`): they follow how the error grows with each row's range, not which
-    grid point happens to be near.
+    grid point happens to be near. `clip` as in `fake_quantize`.
     """
-    error = (y - fake_quantize(y, bits, symmetric, clip)).square().sum(-1)
+    error = (y - fake_quantize(y, rows, clip)).square().sum(-1)
     energy = y.square().sum(-1)
     if weights is not None:
         error, energy = error * weights, energy * weights
     return error.sum() / energy.sum().clamp(min=torch.finfo(y.dtype).tiny)
 
 
-def gsr_loss(y: Tensor, bits: int = 4, symmetric: bool = False, weights: Tensor | None = None) -> Tensor:
+def gsr_loss(y: Tensor, rows: RowFormat, weights: Tensor | None = None) -> Tensor:
     """Mean of the relative rounding error that the range alone predicts: GSR² / 12 for rows of mean 0 (FRTQ)."""
-    return _mean(metrics.rounding_error(y, metrics.step(y, bits, symmetric)), weights)
+    return _mean(metrics.rounding_error(y, rows.step(y)), weights)
 
 
 def whip(y: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -47,15 +46,6 @@ def whip(y: Tensor, weights: Tensor | None = None) -> Tensor:
 def kurtosis(y: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of |κ_t - 1.8|, 1.8 the kurtosis of the uniform distribution (KurTail)."""
     return _mean((metrics.kurtosis(y) - UNIFORM_KURTOSIS).abs(), weights)
-
-
-def variance(y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of Var_j |y_tj| / rms_t² = 1 - |y_t|₁² / (d |y_t|₂²): 0 at a corner of the cube, near 1 for one large entry.
-
-    Our reading of the variance loss in DartQuant's ablation: the plain variance of a token is its norm, which no
-    rotation changes.
-    """
-    return _mean(1 - y.abs().mean(-1).square() / metrics.mean_square(y), weights)
 
 
 def kl_top(student_logits: Tensor, teacher_logits: Tensor, k: int = 1000) -> Tensor:

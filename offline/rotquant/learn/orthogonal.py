@@ -23,7 +23,7 @@ from rotquant.learn.procrustes import Batches, Weights
 from rotquant.learn.steps import ALONE, Loop, Steps
 
 Objective = Callable[..., Tensor]
-OPTIMISERS = ("cayley", "adam", "qr")
+OPTIMISERS = ("adam", "qr")
 
 
 class CayleySGD(torch.optim.Optimizer):
@@ -132,12 +132,11 @@ def learn_rotation(
 
     Args:
         batches: gives the rows as float tensors [n, d] each time it is called; one step a batch, over and over.
-        objective: of rows [n, d] and `weights=` [n] or None, to a scalar: `whip`, `kurtosis`, `variance`, `gsr_loss`,
+        objective: of rows [n, d] and `weights=` [n] or None, to a scalar: `whip`, `kurtosis`,
             `partial(quantization_error, bits=4, symmetric=True)`.
         rotation: first R [d, d], orthogonal; its dtype is that of the computation.
-        optimiser: "cayley" (lr: largest t; gradients of means are small, so take 10 or more, 1 / |A|₁ bounds it),
-            "adam" (`StiefelAdam`; lr: radians a step, near 0.05) or "qr" (Adam on Z of `QROrth`; lr: change of an
-            entry a step, near 0.2 / sqrt(d)).
+        optimiser: "adam" (`StiefelAdam`; lr: radians a step, near 0.05) or "qr" (Adam on Z of `QROrth`; lr: change of
+            an entry a step, near 0.2 / sqrt(d)).
         lr: at the first step; falls to 0 as half a cosine.
         weights, loop: as in `procrustes.alternate`.
     Returns:
@@ -149,9 +148,7 @@ def learn_rotation(
         raise RotQuantError(f"unknown optimiser {optimiser!r}: take one of {', '.join(OPTIMISERS)}")
     model = QROrth(rotation)
     engine: torch.optim.Optimizer
-    if optimiser == "cayley":
-        engine = CayleySGD(model.parameters(), lr=lr)
-    elif optimiser == "adam":
+    if optimiser == "adam":
         engine = StiefelAdam(model.parameters(), lr=lr)
     else:
         engine = torch.optim.Adam(model.parameters(), lr=lr)

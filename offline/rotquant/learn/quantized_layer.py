@@ -7,27 +7,26 @@ convention (`quantizers`), weights to nearest. What learning changes is the cont
     act_clip, kv_clip            clip ratios of the four sites, of keys and values, behind a sigmoid
     weight_clip                  one ratio for each scale of each weight matrix, behind a sigmoid (LWC of OmniQuant)
     r2                           a rotation for each KV head, kept orthogonal by its optimiser
-    online                       the tensors of kronecker, dense, shift and reflection stages (a reflection's v is
-                                 divided by its length)
+    online                       the tensors of stages whose kind is learned (`rotquant_kernels.stages`)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
+from rotquant.learn.quantizers import fake_quantize, fake_quantize_weight
 from rotquant.models import Layer, Tensors
 from rotquant.models.decoder import Decoder, bias_of
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_layer
 from rotquant.transforms.space import LayerTransforms
 from rotquant.weights import rtn
-from rotquant_kernels import Stage, convention, reference
+from rotquant_kernels import KINDS, Stage, reference
 
-LEARNED_STAGES = ("kronecker", "dense", "shift", "reflection")
 Group = dict[str, Any]
 
 
@@ -66,8 +65,9 @@ class LayerParameters(nn.Module):
         if "online" in learns:
             for site, stages in start.inputs.items():
                 for i, stage in enumerate(stages):
-                    if stage.kind in LEARNED_STAGES and stage.tensor is not None:
-                        self.stages[f"{site}-{i}"] = nn.Parameter(learnable(stage))
+                    if KINDS[stage.kind].learned:
+                        first = KINDS[stage.kind].start(stage.held.float().clone())
+                        self.stages[f"{site}-{i}"] = nn.Parameter(first)
         self.weight_clips = nn.ParameterDict()  # filled by `QuantizedLayer`, which knows the weights
 
     def transforms(self) -> LayerTransforms:
@@ -84,8 +84,7 @@ class LayerParameters(nn.Module):
     def _stage(self, stage: Stage, key: str) -> Stage:
         if key not in self.stages:
             return stage
-        tensor = self.stages[key]
-        return stage._replace(tensor=tensor / tensor.norm() if stage.kind == "reflection" else tensor)
+        return stage._replace(tensor=KINDS[stage.kind].value(self.stages[key]))
 
     def clip(self, name: str, default: float) -> Tensor | float:
         """Clip ratio of a site, of "key" or of "value"."""
@@ -109,15 +108,6 @@ class LayerParameters(nn.Module):
         return [group for group in plain if group["params"]], rotations
 
 
-def learnable(stage: Stage) -> Tensor:
-    """Where a stage's parameter starts. A reflection that does nothing (v = 0) has no direction to learn from."""
-    assert stage.tensor is not None
-    tensor = stage.tensor.float().clone()
-    if stage.kind == "reflection" and not tensor.any():
-        tensor = 1 - 2 * (torch.arange(len(tensor)) % 2).float()
-    return tensor
-
-
 class QuantizedLayer:
     """The forward pass of a layer as it will be served.
 
@@ -130,21 +120,24 @@ class QuantizedLayer:
         self, parameters: LayerParameters, recipe: Recipe, decoder: Decoder, r3: int, weight_bits: int,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.parameters, self.recipe, self.decoder, self.r3 = parameters, recipe, decoder, r3
-        self.weight_bits, self.dtype = weight_bits, dtype
+        self.parameters, self.recipe, self.decoder = parameters, recipe, decoder
+        self.weights = replace(recipe.weights.form, bits=weight_bits) if weight_bits < 16 else None
+        self.kv = recipe.kv.form(r3)
+        self.dtype = dtype
         self.ratios: dict[str, Tensor] = {}
 
     def search_clips(self, base: Tensors) -> None:
         """Starts each weight scale's clip ratio at the one that `weights.rtn` would choose."""
-        if self.weight_bits == 16:
+        form = self.weights
+        if form is None:
             return
         with torch.no_grad():
             folded = fold_layer(base, self.parameters.transforms(), self.decoder.kind)
-        options = self.recipe.weights
+        search = self.recipe.weights.clip_search
         for name in self.decoder.kind.linears:
             weight = folded[f"{name}.weight"]
-            best = rtn.weight_scale(weight, self.weight_bits, options.group_size, options.clip_search, torch.float32)
-            full = convention.qparams(rtn.grouped(weight, options.group_size), self.weight_bits, True)[0].squeeze(-1)
+            best = rtn.weight_scale(weight, form, torch.float32, clip_search=search)
+            full = form.scale(form.grouped(weight)).squeeze(-1)
             self.ratios[name] = (best / full).clamp(max=1)
         if "weight_clip" in self.parameters.learns:
             for name, ratio in self.ratios.items():
@@ -170,22 +163,23 @@ class QuantizedLayer:
                 for stage in transforms.inputs.get(site, []):
                     y = reference.online_stage(y, *stage)
                 act = self.recipe.activations
-                seen = x, site, fake_quantize(y, act.bits, act.symmetric, self.parameters.clip(site, act.clip))
+                seen = x, site, fake_quantize(y, act.rows, self.parameters.clip(site, act.clip))
             return nn.functional.linear(seen[2], tensors[f"{name}.weight"], bias_of(tensors, name))
 
-        return self.decoder.layer(tensors, h, linear, self._cache if self.recipe.kv.bits == 4 else None)
+        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
 
     def _weight(self, name: str, weight: Tensor) -> Tensor:
-        if self.weight_bits == 16:
+        if self.weights is None:
             return weight
         learned = self.parameters.weight_clips
         key = name.replace(".", "-")
         ratio = learned[key].sigmoid() if key in learned else self.ratios[name]
-        return fake_quantize_weight(weight, self.weight_bits, self.recipe.weights.group_size, ratio, self.dtype)
+        return fake_quantize_weight(weight, self.weights, ratio, self.dtype)
 
     def _cache(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kv, clip = self.recipe.kv, self.parameters.clip
-        if self.r3:
-            query, key = reference.hadamard(query, self.r3), reference.hadamard(key, self.r3)
-        key = fake_quantize_kv(key, kv.symmetric, clip("key", kv.key_clip))
-        return query, key, fake_quantize_kv(value, kv.symmetric, clip("value", kv.value_clip))
+        kv, clip = self.kv, self.parameters.clip
+        assert kv is not None
+        if kv.rotate:
+            query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
+        key = fake_quantize(key, kv.key, clip("key", kv.k_clip))
+        return query, key, fake_quantize(value, kv.value, clip("value", kv.v_clip))

@@ -1,6 +1,6 @@
-"""The numeric convention with gradients: what training sees is, bit for bit, what is served.
+"""The number formats with gradients: what training sees is, bit for bit, what is served.
 
-Forward values are `rotquant_kernels.convention`'s. Rounding passes gradients straight through, clamping does not.
+Forward values are those of `rotquant_kernels.formats`. Rounding passes gradients straight through, clamping does not.
 With s the scale, z the zero point, q the codes, e = x' - x the error and I the entries that did not saturate:
 
     dx'/dx = 1 in I, else 0        dx'/ds = (x' - x [I]) / s        dx'/dz = 0 in I, else -s
@@ -19,70 +19,49 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rotquant_kernels import convention
+from rotquant_kernels.formats import RowFormat, WeightFormat
+from rotquant_kernels.formats.integers import Clip as Clip
 
-Clip = float | Tensor
 
-
-def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: Clip = 1.0) -> Tensor:
-    """x as it comes back from per-row quantization, `dequantize(quantize(x, *qparams(x)))` of the convention.
+def fake_quantize(x: Tensor, rows: RowFormat, clip: Clip | None = None) -> Tensor:
+    """x as it comes back from per-row quantization, `rows.fake_quantize`.
 
     Args:
         x: float [..., K]; one scale and zero point for each row of K values.
-        bits: 2 to 8.
-        clip: ratio in (0, 1] by which the range is shrunk; a number, or a tensor that broadcasts to [..., 1].
+        clip: instead of the format's own: a number, or a tensor that broadcasts to [..., 1].
     Returns:
         float32 [..., K] (float64 if x is).
     """
     x = _wide(x)
     smallest, largest = _Extremes.apply(x)
-    low, high = convention.int_range(bits)
-    if symmetric:
-        scale = torch.maximum(largest, -smallest) * clip / ((high - low) / 2)
-        return _Round.apply(x, convention.usable(scale), None, bits)
-    smallest, largest = smallest.clamp(max=0) * clip, largest.clamp(min=0) * clip
-    scale = convention.usable((largest - smallest) / (high - low))
-    return _Round.apply(x, scale, _zero_point(smallest, scale, bits), bits)
+    wanted, bottom = rows.range_of(smallest, largest, rows.clip if clip is None else clip)
+    # A scale that is rounded has the gradient of the exact one.
+    rounded = rows.scale_dtype != torch.float32
+    scale = _straight_through(wanted, rows.stored(wanted.detach())) if rounded else rows.stored(wanted)
+    if bottom is None:
+        return _Round.apply(x, scale, None, rows)
+    held = rows.stored_zero(bottom.detach(), scale.detach())
+    return _Round.apply(x, scale, _straight_through(rows.zero_of(bottom, scale), held), rows)
 
 
 def fake_quantize_weight(
-    weight: Tensor, bits: int, group_size: int = 0, clip: Clip = 1.0, dtype: torch.dtype = torch.float32
+    weight: Tensor, form: WeightFormat, clip: Clip = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """A weight as it comes back from symmetric quantization per output channel or group, codes rounded to nearest.
 
     Args:
         weight: float [N, K].
-        group_size: inputs that share a scale; 0 for the whole row.
-        clip: as in `fake_quantize`; a tensor broadcasts to [N, G], G = K / group_size (LWC: one ratio a scale).
+        clip: as in `fake_quantize`; a tensor broadcasts to [N, G] (LWC: one ratio a scale).
         dtype: in which the checkpoint stores scales; they are rounded to it, gradients pass straight through.
     Returns:
-        float32 [N, K] (float64 if weight is): `weights.rtn`'s `dequantize(quantize(weight, scale), scale)`.
+        float32 [N, K] (float64 if weight is): `form.dequantize(form.quantize(weight, scale), scale)`.
     """
-    groups = _wide(weight).unflatten(1, (-1, group_size or weight.shape[1]))
-    smallest, largest = _Extremes.apply(groups)
-    low, high = convention.int_range(bits)
+    groups, rows = form.grouped(_wide(weight)), form.rows
     ratio = clip.unsqueeze(-1) if isinstance(clip, Tensor) else clip
-    scale = convention.usable(torch.maximum(largest, -smallest) * ratio / ((high - low) / 2))
+    smallest, largest = _Extremes.apply(groups)
+    scale = rows.stored(rows.range_of(smallest, largest, ratio)[0])
     stored = scale.detach().to(dtype).to(scale.dtype).clamp(min=torch.finfo(dtype).tiny)
-    return _Round.apply(groups, _straight_through(scale, stored), None, bits).flatten(1)
-
-
-def fake_quantize_kv(x: Tensor, symmetric: bool, clip: Clip = 1.0) -> Tensor:
-    """What the 4-bit KV cache gives back, `convention.kv_fake_quantize`; scales are rounded to float16.
-
-    Args:
-        x: float [..., head_dim], one scale for each token and head; after R3 for K, after R2 for V.
-    Returns:
-        float32 [..., head_dim] (float64 if x is).
-    """
-    x = _wide(x)
-    smallest, largest = _Extremes.apply(x)
-    low, high = convention.int_range(4)
-    if symmetric:
-        return _Round.apply(x, _half(torch.maximum(largest, -smallest) * clip / ((high - low) / 2)), None, 4)
-    smallest, largest = smallest.clamp(max=0) * clip, largest.clamp(min=0) * clip
-    scale = _half((largest - smallest) / (high - low))
-    return _Round.apply(x, scale, _zero_point(smallest, scale, 4), 4)
+    return _Round.apply(groups, _straight_through(scale, stored), None, rows).flatten(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -92,17 +71,6 @@ def _wide(x: Tensor) -> Tensor:
 def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` exactly, with the gradient of `value`."""
     return _StraightThrough.apply(value, rounded)
-
-
-def _half(scale: Tensor) -> Tensor:
-    stored = convention.usable(scale.detach()).clamp(convention.HALF_TINY, convention.HALF_MAX)
-    return _straight_through(scale, stored.half().to(scale.dtype))
-
-
-def _zero_point(smallest: Tensor, scale: Tensor, bits: int) -> Tensor:
-    low, _ = convention.int_range(bits)
-    rounded = convention.zero_point(smallest.detach(), scale.detach(), bits)
-    return _straight_through(low - smallest / scale, rounded)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -136,17 +104,14 @@ class _Extremes(torch.autograd.Function):
 
 
 class _Round(torch.autograd.Function):
-    """x' = (clamp(round(x / s + z)) - z) s with the gradients of the module's docstring; z None is 0."""
+    """x' = (nearest(x / s + z) - z) s with the gradients of the module's docstring; z None is 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, rows: RowFormat) -> Tensor:
         codes = x / scale
         if zero is not None:
             codes += zero
-        codes.round_()
-        low, high = convention.int_range(bits)
-        out = codes.clamp(low, high)
-        inside = out == codes
+        out, inside = rows.nearest(codes)
         if zero is not None:
             out -= zero
         out *= scale

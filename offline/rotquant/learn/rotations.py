@@ -19,11 +19,11 @@ from rotquant.learn.initial import generator
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Learner, forward
 from rotquant.models.architecture import Attention
-from rotquant.recipe import Activations, KVCache, Surrogate
+from rotquant.recipe import Surrogate
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
-from rotquant.transforms.householder import mean_to_ones, reflect_rows
 from rotquant.transforms.klt import covariance, equal_variances
+from rotquant_kernels.formats import RowFormat
 
 BATCH = 2048
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
@@ -31,24 +31,20 @@ R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 b
 
 def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
     """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
-    options, rotations = job.recipe.learn.surrogate, job.recipe.rotations
+    options = job.recipe.learn.surrogate
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
     assert job.transforms.r1 is not None
     r1 = job.transforms.r1.rows(eye)
     job.transforms.r1 = None  # rows and weights in the model's own basis
-    if rotations.r1 == "klt":
+    if job.recipe.rotations.r1 == "klt":
         r1 = equal_variances(reading_covariance(job))
-    learns = options is not None and "r1" in options.targets
-    if learns or rotations.mean_to_ones:
-        rows = residual_rows(job, options.rows if options else Surrogate().rows, journal)
-        if options and learns:
-            slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
-            done, total = sum(slot.done for slot in slots), options.steps + options.polish
-            with Progress("R1: step", total, done, short=True) as progress:
-                loops = [Loop(slot, progress.step) for slot in slots]
-                r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations, *loops)
-        if rotations.mean_to_ones:
-            r1 = reflect_rows(r1, mean_to_ones((rows @ r1.float()).double().mean(0)))
+    if options is not None and "r1" in options.targets:
+        rows = residual_rows(job, options.rows, journal)
+        slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
+        done, total = sum(slot.done for slot in slots), options.steps + options.polish
+        with Progress("R1: step", total, done, short=True) as progress:
+            loops = [Loop(slot, progress.step) for slot in slots]
+            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations.rows, *loops)
     job.transforms.r1 = Dense(r1)
     return {"r1": r1}
 
@@ -62,7 +58,7 @@ def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
-            seen = Capture(kind, budget // (2 * arch.layers), len(chain), random)
+            seen = Capture(kind, budget // (2 * arch.layers), len(chain), chain.shape[1], random)
             chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()
@@ -86,7 +82,7 @@ def surrogate(
     rows: Tensor,
     rotation: Tensor,
     options: Surrogate,
-    quantizer: Activations | KVCache,
+    quantizer: RowFormat,
     gradients: Loop = ALONE,
     alternation: Loop = ALONE,
 ) -> Tensor:
@@ -108,41 +104,25 @@ def surrogate(
     moved, _ = orthogonal.learn_rotation(
         batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights, gradients
     )
-    polish = [quantized_target(quantizer)] * options.polish
+    polish = [partial(targets.quantized_target, rows=quantizer)] * options.polish
     return (procrustes.alternate(batches, moved, polish, weights, loop=alternation)[0] if polish else moved).cpu()
 
 
-def clip_of(quantizer: Activations | KVCache) -> float:
-    return quantizer.clip if isinstance(quantizer, Activations) else quantizer.value_clip
-
-
-def quantized_target(quantizer: Activations | KVCache) -> procrustes.Target:
-    return partial(
-        targets.quantized_target, bits=quantizer.bits, symmetric=quantizer.symmetric, clip=clip_of(quantizer)
-    )
-
-
-def procrustes_targets(options: Surrogate, quantizer: Activations | KVCache) -> list[procrustes.Target]:
-    symmetric, quantized = quantizer.symmetric, quantized_target(quantizer)
+def procrustes_targets(options: Surrogate, quantizer: RowFormat) -> list[procrustes.Target]:
+    symmetric, quantized = quantizer.symmetric, partial(targets.quantized_target, rows=quantizer)
     found: dict[str, Callable[[], list[procrustes.Target]]] = {
         "quantization_error": lambda: [quantized] * options.steps,
         "clip": lambda: procrustes.annealed_clip(options.steps, symmetric=symmetric),
         "corner": lambda: [targets.corner_target] * options.steps,
-        "uniform": lambda: [partial(targets.uniform_target, symmetric=symmetric)] * options.steps,
     }
     return found[options.objective]() + [quantized] * options.polish
 
 
-def gradient_objective(options: Surrogate, quantizer: Activations | KVCache) -> orthogonal.Objective:
-    bits, symmetric = quantizer.bits, quantizer.symmetric
+def gradient_objective(options: Surrogate, quantizer: RowFormat) -> orthogonal.Objective:
     found: dict[str, orthogonal.Objective] = {
         "whip": objectives.whip,
         "kurtosis": objectives.kurtosis,
-        "variance": objectives.variance,
-        "gsr": partial(objectives.gsr_loss, bits=bits, symmetric=symmetric),
-        "quantization_error": partial(
-            objectives.quantization_error, bits=bits, symmetric=symmetric, clip=clip_of(quantizer)
-        ),
+        "quantization_error": partial(objectives.quantization_error, rows=quantizer),
     }
     return found[options.objective]
 
@@ -161,7 +141,7 @@ def learn_r2(job: Learner, index: int, values: Tensor, output: Tensor) -> Tensor
         start = output_rotation(output, attention)
     if options is None or "r2" not in options.targets:
         return start
-    quantizer = job.recipe.kv if job.recipe.kv.bits == 4 else job.recipe.activations
+    quantizer = job.recipe.kv.values if job.recipe.kv.bits == 4 else job.recipe.activations.rows
     return torch.stack([surrogate(h.to(job.device), r, options, quantizer) for h, r in zip(heads, start, strict=True)])
 
 

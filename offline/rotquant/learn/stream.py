@@ -9,9 +9,12 @@ from torch import Tensor
 
 from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
+from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.architecture import Experts
 from rotquant.models.decoder import Decoder, Linear, decoders
 from rotquant.models.expert_tensors import each
+from rotquant.models.mixture import inner, route, shared_output
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_r1
 from rotquant.transforms.space import Transforms
@@ -28,8 +31,13 @@ class Learner:
     transforms: Transforms
     dtype: torch.dtype  # of the checkpoint
     seed: int
-    device: str
+    devices: Devices
     tp_max: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is learned lies; the windows are spread over all devices."""
+        return self.devices.first
 
     def decoders(self) -> list[Decoder]:
         return decoders(self.arch, self.tokens.shape[1], self.device)
@@ -51,47 +59,88 @@ class Learner:
         return each(tensors, lambda tensor: tensor.float().to(self.device))
 
 
+ROWS = 4096  # tokens of an expert computed at a time
+
+
 class Capture:
     """Samples of what the sites of a layer see: their inputs, and the values as "v".
 
     Of each window the same tokens at every site: the first, where massive activations live, and others drawn at random.
 
     Args:
-        kind: the layer; rows: tokens to keep of each site, about; windows: in how many windows.
+        kind: the layer; rows: tokens to keep of each site, about; windows: how many, of `steps` tokens each.
     """
 
-    def __init__(self, kind: Layer, rows: int, windows: int, random: torch.Generator) -> None:
-        self.kind, self.per_window, self.random = kind, max(2, rows // windows), random
-        self.first = {(*kind.full_precision.get(site, ()), *linears)[0]: site for site, linears in kind.sites.items()}
-        self.experts = {m.down for m in kind.mlp.gated} if len(kind.mlp.gated) > 1 else set[str]()
-        self.kept: dict[str, list[Tensor]] = {}
+    def __init__(self, kind: Layer, rows: int, windows: int, steps: int, random: torch.Generator) -> None:
+        self.kind, kept = kind, max(2, rows // windows)
+        first = torch.zeros(1, dtype=torch.int64)
+        drawn = (torch.randperm(steps - 1, generator=random)[: kept - 1].sort().values + 1 for _ in range(windows))
+        self.chosen = [torch.cat((first, others)) for others in drawn]
+        self.first = {linears[0]: site for site, linears in kind.sites.items()}
+        self.kept: dict[str, list[Tensor | None]] = {site: [None] * windows for site in (*kind.sites, "v")}
 
-    def watching(self, linear: Linear, steps: int) -> Linear:
-        """The same linears; call anew for each window of `steps` tokens."""
-        chosen = torch.randperm(steps - 1, generator=self.random)[: self.per_window - 1].sort().values + 1
-        chosen = torch.cat((torch.zeros(1, dtype=torch.int64), chosen))
+    def watching(self, linear: Linear, window: int) -> Linear:
+        """The same linears, seen in one window."""
 
         def watched(name: str, x: Tensor) -> Tensor:
             y = linear(name, x)
-            if name in self.experts:  # each sees other tokens: some of every one's
-                self.kept.setdefault("down", []).append(x[: max(1, self.per_window // len(self.experts))].cpu())
-            elif name in self.first:
-                self.kept.setdefault(self.first[name], []).append(x[chosen].cpu())
+            if name in self.first:
+                self.kept[self.first[name]][window] = x[self.chosen[window]].cpu()
             elif name == self.kind.attention.value:
-                self.kept.setdefault("v", []).append(y[chosen].cpu())
+                self.kept["v"][window] = y[self.chosen[window]].cpu()
             return y
 
         return watched
 
     def rows(self, site: str) -> Tensor:
         """The sampled tokens of a site, float32 [n, channels]."""
-        return torch.cat(self.kept[site])
+        return torch.cat([rows for rows in self.kept[site] if rows is not None])
 
 
 @torch.no_grad()
 def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
-    linear = decoder.float_linear(tensors)
-    steps = chain.shape[1]
-    watched = [seen.watching(linear, steps) if seen else linear for _ in chain]
-    return torch.stack([decoder.layer(tensors, h.to(job.device), f).cpu() for h, f in zip(chain, watched, strict=True)])
+    if isinstance(decoder.kind.mlp, Experts):
+        return forward_mixture(job, decoder, decoder.kind.mlp, tensors, chain, seen)
+    devices = job.devices
+    layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
+
+    def layer(on: int, window: int, h: Tensor) -> Tensor:
+        decoder, tensors = layers[on]
+        linear = decoder.float_linear(tensors)
+        return decoder.layer(tensors, h, seen.watching(linear, window) if seen else linear)
+
+    return devices.map(layer, chain, out=torch.empty_like(chain))
+
+
+def forward_mixture(
+    job: Learner, decoder: Decoder, block: Experts, tensors: Tensors, chain: Tensor, seen: Capture | None
+) -> Tensor:
+    """`forward` of a layer with experts: each is made once, for the tokens of all windows."""
+    devices, place = job.devices, job.devices.first
+    copies = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
+
+    def attended(on: int, window: int, h: Tensor) -> Tensor:
+        decoder, tensors = copies[on]
+        linear = decoder.float_linear(tensors)
+        return decoder.behind_attention(tensors, h, seen.watching(linear, window) if seen else linear)
+
+    after = devices.map(attended, chain, out=torch.empty_like(chain))
+    gain, linear = tensors[f"{block.norm}.weight"], decoder.float_linear(tensors)
+    x = devices.map(lambda _, i, h: decoder.norm(h, gain.to(h)), after, out=torch.empty_like(chain))
+    rows = x.flatten(0, 1)
+    routing = route(block, torch.cat([linear(block.router, part.to(place)).cpu() for part in rows.split(ROWS)]))
+    out = torch.zeros_like(rows)
+    for part, written in zip(rows.split(ROWS), out.split(ROWS), strict=True):
+        if (shared := shared_output(block, part.to(place), linear)) is not None:
+            written.copy_(shared)
+    for index, expert in enumerate(block.routed):
+        tokens, shares = routing.of(index)
+        for some, weights in zip(tokens.split(ROWS), shares.split(ROWS), strict=True) if len(tokens) else ():
+            x4 = inner(expert, rows[some].to(place), linear)
+            out.index_add_(0, some, linear(expert.down, x4).cpu() * weights[:, None])
+            if seen:
+                seen.kept["down"].append(x4[: max(1, len(seen.chosen[0]) * len(chain) // block.count)].cpu())
+    if seen:
+        seen.kept["mlp"] = [window[chosen] for window, chosen in zip(x, seen.chosen, strict=True)]
+    return decoder.add(after, out.view(chain.shape))

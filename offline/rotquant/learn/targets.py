@@ -6,22 +6,22 @@ by w is the same as scaling them by sqrt(w).
     quantized    Q(y): DFRot
     clipped      clip(y, m ± κ s): FRTQ's grid-to-sigma ratio, the row's range made smaller
     corner       sign(y) |y| / sqrt(d): the nearest corner of the cube that holds all rows of this norm
-    uniform      the nearest row whose entries are evenly spread: what RUQuant aims at
 
-For the last three with symmetric=True the nearest point is taken in a set that no rotation moves, so each step of
+For the last two with symmetric=True the nearest point is taken in a set that no rotation moves, so each step of
 the alternation can only lower its loss.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, arange, finfo, where
+from torch import Tensor, finfo, where
 
 from rotquant.learn.quantizers import fake_quantize
+from rotquant_kernels.formats import RowFormat
 
 
-def quantized_target(y: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> Tensor:
+def quantized_target(y: Tensor, rows: RowFormat) -> Tensor:
     """Q(y) per token, in y's dtype."""
-    return fake_quantize(y.detach(), bits, symmetric, clip).to(y.dtype)
+    return fake_quantize(y.detach(), rows).to(y.dtype)
 
 
 def clipped_target(y: Tensor, kappa: float, symmetric: bool = True) -> Tensor:
@@ -38,19 +38,6 @@ def corner_target(y: Tensor) -> Tensor:
     """sign(y) |y| / sqrt(d), with sign(0) = 1."""
     size = y.square().mean(-1, keepdim=True).sqrt()
     return where(y < 0, -size, size)
-
-
-def uniform_target(y: Tensor, symmetric: bool = True) -> Tensor:
-    """The row with y's order whose sorted entries are m + s (2 r + 1 - d) sqrt(3 / (d² - 1)), r = 0 .. d - 1.
-
-    m, s as in `clipped_target`; the steps have mean 0 and variance 1, so the row has y's norm. Of all orders y's own
-    is the nearest (rearrangement inequality).
-    """
-    d = y.shape[-1]
-    mean, deviation = _centre(y, symmetric)
-    ranks = y.argsort(dim=-1, stable=True).argsort(dim=-1)
-    steps = (2 * arange(d, device=y.device, dtype=y.dtype) + 1 - d) * (3 / max(d * d - 1, 1)) ** 0.5
-    return mean + deviation * steps[ranks]
 
 
 def _centre(y: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -23,15 +23,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rotquant.checkpoint.source import Source, fetch, save_text
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source, save_text
 from rotquant.common.progress import clock, say
 from rotquant.common.signals import terminated_like_interrupted
 from rotquant.data import DATA
 from rotquant.errors import RotQuantError
 from rotquant.measure.compare_table import Comparison
-from rotquant.measure.evaluate import SEQ_LEN, text_windows
+from rotquant.measure.evaluate import text_windows, window_length
 from rotquant.models import read_architecture
-from rotquant.recipe import Recipe, load_recipe, shipped
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe, shipped
 from rotquant.text import read_text
 
 STOP_SECONDS = 30  # an interrupted run notes what it has done
@@ -71,7 +73,7 @@ def compare(
         RotQuantError: bad input; one line. A recipe that fails later is a failed run instead.
     """
     folder, text = fetch(model), text or DATA / "heldout.txt"
-    scored = {"text": str(text), "tokens": tokens, "seq_len": window_length(folder, seq_len)}
+    scored = {"text": str(text), "tokens": tokens, "seq_len": window_length(read_architecture(folder).config, seq_len)}
     quantize = {"calibration": calibration, "samples": samples, "seq_len": calibration_seq_len, "profile": profile}
     job = {"model": model, **scored, "quantize": quantize}
     planned = plan(job, read_variants(recipes, settings), range(seeds), folder)
@@ -143,15 +145,6 @@ def _read_variant(spec: str, settings: Sequence[str]) -> Variant:
 
 def folder_name(label: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", label).strip("-.")
-
-
-def window_length(folder: Path, seq_len: int | None) -> int:
-    """Tokens of a scored window, as `evaluate` chooses them."""
-    longest = read_architecture(folder).config.max_position_embeddings
-    length = seq_len or min(SEQ_LEN, longest - 1)
-    if not 2 <= length < longest:
-        raise RotQuantError(f"--seq-len {length}: must be at least 2 and below the model's {longest} positions")
-    return length
 
 
 def plan(job: dict[str, Any], variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> list[Planned]:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.loading import load
-from rotquant.checkpoint.source import fetch, save_text
+from rotquant.checkpoint.source import save_text
 from rotquant.common.progress import Progress, peak_memory
 from rotquant.common.signals import ctrl_c_remembered
 from rotquant.errors import RotQuantError

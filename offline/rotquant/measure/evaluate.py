@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rotquant.checkpoint.format import claims
+from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.original import load_transformers
-from rotquant.checkpoint.source import fetch
 from rotquant.common.json_files import short
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
@@ -88,10 +88,7 @@ def evaluate(
     """
     folder = fetch(model)
     config = read_config(folder)
-    longest = getattr(config, "max_position_embeddings", None) or SEQ_LEN + 1
-    length = seq_len or min(SEQ_LEN, longest - 1)
-    if not 2 <= length < longest:  # vLLM adds one token to a prompt
-        raise RotQuantError(f"--seq-len {length}: must be at least 2 and below the model's {longest} positions")
+    length = window_length(config, seq_len)
     batch = text_windows(text, folder, length, tokens)
     started = time.monotonic()
     with Progress(f"{engine}: window", len(batch)) as progress:
@@ -104,6 +101,22 @@ def evaluate(
     nll = losses.double().mean().item()
     seconds = round(time.monotonic() - started, 2)
     return Score(model, engine, safe_exp(nll), nll, losses.numel(), len(batch), length, seconds)
+
+
+def window_length(config: PreTrainedConfig, seq_len: int | None, default: int = SEQ_LEN, spare: int = 1) -> int:
+    """Tokens of a window: `seq_len`, or the default where the model takes that many.
+
+    Args:
+        spare: positions that stay free; vLLM adds one token to a prompt.
+    Raises:
+        RotQuantError: more than the model takes.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or default + spare
+    length = seq_len or min(default, longest - spare)
+    if not 2 <= length <= longest - spare:
+        most = f"{longest - spare}, as the model has {longest} positions"
+        raise RotQuantError(f"--seq-len {length}: must be from 2 to {most}")
+    return length
 
 
 def torch_losses(folder: Path, batch: Tensor, step: Step | None = None) -> Tensor:

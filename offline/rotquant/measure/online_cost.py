@@ -1,14 +1,6 @@
 """What the online transforms of a checkpoint cost for one token, in multiply-adds.
 
-A transform of rows of K numbers (`rotquant_kernels.online`; an addition counts as one multiply-add):
-
-    hadamard     K log2(block)                      fast Walsh-Hadamard
-    dense        K block
-    kronecker    K (K / block + block)              Pᵀ X Q
-    reflection   2 K                                a dot product and an update
-    shift        K
-    permutation  0                                  moves only
-
+Each kind of transform (`rotquant_kernels.stages`) knows its own; an addition counts as one multiply-add.
 R3 transforms the queries and keys of a layer: a hadamard of head_dim on (heads + kv_heads) head_dim numbers.
 A transform is counted once where one linear is served for several projections of the same input (q, k and v;
 gate and up). The quantized GEMMs of the decoder layers take the sum of N K multiply-adds. Of a mixture of experts as
@@ -24,8 +16,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat
-from rotquant.errors import RotQuantError
 from rotquant.models import describe, read_config
+from rotquant_kernels.stages import KINDS
 
 Stage: TypeAlias = tuple[str, int, int]  # kind, block, K
 
@@ -43,27 +35,8 @@ def multiply_adds(stages: Iterable[Stage]) -> int:
 
     Args:
         stages: (kind, block, K) of each.
-    Raises:
-        RotQuantError: a kind whose cost is not known here.
     """
-    return sum(_stage_cost(*stage) for stage in stages)
-
-
-def _stage_cost(kind: str, block: int, width: int) -> int:
-    match kind:
-        case "none" | "permutation":
-            return 0
-        case "hadamard":
-            return width * (block.bit_length() - 1)
-        case "dense":
-            return width * block
-        case "kronecker":
-            return width * (width // block + block)
-        case "reflection":
-            return 2 * width
-        case "shift":
-            return width
-    raise RotQuantError(f"online transform {kind!r}: its cost is not known")
+    return sum(KINDS[kind].cost(block, width) for kind, block, width in stages)
 
 
 def online_cost(folder: Path) -> OnlineCost:
@@ -74,7 +47,7 @@ def online_cost(folder: Path) -> OnlineCost:
     """
     config = read_config(folder)
     arch = describe(config, f"{folder}/config.json")
-    checkpoint = CheckpointFormat(config.quantization_config, getattr(config, "rotquant", {}), arch.head_dim)
+    checkpoint = CheckpointFormat.of(config)
     served: dict[tuple[str, tuple[Stage, ...]], Fraction] = {}
     gemm = total = Fraction(0)
     for index, kind in enumerate(arch.kinds):

@@ -4,7 +4,7 @@ architecture    the data types                     registry    the families, one
 decoder         how a layer computes               reading     config.json -> architecture; transformers' own model
 """
 
-from rotquant.models.architecture import Architecture, Layer, Names, Tensors
+from rotquant.models.architecture import Architecture, Layer, Names, Tensors, head_size
 from rotquant.models.reading import (
     describe,
     expected_shapes,
@@ -22,6 +22,7 @@ __all__ = [
     "Tensors",
     "describe",
     "expected_shapes",
+    "head_size",
     "is_known",
     "read_architecture",
     "read_config",

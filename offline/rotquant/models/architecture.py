@@ -31,6 +31,11 @@ Shape = tuple[int, int]  # outputs, inputs of a linear
 BY_OUTPUT = ("weight", "bias", "shift", "lora_B")  # tensors of a linear that have a row for each output (see `fold`)
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Channels of an attention head, by config.json."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @dataclass(frozen=True)
 class PositionScale:
     """Queries at position p are multiplied by 1 + beta log(1 + floor(p / period)), behind RoPE."""

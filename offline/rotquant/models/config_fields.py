@@ -155,7 +155,7 @@ def check_fields(where: str, raw: Fields) -> None:
             if expected := known.fields[name](value):
                 raise RotQuantError(f"{where}: {name} is {short(repr(value), 60)}, expected is {expected}")
         elif name in OFF:
-            _refuse_off(where, name, raw)
+            check_off(where, name, raw)
         elif name not in KNOWN and name not in HARMLESS | known.harmless and name not in ROPE_FIELDS:
             raise RotQuantError(
                 f"{where}: {short(name, 60)} is a field that rotquant does not know, and it may change what the model"
@@ -179,8 +179,8 @@ def check_architecture(where: str, raw: Fields) -> Known:
     return known
 
 
-def _refuse_off(where: str, name: str, raw: Fields) -> None:
-    """Refuses any but the values that change nothing; 1 and 1.0 are one value, 1 and True are not."""
+def check_off(where: str, name: str, raw: Fields) -> None:
+    """Refuses a field of `OFF` but for the values that change nothing; 1 and 1.0 are one value, 1 and True are not."""
     accepted, otherwise = OFF[name]
     value = raw[name]
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):

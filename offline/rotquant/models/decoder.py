@@ -14,19 +14,18 @@ Shapes: h [..., T, hidden], the last T tokens of each sequence; x2 [..., T, head
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotquant.checkpoint.format import KVFormat
 from rotquant.models.architecture import Architecture, Experts, Layer, PositionScale, Tensors
 from rotquant.models.mixture import inner, mixture
 from rotquant.models.reading import rotary
-from rotquant.transforms.space import LayerTransforms
-from rotquant_kernels import convention, reference
+from rotquant_kernels import Stage, reference
+from rotquant_kernels.formats import KVFormat
 
 Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
@@ -50,6 +49,10 @@ class Decoder:
     kind: Layer
     cos: Tensor
     sin: Tensor
+
+    def on(self, device: torch.device) -> Decoder:
+        """The same on another device."""
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def norm(self, x: Tensor, gain: Tensor) -> Tensor:
         return rms_norm(x, gain, self.kind.eps)
@@ -121,20 +124,24 @@ class Decoder:
         """The residual stream after a block has written to it."""
         return h + written * self.kind.residual
 
+    def behind_attention(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """The residual stream in front of the MLP's norm."""
+        attention = self.kind.attention
+        x2 = self.attention(tensors, self.norm(h, tensors[f"{attention.norm}.weight"]), linear, cache)
+        return self.add(h, linear(attention.output, x2))
+
     def layer(
         self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None, chosen: Tensor | None = None
     ) -> Tensor:
         """The whole layer, h to h'; chosen: as in `mlp`."""
-        attention, mlp = self.kind.attention, self.kind.mlp
-        x2 = self.attention(tensors, self.norm(h, tensors[f"{attention.norm}.weight"]), linear, cache)
-        h = self.add(h, linear(attention.output, x2))
-        return self.add(h, self.mlp(self.norm(h, tensors[f"{mlp.norm}.weight"]), linear, chosen))
+        h = self.behind_attention(tensors, h, linear, cache)
+        return self.add(h, self.mlp(self.norm(h, tensors[f"{self.kind.mlp.norm}.weight"]), linear, chosen))
 
-    def float_linear(self, tensors: Tensors, transforms: LayerTransforms | None = None) -> Linear:
-        """Linears in the precision of the tensors, behind the online stages of the layer."""
+    def float_linear(self, tensors: Tensors, stages: Mapping[str, list[Stage]] | None = None) -> Linear:
+        """Linears in the precision of the tensors, behind the online stages of each site."""
 
         def linear(name: str, x: Tensor) -> Tensor:
-            for stage in transforms.inputs.get(self.kind.site_of.get(name, ""), []) if transforms else ():
+            for stage in stages.get(self.kind.site_of.get(name, ""), []) if stages else ():
                 x = reference.online_stage(x, *stage)
             return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
 
@@ -151,7 +158,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return mixed.transpose(1, 2).reshape(query.shape)
 
 
-def decoders(arch: Architecture, positions: int, device: str = "cpu") -> list[Decoder]:
+def decoders(arch: Architecture, positions: int, device: torch.device | str = "cpu") -> list[Decoder]:
     """The decoder of each layer, for sequences of at most `positions` tokens."""
     cos, sin = (table[0].to(device) for table in rotary(arch.config, positions) or (torch.zeros(1, positions, 0),) * 2)
     return [Decoder(kind, cos, sin) for kind in arch.kinds]
@@ -169,12 +176,11 @@ def bias_of(tensors: Tensors, linear: str) -> Tensor | None:
 
 
 def kv4_cache(kv: KVFormat) -> Cache:
-    """A 4-bit cache by the numeric convention."""
+    """A 4-bit cache by its format."""
 
     def cache(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if kv.rotate:
             query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
-        key = convention.kv_fake_quantize(key, kv.symmetric, kv.k_clip)
-        return query, key, convention.kv_fake_quantize(value, kv.symmetric, kv.v_clip)
+        return query, kv.key.fake_quantize(key), kv.value.fake_quantize(value)
 
     return cache

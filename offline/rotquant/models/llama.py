@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rotquant.models.architecture import Architecture, Attention, Family, GatedMLP, Layer
+from rotquant.models.architecture import Architecture, Attention, Family, GatedMLP, Layer, head_size
 from rotquant.models.config_rules import Known
 
 
 def attention(config: PreTrainedConfig, **differences: Any) -> Attention:
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = head_size(config)
     plain = Attention(
         module="self_attn",
         norm="input_layernorm",

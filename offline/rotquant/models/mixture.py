@@ -38,6 +38,11 @@ def route(block: Experts, logits: Tensor, chosen: Tensor | None = None) -> Routi
     return Routing(chosen, weights / weights.sum(-1, keepdim=True) if block.normed else weights)
 
 
+def agreement(one: Tensor, other: Tensor) -> float:
+    """The share of the experts [T, top_k] that one router chooses which are among those of another."""
+    return (one[:, :, None] == other[:, None, :]).any(-1).double().mean().item()
+
+
 def inner(mlp: GatedMLP, x: Tensor, linear: Linear) -> Tensor:
     """act(gate x) up x, the input of a gated MLP's last linear."""
     gated: Tensor = ACT2FN[mlp.activation](linear(mlp.gate, x))

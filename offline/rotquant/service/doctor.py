@@ -20,7 +20,11 @@ from typing import Any
 
 PACKAGES = ("rotquant", "torch", "transformers", "compressed-tensors", "safetensors", "vllm")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
-CUDA_ONLY = ("torchvision", "torchaudio")  # vLLM's CPU build pulls them in; beside a CPU torch they break it
+CUDA_ONLY = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # vLLM's CPU build pulls them in; beside a CPU torch they break it
 LEAST_GB = 2.0
 
 
@@ -81,7 +85,7 @@ def _versions(report: Report) -> dict[str, str]:
     facts = {"python": f"{platform.python_version()} ({sys.executable})", "system": platform.platform()}
     for package in PACKAGES:
         facts[package] = version_of(package) or "not installed"
-    for module in ("torch", "transformers", "compressed_tensors", "rotquant.format"):
+    for module in ("torch", "transformers", "compressed_tensors", "rotquant.checkpoint.format"):
         reason = _import_error(module)
         if reason:
             report.problem(f"`import {module}` fails: {reason}", "pip install --force-reinstall rotquant")
@@ -162,20 +166,22 @@ def _vllm_platform(report: Report) -> str:
 
 
 def _plugin(report: Report) -> str:
-    from vllm_rotquant import unsupported_vllm, vllm_requirement
-
+    """The plugin as vLLM finds it, by its entry point; asked whether it runs in this vLLM."""
     found = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "rotquant"]
     if not found:
         report.problem("vLLM does not know the rotquant plugin", "install the project: pip install rotquant")
         return "not registered"
+    mend = "reinstall rotquant"
     try:
         found[0].load()
-        reason = unsupported_vllm()
+        plugin: Any = import_module(found[0].module)
+        reason = plugin.unsupported_vllm()
+        mend = f'pip install "{plugin.vllm_requirement()}", then reinstall rotquant'
     except Exception as error:  # whatever it is, vLLM would only log it and go on without the plugin
         reason = f"the plugin does not load: {type(error).__name__}: {' '.join(str(error).split())}"
     allowed = os.environ.get("VLLM_PLUGINS")
     if reason:
-        report.problem(reason, f'pip install "{vllm_requirement()}", then reinstall rotquant')
+        report.problem(reason, mend)
     if allowed is not None and "rotquant" not in allowed.split(","):
         report.problem(
             f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading rotquant", "unset VLLM_PLUGINS, or add rotquant to it"

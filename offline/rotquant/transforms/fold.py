@@ -41,12 +41,11 @@ from torch import Tensor
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.architecture import Attention
 from rotquant.models.expert_tensors import by_expert, each
-from rotquant.transforms import kronecker
-from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
-from rotquant_kernels import Stage, reference
+from rotquant_kernels import KINDS, Stage
 
 Change = Callable[[Tensor], Tensor]
+VOCABULARY_ROWS = 8192  # of embeddings or lm_head, to be folded at a time: float64 is large
 
 
 class Fold:
@@ -208,26 +207,11 @@ def fold_order(out: Tensors, order: Tensor, kind: Layer) -> None:
 
 
 def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:
-    """W' = W T⁻ᵀ for each stage in turn; a shift leaves W and adds to the output."""
+    """W' = W T⁻ᵀ for each stage in turn; what affine ones take from the output is added up in `<linear>.shift`."""
     weight = out[f"{linear}.weight"]
     for stage in stages:
-        if stage.kind == "shift":
-            assert stage.tensor is not None
-            moved = weight @ stage.tensor.to(weight)
+        kind = KINDS[stage.kind]
+        if (moved := kind.moved(weight, stage)) is not None:
             out[f"{linear}.shift"] = out.get(f"{linear}.shift", 0) + moved
-        elif stage.kind == "hadamard":  # symmetric and orthogonal
-            weight = hadamard_rows(weight, stage.block)
-        else:
-            weight = reference.stage_rows(weight, *inverse_transposed(stage, weight))
+        weight = kind.weights(weight, stage)
     out[f"{linear}.weight"] = weight
-
-
-def inverse_transposed(stage: Stage, weight: Tensor) -> Stage:
-    """The stage of T⁻ᵀ, T the matrix of a stage, in weight's dtype; T itself where it is orthogonal."""
-    if stage.kind not in ("dense", "kronecker"):
-        return stage
-    assert stage.tensor is not None
-    stage = stage._replace(tensor=stage.tensor.to(weight))
-    if stage.kind == "kronecker":
-        return kronecker.inverse_transposed(stage)
-    return stage._replace(tensor=torch.linalg.inv(stage.tensor).mT)

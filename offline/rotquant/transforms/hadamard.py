@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from rotquant.transforms.williamson import williamson
-from rotquant_kernels.reference import hadamard as power_of_two_rows
-
-CACHED = 1 << 19  # numbers rotated at a time: a vocabulary in float64 is far larger than the processor's cache
-
-
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
+from rotquant_kernels.stages.hadamard import inner, products, sylvester
 
 
 def power_of_two_factor(n: int) -> int:
@@ -84,21 +78,8 @@ def largest_order(n: int) -> int:
 
 
 def hadamard_rows(x: Tensor, order: int) -> Tensor:
-    """x (I ⊗ H / sqrt(order)) along the last dimension; H = H_a ⊗ H_b of `factors`.
-
-    With x cut into a x b matrices X, x (H_a ⊗ H_b) is H_aᵀ X H_b: two dense products, several times as fast as
-    butterflies, which read and write all of x log2(order) times.
-    """
-    left, right = (matrix.to(x) for matrix in factors(order))
-    rows = x.reshape(-1, x.shape[-1])
-    some = max(1, CACHED // x.shape[-1])
-    return torch.cat([_product(part, left, right) for part in rows.split(some)]).view(x.shape)
-
-
-def _product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """x (I ⊗ left ⊗ right) for x [n, K]."""
-    blocks = (x.reshape(-1, len(right)) @ right).view(-1, len(left), len(right))
-    return (blocks.mT @ left).mT.reshape(x.shape)
+    """x (I ⊗ H / sqrt(order)) along the last dimension; H = H_a ⊗ H_b of `factors`."""
+    return products(x, *(matrix.to(x) for matrix in factors(order)))
 
 
 @functools.cache
@@ -107,14 +88,10 @@ def factors(order: int) -> tuple[Tensor, Tensor]:
     parts = split_order(order)
     assert parts is not None, f"no Hadamard matrix of order {order}"
     m, p = parts
-    b = min((1 << k for k in range(p.bit_length())), key=lambda b: order // b + b)
+    b = inner(order, p)
     matrix = base(m) if m > 1 else torch.ones(1, 1, dtype=torch.float64)
     assert matrix is not None
-    return torch.kron(matrix / m**0.5, _sylvester(p // b)), _sylvester(b)
-
-
-def _sylvester(n: int) -> Tensor:
-    return power_of_two_rows(torch.eye(n, dtype=torch.float64), n)
+    return torch.kron(matrix / m**0.5, sylvester(p // b)), sylvester(b)
 
 
 class RandomHadamard:

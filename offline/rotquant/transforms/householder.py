@@ -4,11 +4,6 @@
 
 for |a/|a| - b/|b||² = 2 (a/|a|) (a/|a| - b/|b|)ᵀ. Where a and b have one direction, any v at right angles to it
 leaves both as they are. A reflection costs two multiplications a channel online, and nothing when folded.
-
-Mean to ones: activations share a mean m over tokens. S from `mean_to_ones(m)` sends it to |m| / sqrt(d) (1 .. 1):
-a number that all channels of a token have in common, which an asymmetric quantizer's zero point takes away. Folded
-behind R1 (R1' = R1 S) this is a bias correction at no cost. Where the channels are scaled after it (norm gains that
-stay outside), the constant is lost.
 """
 
 from __future__ import annotations
@@ -41,11 +36,6 @@ def reflection(source: Tensor, target: Tensor) -> Tensor:
     across[a.abs().argmin()] = 1
     across -= (across @ a) * a
     return across / across.norm()
-
-
-def mean_to_ones(mean: Tensor) -> Tensor:
-    """v float64 [d] of the reflection that sends the direction of `mean` [d] to (1 .. 1) / sqrt(d)."""
-    return reflection(mean, torch.ones_like(mean))
 
 
 def reflect_rows(x: Tensor, v: Tensor) -> Tensor:

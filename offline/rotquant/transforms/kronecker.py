@@ -3,7 +3,7 @@
 x A = vec(Pᵀ X Q),  X = x as a matrix [a, b]        a + b multiplications a channel in place of a b
 A⁻ᵀ = P⁻ᵀ ⊗ Q⁻ᵀ,   y = x Wᵀ = (x A) (W A⁻ᵀ)ᵀ        for any invertible A; A⁻ᵀ = A where it is orthogonal
 
-A runs online as the stage `kronecker` of `rotquant_kernels.online`, block b, whose tensor holds P then Q.
+A runs online as the stage `kronecker` of `rotquant_kernels.stages`, block b.
 """
 
 from __future__ import annotations
@@ -23,17 +23,3 @@ def factor_pair(n: int) -> tuple[int, int]:
 def stage(left: Tensor, right: Tensor) -> Stage:
     """The stage of P ⊗ Q, float [a, a] and [b, b]."""
     return Stage("kronecker", len(right), torch.cat((left.flatten(), right.flatten())))
-
-
-def factors(made: Stage) -> tuple[Tensor, Tensor]:
-    """P and Q of a stage."""
-    assert made.tensor is not None
-    inner = made.block**2
-    left, right = made.tensor[:-inner], made.tensor[-inner:]
-    outer = round(len(left) ** 0.5)
-    return left.view(outer, outer), right.view(made.block, made.block)
-
-
-def inverse_transposed(made: Stage) -> Stage:
-    """The stage of A⁻ᵀ."""
-    return stage(*(torch.linalg.inv(m).mT for m in factors(made)))

@@ -1,7 +1,7 @@
 """The design space: every transform that a recipe may choose or learn for a model.
 
 A method is a point in this space: which of these are there, and how their values are found (`learn`).
-`fold` puts them into the weights; what cannot be folded runs online, as stages of `rotquant_kernels.online`.
+`fold` puts them into the weights; what cannot be folded runs online, as stages (`rotquant_kernels.stages`).
 
     R1             residual stream; orthogonal [hidden, hidden], one for the model
     R2             values, one for each KV head; orthogonal [kv_heads, d, d], folded into the value and output linears

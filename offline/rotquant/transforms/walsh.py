@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
+from rotquant.common.numbers import is_power_of_two
 from rotquant.errors import RotQuantError
-from rotquant.transforms.hadamard import is_power_of_two
 from rotquant_kernels.reference import hadamard
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from rotquant.models import Tensors
 from rotquant.models.architecture import Experts, GatedMLP
 from rotquant.models.expert_tensors import ExpertTensors
-from rotquant.models.mixture import Routing, inner, route, shared_output
+from rotquant.models.mixture import Routing, agreement, inner, route, shared_output
 from rotquant.weights.layerwise import LayerQuantizer
 
 ROWS = 2048  # tokens of an expert computed at a time
@@ -74,33 +75,29 @@ class ExpertsQuantizer(LayerQuantizer):
 
     def _exact(self, weights: Tensors, h: Tensor) -> Tensor:
         """The full-precision window after the layer; of a mixture what its experts add is still to come."""
-        tensors = {n: t.float() for n, t in self.tensors.items()} | {f"{n}.weight": w for n, w in weights.items()}
-        linear, attention, norm = self.decoder.float_linear(tensors, self.layer), self.kind.attention, self.decoder.norm
-        h = h.to(self.device)
+        served = self.served[0]
+        tensors = {n: t.float() for n, t in served.tensors.items()} | {f"{n}.weight": w for n, w in weights.items()}
+        linear, decoder, h = served.decoder.float_linear(tensors, served.stages), served.decoder, h.to(self.device)
         if not isinstance(self.kind.mlp, Experts):
-            return self.decoder.layer(tensors, h, linear).cpu()
-        x2 = self.decoder.attention(tensors, norm(h, tensors[f"{attention.norm}.weight"]), linear)
-        h = self.decoder.add(h, linear(attention.output, x2))
-        x3 = norm(h, tensors[f"{self.kind.mlp.norm}.weight"]).flatten(0, 1)
+            return decoder.layer(tensors, h, linear).cpu()
+        h = decoder.behind_attention(tensors, h, linear)
+        x3 = decoder.norm(h, tensors[f"{self.kind.mlp.norm}.weight"]).flatten(0, 1)
         self.exact_x3, self.exact_routing = x3, route(self.kind.mlp, linear(self.kind.mlp.router, x3))
         shared = shared_output(self.kind.mlp, x3, linear)
-        return (h if shared is None else self.decoder.add(h, shared.view(h.shape))).cpu()
+        return (h if shared is None else decoder.add(h, shared.view(h.shape))).cpu()
 
     # ---- one layer's experts ------------------------------------------------------------------------------------
 
-    def _mlp(self, weights: Tensors, after: Tensor) -> Tensor:
-        block = self.kind.mlp
+    def _mlp(self, weights: Tensors, chain: Tensor) -> Tensor:
+        block, served = self.kind.mlp, self.served[0]
         if not isinstance(block, Experts):
-            return super()._mlp(weights, after)
+            return super()._mlp(weights, chain)
         assert self.report is not None
-        gain = self.tensors[f"{block.norm}.weight"]
-        self.hidden = after.flatten(0, 1)
-        self.gain = gain
+        self.hidden = chain.flatten(0, 1)
+        self.token_weights = None if self.importance is None else self.importance.flatten()
         routing = self._routing(block)
         if self.exact is not None:
-            window = after.shape[1]
-            same = (routing.chosen[:window, :, None] == self.exact_routing.chosen.cpu()[:, None, :]).any(-1)
-            self.report.agreement = same.float().mean().item()
+            self.report.agreement = agreement(self.exact_routing.chosen.cpu(), routing.chosen[: chain.shape[1]])
         out = self._shared(block, weights)
         total = None if self.exact is None else torch.zeros_like(self.exact_x3)
         for index, mlp in enumerate(block.routed):
@@ -108,18 +105,18 @@ class ExpertsQuantizer(LayerQuantizer):
             own = self._expert(index, mlp)
             if total is not None:
                 self._add_exact(own, index, mlp, total)
-            x4 = self._quantize_expert(index, mlp, own, tokens, share)
-            parts = zip(tokens.split(ROWS), share.split(ROWS), x4[: len(tokens)].split(ROWS), strict=True)
-            for some, weights_of, rows in parts if len(tokens) else ():
-                y = self.linear(mlp.down, rows.to(self.device)).float().cpu()
-                out.index_add_(0, some, y * weights_of[:, None])
+            x4 = self._quantize_expert(index, mlp, own, tokens, share)[: len(tokens)]
+            parts = zip(tokens.split(ROWS), share.split(ROWS), x4.split(ROWS), strict=True)
+            for some, weight, rows in parts if len(tokens) else ():
+                y = served.linear(mlp.down, rows.to(self.device)).float().cpu()
+                out.index_add_(0, some, y * weight[:, None])
         if self.exact is not None and total is not None:
-            self.exact = self.decoder.add(self.exact, total.cpu().view(self.exact.shape))
+            self.exact = served.decoder.add(self.exact, total.cpu().view(self.exact.shape))
             del self.exact_x3, self.exact_routing
         for rows, written in zip(self.hidden.split(ROWS), out.split(ROWS), strict=True):
-            rows.copy_(self.decoder.add(rows, written.to(rows.dtype)))
+            rows.copy_(served.decoder.add(rows, written.to(rows.dtype)))
         del self.hidden
-        return after
+        return chain
 
     def _expert(self, index: int, mlp: GatedMLP) -> Tensors:
         """An expert's weights by linear, float32."""
@@ -129,27 +126,25 @@ class ExpertsQuantizer(LayerQuantizer):
 
     def _routing(self, block: Experts) -> Routing:
         """Of all tokens of the calibration text; on the CPU."""
-        parts = [
-            route(block, self.linear(block.router, rows)) for _, rows in self._rows(torch.arange(len(self.hidden)))
-        ]
+        every = torch.arange(len(self.hidden))
+        parts = [route(block, self.served[0].linear(block.router, rows)) for _, rows in self._inputs(every)]
         return Routing(torch.cat([p.chosen.cpu() for p in parts]), torch.cat([p.weights.cpu() for p in parts]))
 
-    def _rows(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _inputs(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The block's input of these tokens, some at a time: which, and [n, hidden]."""
         for start in range(0, len(tokens), ROWS):
             part = slice(start, start + ROWS)
-            yield part, self.decoder.norm(self.hidden[tokens[part]].to(self.device), self.gain)
+            yield part, self.served[0].normed(self.kind.mlp.norm, self.hidden[tokens[part]].to(self.device))
 
     def _shared(self, block: Experts, weights: Tensors) -> Tensor:
         """What the shared expert adds, quantized here; float32 [N, hidden], zeros where there is none."""
         out = torch.zeros(self.hidden.shape)
         if block.shared is None:
             return out
-        every, shared = torch.arange(len(self.hidden)), block.shared
-        weigh = None if self.importance is None else torch.cat([w.cpu() for w in self.importance])
-        self._linears(shared, weights, every, weigh)
-        for part, rows in self._rows(every):
-            found = shared_output(block, rows, self.linear)
+        every = torch.arange(len(self.hidden))
+        self._linears(block.shared, weights, every, self.token_weights)
+        for part, rows in self._inputs(every):
+            found = shared_output(block, rows, self.served[0].linear)
             assert found is not None
             out[part] = found.float().cpu()
         return out
@@ -165,8 +160,8 @@ class ExpertsQuantizer(LayerQuantizer):
             typical = weights.mean().item() if len(tokens) else 1.0
             made_up = torch.full((len(others),), typical * (inputs - len(tokens)) / len(others))
             tokens, weights = torch.cat((tokens, others)), torch.cat((weights, made_up))
-        if self.importance is not None:
-            weights = weights * torch.cat([w.cpu() for w in self.importance])[tokens]
+        if self.token_weights is not None:
+            weights = weights * self.token_weights[tokens]
         x4 = self._linears(mlp, own, tokens, weights)
         self._note_error()
         return x4
@@ -177,13 +172,23 @@ class ExpertsQuantizer(LayerQuantizer):
         Returns:
             what its last linear reads, [n, width] on the CPU.
         """
-        parts = None if weights is None else [w.to(self.device) for w in weights.split(ROWS)]
-        self._step(own, "mlp", (rows for _, rows in self._rows(tokens)), (mlp.gate, mlp.up), parts)
+        self._from_rows(own, "mlp", (mlp.gate, mlp.up), (rows for _, rows in self._inputs(tokens)), weights)
         x4 = torch.empty(len(tokens), mlp.width, dtype=self.dtype)
-        for part, rows in self._rows(tokens):
-            x4[part] = inner(mlp, rows, self.linear).cpu()
-        self._step(own, "down", (rows.to(self.device) for rows in x4.split(ROWS)), (mlp.down,), parts)
+        for part, rows in self._inputs(tokens):
+            x4[part] = inner(mlp, rows, self.served[0].linear).cpu()
+        self._from_rows(own, "down", (mlp.down,), (rows.to(self.device) for rows in x4.split(ROWS)), weights)
         return x4
+
+    def _from_rows(
+        self, own: Tensors, site: str, names: tuple[str, ...], rows: Iterator[Tensor], weights: Tensor | None
+    ) -> None:
+        """Quantizes linears that share these inputs, ROWS of them at a time, with a weight for each."""
+        if not self.recipe.weights.needs_inputs:
+            self._without_inputs({name: own.pop(name) for name in names})
+            return
+        parts = repeat(()) if weights is None else ((part.to(self.device),) for part in weights.split(ROWS))
+        share = ((i, (x, *weight)) for i, (x, weight) in enumerate(zip(rows, parts, strict=False)))
+        self._round(own, names, *self._means(*self._sums(self.served[0], site, "", share), len(self.hidden)))
 
     def _note_error(self) -> None:
         assert self.report is not None
@@ -192,5 +197,6 @@ class ExpertsQuantizer(LayerQuantizer):
     def _add_exact(self, own: Tensors, index: int, mlp: GatedMLP, total: Tensor) -> None:
         """Adds what the expert does for the tokens of the full-precision window."""
         tokens, share = self.exact_routing.of(index)
-        linear = self.decoder.float_linear({f"{n}.weight": w for n, w in own.items()}, self.layer)
+        served = self.served[0]
+        linear = served.decoder.float_linear({f"{n}.weight": w for n, w in own.items()}, served.stages)
         total.index_add_(0, tokens, linear(mlp.down, inner(mlp, self.exact_x3[tokens], linear)) * share[:, None])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
-from rotquant_kernels import convention
+from rotquant_kernels.formats import WeightFormat
 
 BLOCK = 64
 
@@ -45,7 +45,7 @@ def columns(hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> C
     return Columns(order, dead, inverse_factor(hessian[order][:, order], damping))
 
 
-def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Tensor:
+def quantize(weight: Tensor, scale: Tensor, prepared: Columns, form: WeightFormat) -> Tensor:
     """Codes of a weight matrix.
 
     Args:
@@ -55,7 +55,6 @@ def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Ten
     """
     order, dead, upper = prepared
     size = weight.shape[1]
-    low, high = convention.int_range(bits)
     rest = weight.float().masked_fill(dead, 0).mT[order].contiguous()  # transposed: a column is contiguous
     scales = scale.mT.repeat_interleave(size // scale.shape[1], dim=0)[order].contiguous()
     codes = torch.empty_like(rest)
@@ -64,7 +63,7 @@ def quantize(weight: Tensor, scale: Tensor, prepared: Columns, bits: int) -> Ten
         block, corner = rest[start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
         for j, (column, s) in enumerate(zip(block, scales[start:end], strict=True)):
-            q = torch.div(column, s, out=codes[start + j]).round_().clamp_(low, high)
+            q = form.rows.snap_(torch.div(column, s, out=codes[start + j]))
             torch.addcmul(column, q, s, value=-1, out=errors[j]).div_(corner[j, j])
             block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
         rest[end:].addmm_(upper[start:end, end:].mT, errors, alpha=-1)

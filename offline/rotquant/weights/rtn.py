@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention
+from rotquant_kernels.formats import WeightFormat
 
 EXPONENT = 2.4
 STEP, COARSE = 0.02, 3  # of the ratios; coarse steps are COARSE times as long
@@ -21,29 +21,28 @@ CACHED = 1 << 17  # weights searched at a time, so that the steps of a trial sta
 
 
 def weight_scale(
-    weight: Tensor, bits: int, group_size: int, clip_search: bool, dtype: torch.dtype, clip: Tensor | None = None
+    weight: Tensor, form: WeightFormat, dtype: torch.dtype, *, clip_search: bool = False, clip: Tensor | None = None
 ) -> Tensor:
     """Scales of a weight matrix.
 
     Args:
         weight: float [N, K].
-        group_size: inputs that share a scale; 0 for the whole row.
         dtype: in which the checkpoint stores scales; they are rounded to it here, before any code is made.
         clip: known ratios [N, G], which take the search's place.
     Returns:
         float32 [N, G].
     """
-    groups = grouped(weight.float(), group_size)
-    scale = convention.qparams(groups, bits, symmetric=True)[0]
+    groups = form.grouped(weight.float())
+    scale = form.scale(groups)
     if clip is not None:
         return stored(scale.squeeze(-1) * clip.to(scale), dtype)
     if not clip_search:
         return stored(scale, dtype).squeeze(-1)
     rows = max(1, CACHED // weight.shape[1])
-    return torch.cat([searched(part, bits, dtype) for part in groups.split(rows)]).squeeze(-1)
+    return torch.cat([searched(part, form, dtype) for part in groups.split(rows)]).squeeze(-1)
 
 
-def searched(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def searched(groups: Tensor, form: WeightFormat, dtype: torch.dtype) -> Tensor:
     """A scale [n, G, 1] of least Σ |error|^EXPONENT for each group of [n, G, K / G]; ratios 0.22, 0.24 ... 1."""
     peak = groups.abs().amax(-1, keepdim=True)  # all that a scale depends on
     least, best = torch.full_like(peak, float("inf")), torch.ones_like(peak)
@@ -51,7 +50,7 @@ def searched(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     def attempt(ratio: Tensor) -> bool:
         """Whether some group gained."""
         nonlocal least, best
-        loss = clipping_loss(groups, clipped(peak, bits, ratio, dtype), bits)
+        loss = clipping_loss(groups, clipped(peak, form, ratio, dtype), form)
         gains = loss < least
         least, best = torch.where(gains, loss, least), torch.where(gains, ratio, best)
         return bool(gains.any())
@@ -65,17 +64,17 @@ def searched(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     for step in range(1 - COARSE, COARSE):
         if step:
             attempt((centre + STEP * step).clamp(max=1))
-    return clipped(peak, bits, best, dtype)
+    return clipped(peak, form, best, dtype)
 
 
-def clipped(peak: Tensor, bits: int, ratio: Tensor, dtype: torch.dtype) -> Tensor:
+def clipped(peak: Tensor, form: WeightFormat, ratio: Tensor, dtype: torch.dtype) -> Tensor:
     """The stored scale whose range is `ratio` of the peak's."""
-    return stored(convention.qparams(peak, bits, True)[0] * ratio, dtype)
+    return stored(form.scale(peak) * ratio, dtype)
 
 
-def clipping_loss(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+def clipping_loss(groups: Tensor, scale: Tensor, form: WeightFormat) -> Tensor:
     """Σ |error|^EXPONENT of each group, rounded with the scale; [n, G, 1]."""
-    codes = (groups / scale).round_().clamp_(*convention.int_range(bits))
+    codes = form.rows.snap_(groups / scale)
     error = torch.addcmul(groups, codes, scale, value=-1, out=codes).abs_()
     return error.log_().mul_(EXPONENT).exp_().sum(-1, keepdim=True)  # five times as fast as pow
 
@@ -83,20 +82,3 @@ def clipping_loss(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it comes back from the checkpoint: rounded to its dtype, never 0."""
     return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
-
-
-def grouped(weight: Tensor, group_size: int) -> Tensor:
-    """[N, K] as [N, G, K / G]."""
-    return weight.unflatten(1, (-1, group_size or weight.shape[1]))
-
-
-def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 codes [N, K] of weight float [N, K] with scale float32 [N, G]."""
-    groups = grouped(weight, weight.shape[1] // scale.shape[1])
-    return convention.quantize(groups, scale.unsqueeze(-1), torch.zeros(()).to(scale), bits).flatten(1)
-
-
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 weight [N, K]."""
-    groups = grouped(codes, codes.shape[1] // scale.shape[1])
-    return (groups.float() * scale.unsqueeze(-1)).flatten(1)

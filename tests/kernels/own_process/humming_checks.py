@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,10 @@ from humming.device import DeviceInfo, current_device
 from humming.transform import transform_humming_bias, transform_humming_weight, transform_humming_weight_scale
 from humming.tune import get_heuristics_config
 
-from rotquant_kernels import convention, cuda
-from rotquant_kernels.cuda import gemm, humming, layout
+from rotquant_kernels import convention
+from rotquant_kernels.backends import Backend, Layer, choose
+from rotquant_kernels.cuda import humming, layout, linear
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 GPUS = {80: ("A100", 108, 163), 86: ("A10", 72, 99), 89: ("L40S", 142, 99), 90: ("H200", 132, 227)}
 
@@ -107,23 +110,31 @@ def test_each_layer_is_decided_when_it_is_loaded(gpu, monkeypatch):
     """Humming gets the symmetric one, its scales in order once and for all; the asymmetric one keeps its fused norm."""
     monkeypatch.setattr(humming, "chosen", lambda: True)
     monkeypatch.setattr(humming, "sm_of", lambda device: gpu)
-    weight = layout.pack_weight(convention.pack_int32(codes_of(4, 256, 384), 4), 4, 384, 1)
-    scale = torch.rand(256, 1)
-    got, kernel = cuda.offer_to_humming(weight, scale, (256, 384, 4, 4, True, False), False, torch.bfloat16)
-    assert kernel == "humming"
+    monkeypatch.setattr(Backend, "has", lambda self, op: True)
+    # The op that lays weights out for a GPU; without one it is not registered.
+    monkeypatch.setattr(torch.ops.rotquant, "pack_weight", layout.pack_weight, raising=False)
+    packed, scale = convention.pack_int32(codes_of(4, 256, 384), 4), torch.rand(256, 1)
+    weight = layout.pack_weight(packed, 4, 384, 1)
+    fits = Layer(256, 384, WeightFormat(), RowFormat(), False, False, torch.bfloat16)
+
+    def prepared(layer):
+        backend, kernel = choose(layer, torch.device("cuda"))
+        return backend.prepare(packed, scale, layer), backend, kernel
+
+    got, backend, kernel = prepared(fits)
+    assert (backend.reads_quantized, kernel) == (False, "humming")
     assert torch.equal(layout.unpack(got, 4, 384, 256, 1).scales, humming.permuted(scale[:, 0]))
-    for shape, rank, dtype in (((256, 384, 4, 4, False, False), False, torch.bfloat16),
-                               ((256, 384, 4, 4, True, False), True, torch.bfloat16),
-                               ((256, 384, 4, 4, True, False), False, torch.float32)):  # fmt: skip
-        same, kernel = cuda.offer_to_humming(weight, scale, shape, rank, dtype)
-        assert same is weight
+    for other in ({"rows": RowFormat(symmetric=False)}, {"low_rank": True}, {"dtype": torch.float32}):
+        same, backend, kernel = prepared(replace(fits, **other))
+        assert torch.equal(same, weight)
+        assert backend.reads_quantized
         assert kernel.startswith("triton (int8 tensor cores), not humming: ")
     calls = []
     monkeypatch.setitem(sys.modules, "humming.ops", SimpleNamespace(humming_gemm=lambda **given: calls.append(given)))
     monkeypatch.setattr(humming, "locks", lambda device: None)
     monkeypatch.setattr(humming.rows, "quantize_rows", lambda x, *rest: (x.to(torch.int8), None, None))
     with pytest.raises(AttributeError):  # nothing came back from the stand-in
-        gemm.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, True, 1.0)
+        linear.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, True, 1.0)
     assert calls[0]["weight_scale"].data_ptr() == got.view(torch.bfloat16)[-256:].data_ptr()  # not a copy
     with pytest.raises(ValueError, match="prepared for Humming, but activations are asymmetric"):
-        gemm.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, False, 1.0)
+        linear.int_linear(torch.zeros(3, 384).bfloat16(), got, scale, None, 4, "none", 0, None, 4, False, 1.0)

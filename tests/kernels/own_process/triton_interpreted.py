@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import empty_steps
-from rotquant_kernels import convention, fused, reference
-from rotquant_kernels.cuda import gemm, layout, rows
+from rotquant_kernels import KINDS, convention, reference
+from rotquant_kernels.cuda import gemm, layout, linear, rows
 from test_linear_native import activations, gate_up, linear_case, same
 
 SEEDS = st.integers(0, 2**31)
@@ -39,8 +39,9 @@ def test_quantized_rows_are_the_references_bit_for_bit(seed, m, shape, dtype, bi
     x = inputs(m, k, seed, dtype)
     settings = ("hadamard" if block else "none", block, None, bits, symmetric, clip)
     assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
-    rotated = reference.transform_rows(x, *settings[:3])
-    assert same(rows.transform_rows(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+    if block:
+        rotated = reference.online_stage(x, *settings[:3])
+        assert same(rows.online_stage(x, *settings[:3]).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
 
 
 @pytest.mark.parametrize(("k", "block"), [(18944, 512), (24576, 8192), (32768, 32768), (70000, 0)])
@@ -52,8 +53,30 @@ def test_rows_that_go_through_a_program_in_parts_are_the_references_too(k, block
         settings = (*turn, bits, symmetric, 0.9)
         assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
         assert all_same(rows.quantize_rows(both, *settings, True), reference.quantize_rows(both, *settings, True))
-    rotated = reference.transform_rows(x, *turn)
-    assert same(rows.transform_rows(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+    rotated = reference.turned(x, *turn)
+    assert same(rows.turned(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("m", "k", "block"), [(1, 6, 1), (5, 72, 24), (40, 192, 64), (3, 256, 128)])
+def test_a_dense_stage_is_the_product(m, k, block, dtype):
+    """Tiles and what is left of them; rows with a stride, and with dimensions of their own."""
+    generator = torch.Generator().manual_seed(block)
+    matrix = torch.linalg.qr(torch.randn(block, block, generator=generator)).Q.contiguous()
+    wide = torch.randn(m, k + 3, generator=generator).to(dtype)
+    expected = (wide[:, 3:].double().unflatten(-1, (-1, block)) @ matrix.double()).flatten(-2)
+    whole = rows.online_stage(wide[:, 3:], "dense", block, matrix.mT.contiguous().mT)
+    assert whole.dtype == torch.float32
+    assert (whole - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert same(rows.online_stage(wide[None, :, 3:], "dense", block, matrix)[0], whole)
+    assert same(rows.online_stage(wide[:1, 3:], "dense", block, matrix), whole[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_without_a_kernel_are_the_references(kind):
+    x, tensor = torch.randn(5, 128), KINDS[kind].sample(32, 128, torch.Generator().manual_seed(1))
+    given = x if kind not in rows.STAGES else x.double()
+    assert same(rows.online_stage(given, kind, 32, tensor), reference.online_stage(given, kind, 32, tensor))
 
 
 @few
@@ -171,7 +194,7 @@ def test_a_norm_quantizes_in_one_launch(dtype, symmetric):
     weight = (1 + torch.randn(768, generator=generator) / 4).to(dtype)
     for before in (residual, residual.t().contiguous().t(), None):
         arguments = (x, before, weight, 1e-6, 8, symmetric, 1.0)
-        expected = fused.rms_norm_quantize(*arguments)
+        expected = reference.rms_norm_quantize(*arguments)
         got = rows.rms_norm_quantize(*arguments)
         nearly(got, expected)
         assert same(got[3], expected[3])
@@ -185,7 +208,7 @@ def test_a_linear_layer_of_quantized_rows_is_the_whole():
     whole = gemm.int_linear(x, weight, scale, bias, 4, "hadamard", 64, None, 4, False, 0.9)
     quantized = rows.quantize_rows(x, "hadamard", 64, None, 4, False, 0.9)
     assert same(gemm.quantized_linear(*quantized, weight, scale, bias, 4, False, x.dtype), whole)
-    plain = fused.quantized_linear(*quantized, packed, scale, bias, 4, False, x.dtype)
+    plain = reference.quantized_linear(*quantized, packed, scale, bias, 4, False, x.dtype)
     assert same(plain, whole)
 
 
@@ -212,6 +235,12 @@ def test_wrong_arguments_are_refused_by_name():
         layout.pack_weight(packed, 4, 72, 1)
     with pytest.raises(ValueError, match="multiple of 32"):
         layout.pack_weight(packed, 4, 64, 4)
+    for block, matrix, word in (
+        (32, None, "needs its matrix"), (48, torch.eye(48), "48 does not divide 64"), (32, torch.eye(16), "float32"),
+        (32, torch.eye(32).double(), r"float32 \[32, 32\]"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            rows.online_stage(x, "dense", block, matrix)
     with pytest.raises(ValueError, match="norm of 40000 columns"):
         rows.rms_norm_quantize(torch.zeros(1, 40000), None, torch.ones(40000), 1e-5, 4, True, 1.0)
 
@@ -230,5 +259,11 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_without_rows(dtype):
-    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS}
-    assert empty_steps.check(kernels, dtype) >= {"quantize_rows", "int_linear", "rms_norm_quantize", "quantized_linear"}
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS}
+    assert empty_steps.check(kernels, dtype) >= {
+        "online_stage",
+        "quantize_rows",
+        "int_linear",
+        "rms_norm_quantize",
+        "quantized_linear",
+    }

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from drawn_transforms import everything
+from drawn_transforms import everything, random_orthogonal
 from lora_adapters import changes, edit_adapter, scaling, write_adapter
 from rotquant.basis.peft_adapter import LoRAAdapter
 from rotquant.basis.sidecar import FILE, Basis
@@ -18,7 +18,6 @@ from rotquant.basis.turn_adapter import turn
 from rotquant.checkpoint.source import Source, file_digest
 from rotquant.cli import main
 from rotquant.errors import RotQuantError
-from rotquant.learn.initial import random_orthogonal
 from rotquant.models import read_architecture, read_config
 from rotquant.models.decoder import decoders
 from rotquant.pipeline import quantize

@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask
 import rotquant
 from checkpoints import HEAD, KINDS, VOCAB, edit_config, edit_tensors, random_model, tiny, write_checkpoint
 from rotquant.errors import RotQuantError
-from rotquant_kernels import reference
+from rotquant_kernels import ops, reference
 
 CLIP = 0.9
 EXACT = 1e-5  # float32 sums in another order
@@ -57,7 +57,7 @@ def assert_same(a: Tensor, b: Tensor) -> None:
 def exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention in float32 over the same codes: the native kernel's integers differ by about 1%, which tiny random
     models turn into other codes. (The kernel itself is held to the reference by test_kv4_native.)"""
-    monkeypatch.setattr("rotquant.checkpoint.loading.run_kv4_attention", reference.kv4_attention)
+    monkeypatch.setattr(ops, "kv4_attention", reference.kv4_attention)
 
 
 @pytest.fixture

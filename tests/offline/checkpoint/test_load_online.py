@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from checkpoints import Spec, edit_config, edit_tensors, prompts, write_checkpoi
 from float_model import expected_logprobs
 from online_extras import DOWN, GATE_UP, QKV, Extras, everything
 from rotquant.errors import RotQuantError
-from rotquant_kernels import reference
+from rotquant_kernels import ops, reference
 
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "r4_block": 32}
 WIDER = SMALL | {"hidden": 128, "intermediate": 256}
@@ -27,7 +29,7 @@ PROMPTS = prompts((9, 33))
 @pytest.fixture(autouse=True)
 def exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """See test_load."""
-    monkeypatch.setattr("rotquant.checkpoint.loading.run_kv4_attention", reference.kv4_attention)
+    monkeypatch.setattr(ops, "kv4_attention", reference.kv4_attention)
 
 
 def assert_agrees(folder: Path, spec: Spec) -> None:
@@ -85,6 +87,27 @@ def test_bfloat16(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     spec = Spec(**WIDER, extras=everything())
     return write_checkpoint(tmp_path / "out", spec)
+
+
+def test_a_config_is_read_without_kernels(folder: Path) -> None:
+    """They may need minutes to compile, or not compile at all where a config is only looked at."""
+    script = """
+import json, sys, torch
+def load(path):
+    sys.exit(f"{path} is loaded")
+torch.ops.load_library = load
+from rotquant.checkpoint.format import CheckpointFormat
+config = json.load(open(sys.argv[1]))
+read = CheckpointFormat(config["quantization_config"], config["rotquant"], config["head_dim"])
+transforms = read.linear("model.layers.0.mlp.down_proj").transforms
+print([str(t) for t in transforms], hasattr(torch.ops.rotquant, "int_linear"))
+from rotquant_kernels import online_stage
+"""
+    command = [sys.executable, "-c", script, str(folder / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    transforms = ["R4 hadamard 32", "K1 kronecker 32", "S2 shift", "P3 permutation 128"]
+    assert done.stdout == f"{transforms} False\n", done.stderr
+    assert "is loaded" in done.stderr  # what would have been seen
 
 
 def setting(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], Any]:

@@ -22,7 +22,7 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.initial import initial_transforms
 from rotquant.measure.evaluate import evaluate, text_windows
 from rotquant.pipeline import quantize
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms.fold import Fold
 from source_models import HELDOUT, VOCABULARY, source_model
 

@@ -14,6 +14,7 @@ from rotquant.common import metrics
 from rotquant.learn.quantizers import fake_quantize
 from rotquant.weights import rtn
 from rotquant_kernels import convention
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 
 def random_rows(seed: int, rows: int = 8, d: int = 16) -> Tensor:
@@ -25,17 +26,21 @@ SPIKE = torch.nn.functional.one_hot(torch.tensor([3]), 16).double()
 ZERO = torch.zeros(1, 16)
 
 
+def gsr(x: torch.Tensor, rows: RowFormat) -> torch.Tensor:
+    return metrics.gsr(x, rows.step(x))
+
+
 def test_peak_to_rms() -> None:
     assert metrics.peak_to_rms(3 * FLAT).item() == pytest.approx(1)
     assert metrics.peak_to_rms(-5 * SPIKE).item() == pytest.approx(4)
 
 
 def test_gsr_is_step_over_standard_deviation() -> None:
-    assert metrics.gsr(FLAT, 4, symmetric=True).item() == pytest.approx(1 / 7.5)
-    assert metrics.gsr(FLAT, 8, symmetric=False).item() == pytest.approx(2 / 255)
+    assert gsr(FLAT, RowFormat(4, True)).item() == pytest.approx(1 / 7.5)
+    assert gsr(FLAT, RowFormat(8, False)).item() == pytest.approx(2 / 255)
     ramp = torch.arange(16.0)[None]  # all positive: the symmetric range wastes half
-    assert metrics.gsr(ramp, 4, symmetric=False).item() == pytest.approx(1 / math.sqrt((16**2 - 1) / 12))
-    assert metrics.gsr(ramp, 4, symmetric=True).item() == pytest.approx(2 / math.sqrt((16**2 - 1) / 12))
+    assert gsr(ramp, RowFormat(4, False)).item() == pytest.approx(1 / math.sqrt((16**2 - 1) / 12))
+    assert gsr(ramp, RowFormat(4, True)).item() == pytest.approx(2 / math.sqrt((16**2 - 1) / 12))
 
 
 def test_kurtosis() -> None:
@@ -50,7 +55,7 @@ def test_kurtosis() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_step_is_that_of_the_served_arithmetic(bits: int, symmetric: bool) -> None:
     x = torch.cat((random_rows(3), random_rows(4) + 9)).float()
-    torch.testing.assert_close(metrics.step(x, bits, symmetric), convention.qparams(x, bits, symmetric)[0][:, 0])
+    torch.testing.assert_close(RowFormat(bits, symmetric).step(x), convention.qparams(x, bits, symmetric)[0][:, 0])
 
 
 def test_rows_of_zeros_are_finite_and_have_finite_gradients() -> None:
@@ -58,8 +63,8 @@ def test_rows_of_zeros_are_finite_and_have_finite_gradients() -> None:
     both = torch.cat((ZERO, FLAT)).requires_grad_()
     figures = (
         metrics.peak_to_rms(both),
-        metrics.gsr(both, 4, True),
-        metrics.rounding_error(both, metrics.step(both, 4, True)),
+        gsr(both, RowFormat(4, True)),
+        metrics.rounding_error(both, RowFormat(4, True).step(both)),
         metrics.kurtosis(both),
         metrics.relative_error(both, 0.9 * both),
     )
@@ -78,7 +83,7 @@ def test_error_and_snr() -> None:
 def test_uniform_values_have_the_textbook_snr() -> None:
     """Power A²/3 over Δ²/12 with Δ = A / 7.5."""
     x = torch.linspace(-1, 1, 20001)[None]
-    error = metrics.relative_error(x, fake_quantize(x, 4, True)).item()
+    error = metrics.relative_error(x, fake_quantize(x, RowFormat(4, True))).item()
     assert metrics.snr_db(error) == pytest.approx(10 * math.log10(4 * 7.5**2), abs=0.1)
 
 
@@ -116,13 +121,14 @@ def test_rounding_error_is_what_rounding_makes() -> None:
     weight = random_rows(2, 64, 512).float()
     weight[3] *= 100
     for group in (0, 128):
-        scale = rtn.weight_scale(weight, 4, group, False, torch.float32)
+        form = WeightFormat(4, group)
+        scale = rtn.weight_scale(weight, form, torch.float32)
         steps = scale.square().mean(-1).sqrt()
-        made = metrics.relative_error(weight, rtn.dequantize(rtn.quantize(weight, scale, 4), scale))
+        made = metrics.relative_error(weight, form.dequantize(form.quantize(weight, scale), scale))
         assert metrics.rounding_error(weight, steps).mean().item() == pytest.approx(made.mean().item(), rel=0.03)
     rows = random_rows(5) - random_rows(5).mean(-1, keepdim=True)
-    predicted = metrics.rounding_error(rows, metrics.step(rows, 4, False))
-    torch.testing.assert_close(predicted, metrics.gsr(rows, 4, False).square() / 12)
+    predicted = metrics.rounding_error(rows, RowFormat(4, False).step(rows))
+    torch.testing.assert_close(predicted, gsr(rows, RowFormat(4, False)).square() / 12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -130,7 +136,7 @@ def test_rounding_error_is_what_rounding_makes() -> None:
 def test_figures_do_not_depend_on_scale_or_order(seed: int, factor: float) -> None:
     x = random_rows(seed)
     other = factor * x[:, torch.randperm(16, generator=torch.Generator().manual_seed(seed))]
-    for figure in (metrics.peak_to_rms, metrics.kurtosis, lambda y: metrics.gsr(y, 4, False)):
+    for figure in (metrics.peak_to_rms, metrics.kurtosis, lambda y: gsr(y, RowFormat(4, False))):
         torch.testing.assert_close(figure(other).double(), figure(x).double(), rtol=1e-5, atol=0)
     norms = x.square().sum(0).sqrt()
     assert metrics.difficulty(factor * norms).item() == pytest.approx(metrics.difficulty(norms).item())

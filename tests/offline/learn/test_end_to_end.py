@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rotquant.common.devices import Devices
 from rotquant.learn.end_to_end import QuantizedModel, loss_of
 from rotquant.learn.stream import Learner
 from rotquant.models import read_architecture
-from rotquant.pipeline import prepare
-from rotquant.recipe import load_recipe
+from rotquant.pipeline import Settings, prepare
+from rotquant.recipes import load_recipe
 from rotquant.resources import end_to_end
 from source_models import source_model
 
@@ -33,9 +34,11 @@ class OneDevice(TorchDispatchMode):
 
 
 def job_of(folder: Path, recipe: str, device: str) -> Learner:
-    run = prepare(str(folder), recipe, (), None, 2, 32, "cpu", "full", 1, 0)
+    run = prepare(str(folder), Settings(recipe, samples=2, seq_len=32, device="cpu"))
     assert run.calibrated
-    return Learner(run.recipe, run.arch, run.source, run.calibrated.tokens, run.transforms, run.dtype, 0, device, 1)
+    return Learner(
+        run.recipe, run.arch, run.source, run.calibrated.tokens, run.transforms, run.dtype, 0, Devices(device), 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -10,6 +10,7 @@ from rotquant.learn.greedy import duquant_step, greedy_rotation, greedy_stages, 
 from rotquant.learn.objectives import gsr_loss, quantization_error
 from rotquant.learn.quantizers import fake_quantize_weight
 from rotquant.weights.low_rank import low_rank, truncated
+from rotquant_kernels.formats import RowFormat, WeightFormat
 from rotquant_kernels.online import transform
 
 
@@ -31,14 +32,14 @@ def peak(x: torch.Tensor) -> float:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_greedy_chains_lower_peaks_and_keep_products(method, symmetric):
     x, w = outliers(), torch.randn(8, 64, generator=generator(1))
-    stages = greedy_stages(x, 16, generator(2), method, symmetric, rounds=16)
+    stages = greedy_stages(x, 16, generator(2), method, RowFormat(4, symmetric), rounds=16)
     assert [s.kind for s in stages][:3] == ["dense", "permutation", "dense"]
     y, v = transform(x, stages), transform(w, stages)
     assert torch.allclose(y @ v.T, x @ w.T, atol=1e-3)
     assert torch.allclose(y.norm(dim=1), x.norm(dim=1), rtol=1e-5)
     assert peak(y) < 0.6 * peak(x)
-    assert quantization_error(y, 4, symmetric) < 0.5 * quantization_error(x, 4, symmetric)
-    again = greedy_stages(x, 16, generator(2), method, symmetric, rounds=16)
+    assert quantization_error(y, RowFormat(4, symmetric)) < 0.5 * quantization_error(x, RowFormat(4, symmetric))
+    again = greedy_stages(x, 16, generator(2), method, RowFormat(4, symmetric), rounds=16)
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(stages, again, strict=True))
 
 
@@ -60,8 +61,8 @@ def test_steps_are_orthogonal_and_the_best_product_is_kept(step):
         assert not (rows.amin(1) > 0).any()
     losses = []
     for rounds in range(8):
-        r = greedy_rotation(outliers(), 16, make(), rounds, True)
-        losses.append(gsr_loss((rows @ r).view(-1, 64), symmetric=True).item())
+        r = greedy_rotation(outliers(), 16, make(), rounds, RowFormat())
+        losses.append(gsr_loss((rows @ r).view(-1, 64), RowFormat()).item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
 
@@ -73,7 +74,7 @@ def test_greedy_refuses():
         greedy_stages(outliers(), 24, generator())
 
 
-ROUND = partial(fake_quantize_weight, bits=4)
+ROUND = partial(fake_quantize_weight, form=WeightFormat())
 
 
 def layer() -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotquant.learn.quantizers import fake_quantize, fake_quantize_kv, fake_quantize_weight
+from rotquant.learn.quantizers import fake_quantize, fake_quantize_weight
 from rotquant.weights import rtn
 from rotquant_kernels import convention
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
 
 def rows(seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -32,28 +33,32 @@ def served(x: torch.Tensor, bits: int, symmetric: bool, clip: float) -> torch.Te
 def test_values_are_the_conventions(seed, bits, symmetric, clip):
     for x in (rows(seed), rows(seed, 1e4), rows(seed).bfloat16()):
         expected = served(x, bits, symmetric, clip)
-        assert torch.equal(fake_quantize(x, bits, symmetric, clip), expected)
-        assert torch.equal(fake_quantize(x, bits, symmetric, torch.tensor(clip)), expected)
+        assert torch.equal(fake_quantize(x, RowFormat(bits, symmetric, clip)), expected)
+        assert torch.equal(RowFormat(bits, symmetric, clip).fake_quantize(x), expected)
+        assert torch.equal(fake_quantize(x, RowFormat(bits, symmetric), torch.tensor(clip)), expected)
         for shift in (x, x * 1e4, x * 1e-7):  # float16 scales at both of their limits
-            cached = convention.kv_fake_quantize(shift, symmetric, clip)
-            assert torch.equal(fake_quantize_kv(shift, symmetric, torch.full((12, 1), clip)), cached)
+            cached = KVFormat(symmetric, clip, 1.0, 0).key.fake_quantize(shift)
+            assert torch.equal(
+                fake_quantize(shift, KVFormat(symmetric, 1.0, 1.0, 0).value, torch.full((12, 1), clip)), cached
+            )
 
 
 @pytest.mark.parametrize("group", [0, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_those_of_rtn(group, dtype):
     weight = rows(3)
-    scale = rtn.weight_scale(weight, 4, group, False, dtype)
-    expected = rtn.dequantize(rtn.quantize(weight, scale, 4), scale)
-    assert torch.equal(fake_quantize_weight(weight, 4, group, dtype=dtype), expected)
-    assert torch.equal(fake_quantize_weight(weight, 4, group, torch.ones(12, 48 // (group or 48)), dtype), expected)
+    form = WeightFormat(4, group)
+    scale = rtn.weight_scale(weight, form, dtype)
+    expected = form.dequantize(form.quantize(weight, scale), scale)
+    assert torch.equal(fake_quantize_weight(weight, form, dtype=dtype), expected)
+    assert torch.equal(fake_quantize_weight(weight, form, torch.ones(12, 48 // (group or 48)), dtype), expected)
 
 
 def test_rows_that_are_not_numbers_stay_so():
     x = rows(0)
     x[0, 3], x[7, 3] = torch.nan, torch.inf
     for symmetric in (True, False):
-        y = fake_quantize(x, 4, symmetric)
+        y = fake_quantize(x, RowFormat(4, symmetric))
         assert y[[0, 7]].isnan().all()
         assert y[8:].isfinite().all()
 
@@ -78,7 +83,7 @@ def test_gradients_are_those_of_the_straight_through_estimator(symmetric, clip):
     x = torch.randn(6, 40, generator=generator, dtype=torch.float64).requires_grad_()
     ratio = torch.full((6, 1), clip, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(6, 40, generator=generator, dtype=torch.float64)
-    mine = torch.autograd.grad(fake_quantize(x, 4, symmetric, ratio), (x, ratio), upstream)
+    mine = torch.autograd.grad(fake_quantize(x, RowFormat(4, symmetric), ratio), (x, ratio), upstream)
     book = torch.autograd.grad(straight_through(x, 4, symmetric, ratio), (x, ratio), upstream)
     for a, b in zip(mine, book, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
@@ -92,9 +97,9 @@ def test_rounded_scales_pass_gradients_on(symmetric):
     x, upstream = torch.randn(2, 20, 32, generator=generator)
     x.requires_grad_()
     clip = torch.tensor(0.8, requires_grad=True)
-    exact = torch.autograd.grad(fake_quantize(x, 4, symmetric, clip), (x, clip), upstream)
-    pairs = [fake_quantize_kv(x, symmetric, clip)]
-    pairs += [fake_quantize_weight(x, 4, 0, clip, torch.float16)] if symmetric else []
+    exact = torch.autograd.grad(fake_quantize(x, RowFormat(4, symmetric), clip), (x, clip), upstream)
+    pairs = [fake_quantize(x, KVFormat(symmetric, 1.0, 1.0, 0).key, clip)]
+    pairs += [fake_quantize_weight(x, WeightFormat(), clip, torch.float16)] if symmetric else []
     for y in pairs:
         grads = torch.autograd.grad(y, (x, clip), upstream)
         assert (grads[0] - exact[0]).norm() < 0.02 * exact[0].norm()
@@ -108,9 +113,9 @@ def test_saturated_entries_are_smooth(symmetric):
     x = (signs * torch.linspace(1, 1.1, 8, dtype=torch.float64)).requires_grad_()
     clip = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     if symmetric:
-        assert torch.autograd.gradcheck(lambda a, c: fake_quantize(a, 4, True, c), (x, clip))
+        assert torch.autograd.gradcheck(lambda a, c: fake_quantize(a, RowFormat(4, True), c), (x, clip))
     else:  # the zero point depends on the ratio of the extremes alone, so the values are linear in the clip ratio
-        y = fake_quantize(x, 4, False, clip)
+        y = fake_quantize(x, RowFormat(4, False), clip)
         assert y.unique().numel() == 2
         assert torch.allclose(torch.autograd.grad(y[0, 0], clip)[0], y[0, 0] / clip)
 
@@ -122,9 +127,9 @@ def test_a_learned_clip_ratio_finds_the_best_one():
     optimiser = torch.optim.Adam([clip], lr=0.03)
     for _ in range(40):
         optimiser.zero_grad()
-        (y - fake_quantize(y, 4, True, clip)).square().mean().backward()
+        (y - fake_quantize(y, RowFormat(4, True), clip)).square().mean().backward()
         optimiser.step()
     grid = [i / 50 for i in range(25, 51)]
-    errors = [(y - fake_quantize(y, 4, True, c)).square().mean().item() for c in grid]
-    learned = (y - fake_quantize(y, 4, True, clip.item())).square().mean().item()
+    errors = [(y - fake_quantize(y, RowFormat(4, True), c)).square().mean().item() for c in grid]
+    learned = (y - fake_quantize(y, RowFormat(4, True), clip.item())).square().mean().item()
     assert learned < 1.01 * min(errors) < 0.8 * errors[-1]

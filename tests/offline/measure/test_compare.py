@@ -72,14 +72,12 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 
 def test_multiply_adds_by_hand() -> None:
     for stage, wanted in {
-        ("none", 0, 64): 0, ("permutation", 0, 64): 0, ("hadamard", 16, 64): 64 * 4, ("hadamard", 1, 64): 0,
+        ("permutation", 0, 64): 0, ("hadamard", 16, 64): 64 * 4, ("hadamard", 1, 64): 0,
         ("dense", 16, 64): 64 * 16, ("kronecker", 16, 64): 4 * 4 * 16 + 4 * 16 * 16, ("reflection", 64, 64): 128,
         ("shift", 0, 64): 64,
     }.items():  # fmt: skip
         assert multiply_adds([stage]) == wanted
     assert multiply_adds([("permutation", 0, 8), ("hadamard", 8, 8), ("shift", 0, 8)]) == 8 * 3 + 8
-    with pytest.raises(RotQuantError, match="'fourier'"):
-        multiply_adds([("fourier", 8, 8)])
 
 
 def test_cost_of_a_checkpoint(tmp_path: Path) -> None:

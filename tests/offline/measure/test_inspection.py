@@ -22,9 +22,9 @@ from rotquant.learn.quantizers import fake_quantize
 from rotquant.measure.evaluate import text_windows
 from rotquant.measure.inspection import TEXT, Inspection, inspect
 from rotquant.measure.inspection.html import spread
-from rotquant.measure.inspection.statistics import RowFormat, SiteStatistics
+from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.measure.inspection.table import change
-from rotquant_kernels import convention
+from rotquant_kernels.formats import KVFormat, RowFormat
 from source_models import KINDS, Demo, source_model
 
 Capture = pytest.CaptureFixture[str]
@@ -60,7 +60,7 @@ def witness(model: Any, tokens: Tensor) -> tuple[list[Tensor], list[tuple[Tensor
 
 def heads_snr(rows: Tensor, clip: float) -> list[float]:
     """SNR of each head of [n, G, T, d], asymmetric 4 bits."""
-    error = metrics.relative_error(rows, convention.kv_fake_quantize(rows, False, clip)).mean((0, 2))
+    error = metrics.relative_error(rows, KVFormat(False, clip, clip, 0).key.fake_quantize(rows)).mean((0, 2))
     return [metrics.snr_db(e) for e in error.tolist()]
 
 
@@ -76,7 +76,7 @@ def test_sites_of_a_full_precision_model(kind: str, tmp_path: Path) -> None:
         entering = decoder.input_layernorm(hidden[layer]).detach()
         found = figures(facts, layer, "attn_in")
         assert found["peak_to_rms"] == pytest.approx(metrics.peak_to_rms(entering).mean().item(), rel=1e-4)
-        quantized = fake_quantize(entering, 4, True)
+        quantized = fake_quantize(entering, RowFormat())
         assert found["snr"] == pytest.approx(
             metrics.snr_db(metrics.relative_error(entering, quantized).mean()), abs=0.02
         )
@@ -119,7 +119,8 @@ def test_windows_add_up() -> None:
     x[7] = 0
     x[40] *= 300
     tokens = torch.arange(90).view(3, 30)
-    parts, whole = SiteStatistics(RowFormat(kv=True)), SiteStatistics(RowFormat(kv=True))
+    heads = SiteFormat(KVFormat(True, 1.0, 1.0, 0).key, heads=True)
+    parts, whole = SiteStatistics(heads), SiteStatistics(heads)
     for window in x.split(30):
         parts.add(window)
     whole.add(x)
@@ -130,7 +131,7 @@ def test_windows_add_up() -> None:
     massive = whole.summary(tokens)["massive"]
     assert (massive["count"], massive["positions"], massive["position"]) == (1, [[10, 1]], 10)
     assert massive["token"] == 40
-    few = SiteStatistics(RowFormat())
+    few = SiteStatistics(SiteFormat(RowFormat()))
     few.add(x[:10])
     assert few.summary(tokens[:1, :10])["qsur"] is None  # fewer rows than dimensions
 
@@ -279,7 +280,7 @@ def test_bad_input(tmp_path: Path, capsys: Capture) -> None:
         f"{tmp_path}/gpt2": r"architectures is ['GPT2LMHeadModel'], supported are Llama",
         f"{model} --against {other_model(tmp_path, layers=3)}": "num_hidden_layers is 3, but 2",
         f"{model} --text {tmp_path}/no.txt": "no such file",
-        f"{model} --seq-len 513": "--seq-len 513: must be from 2 to the model's 512 positions",
+        f"{model} --seq-len 513": "--seq-len 513: must be from 2 to 512, as the model has 512 positions",
         f"{model} --html {tmp_path}": "--html",
         f"{model} --html {tmp_path}/nowhere/report.html": "in a folder that exists",
     }

@@ -18,18 +18,17 @@ from transformers import AutoModelForCausalLM
 import rotquant
 import vllm_serving as serving
 from checkpoints import edited
-from drawn_transforms import everything
+from drawn_transforms import everything, random_orthogonal
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
-from rotquant.learn.initial import random_orthogonal
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.measure.online_cost import online_cost
 from rotquant.models import read_architecture
 from rotquant.models.decoder import Decoder, decoders, rms_norm
 from rotquant.models.registry import BY_CLASS
 from rotquant.pipeline import quantize
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms

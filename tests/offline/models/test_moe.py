@@ -26,7 +26,7 @@ from rotquant.measure.inspection import inspect
 from rotquant.models import read_architecture
 from rotquant.models.expert_tensors import each
 from rotquant.pipeline import quantize
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant.weights.experts import ExpertsQuantizer
@@ -223,7 +223,7 @@ def test_r4_serves_every_split(sources: dict[str, Path], tmp_path: Path) -> None
     [
         ("best-online", [], r"recipe best-online: weights.rank is not supported in a mixture of experts"),
         ("quarot", ["scales.order=true"], r"scales.order is not supported .* --set scales.order=false"),
-        ("quarot", ["online.mlp=[dense]"], r"online.mlp is not supported .* --set online.mlp=\[\]"),
+        ("quarot", ["online.mlp=[kronecker]"], r"online.mlp is not supported .* --set online.mlp=\[\]"),
     ],
 )
 def test_recipes_that_experts_do_not_run_are_refused(

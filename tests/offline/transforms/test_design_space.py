@@ -7,15 +7,17 @@ from hypothesis import strategies as st
 
 from rotquant.errors import RotQuantError
 from rotquant.learn.quantizers import fake_quantize
+from rotquant.learn.scale_search import search_scale
 from rotquant.transforms import householder, kronecker, permutation, scaling
 from rotquant.transforms.givens import givens
 from rotquant.transforms.hadamard import hadamard_rows, paley, split_order
 from rotquant.transforms.klt import covariance, equal_variances, klt
 from rotquant.transforms.walsh import walsh_rows
 from rotquant.transforms.williamson import FIRST_ROWS, williamson
-from rotquant_kernels import reference
-from rotquant_kernels.online import Stage, transform
+from rotquant_kernels import KINDS, reference, transform
+from rotquant_kernels.formats import RowFormat, WeightFormat
 from rotquant_kernels.reference import hadamard
+from rotquant_kernels.stages.kronecker import factors
 
 SEEDS = st.integers(0, 2**31)
 
@@ -101,21 +103,6 @@ def test_reflection_maps_one_direction_to_the_other(seed, d, kind):
     assert same(householder.reflect_rows(a.float(), v), a.float() @ s.float(), atol=1e-4)
 
 
-def test_mean_to_ones_takes_the_bias_out_of_asymmetric_quantization():
-    mean = normal(64) * 2
-    x = mean + normal(500, 64, seed=1)
-    v = householder.mean_to_ones(x.mean(0))
-    y = householder.reflect_rows(x, v)
-    assert same(householder.reflect_rows(x.mean(0), v), torch.full((64,), x.mean(0).norm() / 8))
-
-    def error(rows: torch.Tensor, symmetric: bool) -> float:
-        return (rows - fake_quantize(rows, 4, symmetric)).square().mean().item()
-
-    assert error(y, False) < 0.6 * error(hadamard(x, 64), False)
-    assert error(y, False) < 0.5 * error(y, True)  # a symmetric quantizer still pays for the constant
-    assert same(transform(x, [Stage("reflection", 64, v.float())]), y, atol=1e-4)
-
-
 @pytest.mark.parametrize("bad", [torch.zeros(4), torch.ones(1), torch.full((4,), torch.nan), torch.ones(2, 2)])
 def test_reflection_needs_a_direction(bad):
     with pytest.raises(RotQuantError, match="source must be"):
@@ -169,8 +156,8 @@ def test_kronecker_is_the_product_and_weights_undo_it(seed, a, b):
     x, w = normal(5, a * b, seed=seed + 2), normal(3, a * b, seed=seed + 3)
     y = reference.stage_rows(x, *stage)
     assert same(y, x @ torch.kron(left, right))
-    assert same(y @ reference.stage_rows(w, *kronecker.inverse_transposed(stage)).T, x @ w.T, atol=1e-7)
-    assert all(map(torch.equal, kronecker.factors(stage), (left, right)))
+    assert same(y @ KINDS["kronecker"].weights(w, stage).T, x @ w.T, atol=1e-7)
+    assert all(map(torch.equal, factors(stage), (left, right)))
     served = transform(x, [stage._replace(tensor=stage.tensor.float())])
     assert torch.allclose(served.double(), y, rtol=1e-4, atol=1e-3)
 
@@ -237,14 +224,15 @@ def test_search_finds_a_scale_that_rotation_alone_does_not_replace():
     x, w = normal(128, 64).float(), normal(48, 64, seed=1).float()
     x[:, ::8] *= 30 * normal(128, 8, seed=2).float().abs().clamp(min=0.1)
     rotate = lambda rows: hadamard(rows, 64)  # noqa: E731
-    alpha, scale, errors = scaling.search_scale(x, w, rotate)
+    alpha, scale, errors = search_scale(x, w, rotate, RowFormat(), WeightFormat())
     assert len(errors) == 22
     assert errors[alpha] == min(errors.values())
     assert errors[alpha] < 0.8 * errors[None]
-    seen, stored = fake_quantize(rotate(x / scale.float()), 4, True), fake_quantize(rotate(w * scale.float()), 4, True)
+    seen, stored = (fake_quantize(rotate(m), RowFormat()) for m in (x / scale.float(), w * scale.float()))
     exact = x @ w.T
     assert errors[alpha] == pytest.approx(((seen @ stored.T - exact).norm() / exact.norm()).item() ** 2, rel=1e-4)
-    even = scaling.search_scale(normal(64, 32).float(), normal(32, 32, seed=3).float(), rotate=lambda rows: rows)
+    x, w = normal(64, 32).float(), normal(32, 32, seed=3).float()
+    even = search_scale(x, w, lambda rows: rows, RowFormat(), WeightFormat())
     assert even[2][even[0]] <= even[2][None]
 
 

@@ -15,7 +15,7 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import initial_transforms
 from rotquant.models import read_architecture
 from rotquant.models.decoder import decoders
-from rotquant.recipe import load_recipe
+from rotquant.recipes import load_recipe
 from rotquant.transforms import fold as fold_module
 from rotquant.transforms.fold import Fold, fold_layer
 from rotquant.transforms.space import LayerTransforms

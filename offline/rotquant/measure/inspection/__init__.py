@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from rotquant.data import DATA
-from rotquant.errors import RotQuantError
-from rotquant.measure.evaluate import text_windows
+from rotquant.measure.evaluate import text_windows, window_length
 from rotquant.measure.inspection.collect import Formats
 from rotquant.measure.inspection.routing import Choices, routing_facts
 from rotquant.measure.inspection.subject import (
@@ -108,10 +107,7 @@ def inspect(
     before = read_subject(against) if against else None
     if before:
         check_pair(after, before)
-    longest = getattr(after.config, "max_position_embeddings", None) or SEQ_LEN
-    length = seq_len or min(SEQ_LEN, longest)
-    if not 2 <= length <= longest:
-        raise RotQuantError(f"--seq-len {length}: must be from 2 to the model's {longest} positions")
+    length = window_length(after.config, seq_len, SEQ_LEN, spare=0)
     batch = text_windows(text or TEXT, after.folder, length, tokens)
     shapes: dict[tuple[int, str], torch.Size] = {}
     figures: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
@@ -148,11 +144,10 @@ def _sites(
     figures: dict[str, dict[tuple[int, str], dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     out = []
-    for (layer, site), rows in formats.items():
+    for (layer, site), quantized in formats.items():
         heads, width = shapes[layer, site]
-        site_format = {"bits": rows.bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": rows.rotate}
         both = {when: figures.get(when, {}).get((layer, site)) for when in WHEN}
-        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": site_format, **both})
+        out.append({"layer": layer, "site": site, "width": width, "heads": heads, "format": quantized.facts(), **both})
     return out
 
 

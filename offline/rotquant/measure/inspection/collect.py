@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.measure.inspection.routing import Choices, choices_watched
-from rotquant.measure.inspection.statistics import RowFormat, SiteStatistics
+from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.models import Architecture, Layer
 from rotquant.models.architecture import Experts
 from rotquant_kernels import transform
@@ -31,7 +31,7 @@ from rotquant_kernels.reference import hadamard
 
 ATTENTION = "rotquant_inspected"
 
-Formats = dict[tuple[int, str], RowFormat]
+Formats = dict[tuple[int, str], SiteFormat]
 Statistics = dict[tuple[int, str], SiteStatistics]
 
 

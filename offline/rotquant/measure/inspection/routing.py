@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotquant.models import Architecture
+from rotquant.models.mixture import agreement
 
 Choices = dict[int, list[Tensor]]  # by layer, int64 [T, top_k] of each window
 
@@ -48,8 +49,3 @@ def routing_facts(arch: Architecture, after: Choices, before: Choices | None) ->
         }
         for index, block in arch.mixtures.items()
     ]
-
-
-def agreement(one: Tensor, other: Tensor) -> float:
-    """The share of the experts [T, top_k] of one that are among those of the other."""
-    return (one[:, :, None] == other[:, None, :]).any(-1).double().mean().item()

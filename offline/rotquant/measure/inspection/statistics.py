@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from rotquant.common import metrics
-from rotquant.learn.quantizers import fake_quantize
-from rotquant_kernels import convention
+from rotquant_kernels.formats import RowFormat
 
 QSUR_WIDTH = 1024  # wider sites get no QSUR: their second moments would not fit in memory for all layers
 LANDSCAPE_TOKENS, LANDSCAPE_BINS = 64, 192
@@ -23,20 +22,18 @@ SHOWN = 16  # positions of massive tokens that are listed
 
 
 @dataclass(frozen=True)
-class RowFormat:
-    """How rows of a site are quantized. `rotate`: Hadamard block of R3; `kv`: float16 scales; bits 16: not at all."""
+class SiteFormat:
+    """How rows of a site are quantized, `rows` None: not at all. `rotate`: Hadamard block of R3; `heads`: of K or V."""
 
-    bits: int = 4
-    symmetric: bool = True
-    clip: float = 1.0
-    kv: bool = False
+    rows: RowFormat | None = None
+    heads: bool = False
     rotate: int = 0
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x float32 [..., d] quantized and back."""
-        if self.kv:
-            return convention.kv_fake_quantize(x, self.symmetric, self.clip)
-        return fake_quantize(x, self.bits, self.symmetric, self.clip)
+    def facts(self) -> dict[str, Any]:
+        """As `inspection` reports it."""
+        rows = self.rows or RowFormat()
+        bits = self.rows.bits if self.rows else 16
+        return {"bits": bits, "symmetric": rows.symmetric, "clip": rows.clip, "rotate": self.rotate}
 
 
 class SiteStatistics:
@@ -46,7 +43,7 @@ class SiteStatistics:
         quantized: the site's format.
     """
 
-    def __init__(self, quantized: RowFormat) -> None:
+    def __init__(self, quantized: SiteFormat) -> None:
         self.format = quantized
         self.sums: dict[str, Tensor] = {}
         self.rows = 0
@@ -60,11 +57,11 @@ class SiteStatistics:
         unit = metrics.unit_rows(x)
         figures = {
             "peak_to_rms": metrics.peak_to_rms(x),
-            "gsr": metrics.gsr(x, self.format.bits if self.format.bits < 16 else 4, self.format.symmetric),
+            "gsr": metrics.gsr(x, (self.format.rows or RowFormat()).step(x)),
             "kurtosis": metrics.kurtosis(x),
         }
-        if self.format.bits < 16:
-            figures["error"] = metrics.relative_error(x, self.format.apply(x))
+        if self.format.rows:
+            figures["error"] = metrics.relative_error(x, self.format.rows.fake_quantize(x))
         shaped = x.amax(-1) > x.amin(-1)  # rows of one value, zero above all, have no shape
         sums = {name: figure.where(shaped, 0).sum(0) for name, figure in figures.items()}
         sums |= {"shaped": shaped.sum(0), "first": unit.sum(0), "second": unit.square().sum(0)}
@@ -94,10 +91,10 @@ class SiteStatistics:
         out["difficulty"] = _plain(metrics.difficulty(self.sums["second"].sqrt()).mean().item())
         out["qsur"] = self._qsur()
         out["snr"] = out["heads"] = None
-        if self.format.bits < 16:
+        if self.format.rows:
             error = self._mean("error")
             out["snr"] = _plain(metrics.snr_db(error.mean().item()))
-            out["heads"] = [_plain(metrics.snr_db(head)) for head in error.tolist()] if self.format.kv else None
+            out["heads"] = [_plain(metrics.snr_db(head)) for head in error.tolist()] if self.format.heads else None
         return out | {"massive": self._massive(tokens)}
 
     def _mean(self, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.format import CheckpointFormat, claims
-from rotquant.checkpoint.source import Source, fetch
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.source import Source
 from rotquant.common import metrics
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
 from rotquant.measure.evaluate import load_any
 from rotquant.measure.inspection.collect import Formats, Statistics, collect, watched_modules
 from rotquant.measure.inspection.routing import Choices
-from rotquant.measure.inspection.statistics import RowFormat
+from rotquant.measure.inspection.statistics import SiteFormat
 from rotquant.models import Architecture, describe, read_config
 from rotquant.recipe import Activations, KVCache
 from rotquant.weights import rtn
-from rotquant_kernels import convention
+from rotquant_kernels.formats import KVFormat, WeightFormat
 
 WEIGHT_ROWS = 512  # of each matrix: the clip search on all of a large model would take longer than the model's run
 SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -72,8 +73,7 @@ def read_subject(name: str) -> Subject:
             f"{where}: quantization_config: inspect reads full-precision models and rotquant checkpoints; this one is"
             " quantized by something else"
         )
-    extension = getattr(config, "rotquant", {})
-    checkpoint = CheckpointFormat(quantization, extension, arch.head_dim) if quantization else None
+    checkpoint = CheckpointFormat.of(config) if quantization else None
     return Subject(name, folder, config, arch, checkpoint)
 
 
@@ -99,38 +99,37 @@ def row_formats(subject: Subject, like: Subject | None = None) -> Formats:
     """
     formats: Formats = {}
     for layer, site, name in subject.modules():
-        own = _row_format(subject, site, name)
-        other = _row_format(like, site, name) if like and own is None else None
+        own = _site_format(subject, site, name)
+        other = _site_format(like, site, name) if like and own is None else None
         formats[layer, site] = own or _unrotated(other) or _default(site)
     return formats
 
 
-def _row_format(subject: Subject, site: str, name: str) -> RowFormat | None:
+def _site_format(subject: Subject, site: str, name: str) -> SiteFormat | None:
     if subject.checkpoint is None or site == "h":
         return None
     if site in ("k", "v"):
         kv = subject.checkpoint.attention(name)
         if kv is None:
             return None
-        clip, rotate = (kv.k_clip, kv.rotate) if site == "k" else (kv.v_clip, 0)
-        return RowFormat(4, kv.symmetric, clip, kv=True, rotate=rotate)
+        return _cached(kv, site)
     linear = subject.checkpoint.linear(subject.quantized.get(name, name))
-    return RowFormat(linear.act_bits, linear.act_symmetric, linear.act_clip) if linear else None
+    return SiteFormat(linear.rows) if linear else None
 
 
-def _unrotated(found: RowFormat | None) -> RowFormat | None:
+def _cached(kv: KVFormat, site: str) -> SiteFormat:
+    return SiteFormat(kv.key, True, kv.rotate) if site == "k" else SiteFormat(kv.value, True)
+
+
+def _unrotated(found: SiteFormat | None) -> SiteFormat | None:
     """Another model's quantizer, without its rotation."""
-    return RowFormat(found.bits, found.symmetric, found.clip, found.kv) if found else None
+    return replace(found, rotate=0) if found else None
 
 
-def _default(site: str) -> RowFormat:
-    if site == "h":
-        return RowFormat(bits=16)
-    if site in ("k", "v"):
-        kv = KVCache()
-        return RowFormat(4, kv.symmetric, kv.key_clip if site == "k" else kv.value_clip, kv=True)
-    act = Activations()
-    return RowFormat(act.bits, act.symmetric, act.clip)
+def _default(site: str) -> SiteFormat:
+    kv = KVCache().form()
+    assert kv is not None
+    return SiteFormat() if site == "h" else _cached(kv, site) if site in ("k", "v") else SiteFormat(Activations().rows)
 
 
 def measure(subject: Subject, formats: Formats, tokens: Tensor) -> tuple[Statistics, Choices]:
@@ -168,7 +167,7 @@ def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | Non
         columns = int(source.get(f"{name}.weight_shape")[1])
         packed, scale = (_some_rows(source.get(f"{name}.{leaf}")) for leaf in ("weight_packed", "weight_scale"))
         scale = scale.float().view(len(scale), -1)
-        weight = rtn.dequantize(convention.unpack_int32(packed, own.weight_bits, columns), scale)
+        weight = own.weights.dequantize(own.weights.unpack(packed, columns), scale)
     else:
         wanted = like.checkpoint.linear(name) if like and like.checkpoint else None
         if subject.checkpoint or (like and like.checkpoint and wanted is None):
@@ -177,8 +176,8 @@ def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | Non
             return None
         stored = _some_rows(source.get(f"{name}.weight"))
         weight = stored.float()
-        bits, group = (wanted.weight_bits, wanted.group_size) if wanted else (4, 0)
-        scale = rtn.weight_scale(weight, bits, group, True, stored.dtype)
+        form = wanted.weights if wanted else WeightFormat()
+        scale = rtn.weight_scale(weight, form, stored.dtype, clip_search=True)
     steps = scale.square().mean(-1).sqrt()  # of each row; one step a group
     error = metrics.rounding_error(weight, steps)[weight.any(1)].mean().item()
     return round(metrics.snr_db(error), 2) if math.isfinite(error) else None

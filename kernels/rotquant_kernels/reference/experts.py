@@ -1,4 +1,4 @@
-"""Specification of the op that runs the experts of a layer, and the layout of their weights.
+"""Specification of the op that runs the experts of a layer.
 
 An expert is a gated MLP; a router has chosen for each token some experts and their weights. Rows go through the same
 steps as in linear layers, `int_linear` for gate and up as one matrix and `int_linear` with `silu_mul` for down, so that
@@ -35,10 +35,10 @@ def moe_experts(
         chosen: int32 or int64 [T, k], negative for none; weights: float32 [T, k].
         expert_map: int32 [all experts], each expert's place in `up` and `down` or -1 for one that another process has;
             None where all are here.
-        up: [E, ...], gate over up of each expert from `prepare_experts`; up_scale: float32 [E, 2 width, G].
+        up: [E, ...], gate over up of each expert from `ops.prepare_experts`; up_scale: float32 [E, 2 width, G].
         down: [E, ...]; down_scale: float32 [E, hidden, G'].
         block: of the Hadamard before down, 0 for none.
-        weight_bits, act_bits, act_symmetric, up_clip, down_clip: see `reference.int_linear`.
+        weight_bits, act_bits, act_symmetric, up_clip, down_clip: see `linear.int_linear`.
     Returns:
         [T, hidden] in x's dtype. Each expert's output is rounded to it; weighted and added in float32, in the order of
         `chosen`, and rounded once more.
@@ -62,19 +62,3 @@ def moe_experts(
     for place in range(chosen.shape[1]):
         total = total + parts[:, place].float() * weights[:, place, None]
     return total.to(x.dtype)
-
-
-def prepare_experts(packed: Tensor, bits: int, columns: int, groups: int = 1) -> Tensor:
-    """The layout that `moe_experts` of this device reads: each expert's as `prepare_weight` makes it.
-
-    Args:
-        packed: int32 [E, N, ceil(columns * bits / 32)]; groups: scales of a row.
-    Returns:
-        [E, ...].
-    """
-    pack = torch.ops.rotquant.pack_weight
-    first = pack(packed[0].contiguous(), bits, columns, groups)
-    out = first.new_empty(len(packed), *first.shape)
-    for place, one in zip(out, packed, strict=True):  # one after the other: two copies of all would be too many
-        place.copy_(pack(one.contiguous(), bits, columns, groups))
-    return out

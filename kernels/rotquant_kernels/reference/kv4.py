@@ -1,176 +1,12 @@
-"""What every op computes, in plain torch: the specification that each kernel must meet.
-
-Integers (codes, accumulators) must match bit for bit; the float32 epilogue in the order written here.
-"""
+"""Specification of the 4-bit KV cache: its pages, writing them, attention over them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rotquant_kernels import convention
-from rotquant_kernels.convention import qparams, quantize, unpack_int32
-
-
-def transform_rows(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tensor:
-    """Online transform of the last dimension: x (I ⊗ T), T of size block x block.
-
-    Args:
-        x: float [..., K], block divides K.
-        transform: "none"; "hadamard", T = H / sqrt(block), Sylvester's H; "dense", T = matrix.
-        block: size of T; a power of two for "hadamard".
-        matrix: float [block, block] for "dense", else None.
-    Returns:
-        float32 [..., K].
-    """
-    return x.float() if transform == "none" else online_stage(x, transform, block, matrix)
-
-
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """x (I ⊗ H / sqrt(block)) by the fast Walsh-Hadamard transform, float32 or float64 as x is.
-
-    The order of additions is part of the specification (it decides the last bit): butterflies of
-    stride 1, 2, 4, ..., each (a + b, a - b), then one product with block^-0.5.
-    """
-    y = x.reshape(-1, block)
-    stride = 1
-    while stride < block:
-        pair = y.reshape(-1, 2, stride)
-        y = torch.stack((pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]), dim=1)
-        stride *= 2
-    return (y.reshape(-1, block) * block**-0.5).reshape(x.shape)
-
-
-def online_stage(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
-    """One stage of a chain of online transforms; `online` lists the kinds and their tensors.
-
-    Args:
-        x: float [..., K].
-    Returns:
-        float32 [..., K].
-    """
-    return stage_rows(x.float(), kind, block, tensor)
-
-
-def stage_rows(x: Tensor, kind: str, block: int, tensor: Tensor | None) -> Tensor:
-    """`online_stage` in x's dtype, float32 or float64: folding needs more digits than serving."""
-    if kind == "hadamard":
-        return hadamard(x, block)
-    assert tensor is not None
-    if kind == "permutation":
-        return x[..., tensor.long()]
-    tensor = tensor.to(x)
-    if kind == "dense":
-        return (x.unflatten(-1, (-1, block)) @ tensor).flatten(-2)
-    if kind == "kronecker":
-        outer = x.shape[-1] // block
-        left, right = tensor.split((outer * outer, block * block))
-        return (left.view(outer, outer).T @ (x.unflatten(-1, (outer, block)) @ right.view(block, block))).flatten(-2)
-    if kind == "reflection":
-        rows = x.unflatten(-1, (-1, block))
-        return (rows - 2 * (rows @ tensor).unsqueeze(-1) * tensor).flatten(-2)
-    if kind == "shift":
-        return x - tensor
-    raise ValueError(f"unknown online transform {kind!r}")
-
-
-def quantize_rows(
-    x: Tensor,
-    transform: str,
-    block: int,
-    matrix: Tensor | None,
-    bits: int,
-    symmetric: bool,
-    clip: float,
-    silu_mul: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Transforms and quantizes activations per token.
-
-    Args:
-        x: float [M, K]; if `silu_mul` [M, 2 K], gate then up: the activations are `convention.silu_mul` of it.
-        bits, symmetric, clip: see `convention.qparams`.
-    Returns:
-        codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1].
-    """
-    y = transform_rows(convention.silu_mul(x) if silu_mul else x, transform, block, matrix)
-    scale, zero = qparams(y, bits, symmetric, clip)
-    return quantize(y, scale, zero, bits), scale, zero.to(torch.int32)
-
-
-def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact int32 a bᵀ of int8 a [M, K] and int8 b [N, K]."""
-    if a.device.type == "cpu":
-        return torch._int_mm(a, b.t())
-    return (a.double() @ b.double().t()).to(torch.int32)
-
-
-def scaled_product(
-    q: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, weight_scale: Tensor, symmetric: bool
-) -> Tensor:
-    """Product of quantized rows [M, K] and weight codes [N, K], scaled: float32 [M, N], see `int_linear`."""
-    size = q.shape[1] // weight_scale.shape[1]
-    total = torch.zeros(())
-    for group, (q_group, w_group) in enumerate(zip(q.split(size, 1), codes.split(size, 1), strict=True)):
-        acc = int_matmul(q_group.contiguous(), w_group.contiguous())
-        if not symmetric:
-            acc = acc - zero * w_group.sum(1, dtype=torch.int32)
-        total = total + acc.float() * weight_scale[:, group]
-    return total * scale
-
-
-def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
-    """The reference reads the checkpoint's own layout, int32 [N, ceil(columns * bits / 32)]."""
-    return packed.clone()
-
-
-def int_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    weight_bits: int,
-    transform: str,
-    block: int,
-    matrix: Tensor | None,
-    act_bits: int,
-    act_symmetric: bool,
-    act_clip: float,
-    low_rank_down: Tensor | None = None,
-    low_rank_up: Tensor | None = None,
-    silu_mul: bool = False,
-) -> Tensor:
-    """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + (x T) D U + bias, q_x from x T, x transformed online.
-
-    Args:
-        x: float [..., K]; if `silu_mul` [..., 2 K], gate then up, and `convention.silu_mul` of it stands for x.
-        weight: int32 [N, ceil(K * weight_bits / 32)], packed codes (`prepare_weight`).
-        weight_scale: float32 [N, G]; G = 1 per channel, else one scale per group of K / G inputs.
-        bias: float [N] or None.
-        weight_bits, act_bits: 4 or 8.
-        transform, block, matrix: see `transform_rows`.
-        low_rank_down, low_rank_up: D float [K, r] and U float [r, N], a branch in full precision, or None.
-    Returns:
-        [..., N] in x's dtype. Epilogue in float32: for each group acc * s_w, summed in the order of
-        the groups, then * s_x, then + the low-rank branch, then + bias, then one rounding to x's dtype.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    rows = convention.silu_mul(rows) if silu_mul else rows
-    q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
-    codes = unpack_int32(weight, weight_bits, rows.shape[1])
-    y = scaled_product(q, scale, zero, codes, weight_scale, act_symmetric)
-    if low_rank_down is not None and low_rank_up is not None:
-        y = y + transform_rows(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
-
-
-# ---- KV cache of 4 bits -------------------------------------------------------------------------------
-
-
-def kv_token_bytes(head_dim: int, symmetric: bool) -> int:
-    """Bytes for K and V of one token and head: two rows of nibbles, two float16 scales, a byte of two zero points."""
-    return head_dim + (4 if symmetric else 5)
+from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.stages.hadamard import hadamard
 
 
 def kv_planes(cache: Tensor, head_dim: int, symmetric: bool) -> dict[str, Tensor]:
@@ -248,17 +84,17 @@ def kv4_write(
         slots: int64 [T']; token t goes to block slots[t] // N, position slots[t] % N; -1 skips it.
         rotate: block of the Hadamard applied to K (R3), 0 for none.
     """
-    planes = kv_planes(cache, key.shape[-1], symmetric)
+    planes, form = kv_planes(cache, key.shape[-1], symmetric), KVFormat(symmetric, k_clip, v_clip, rotate)
     stored = slots >= 0
     blocks, offsets = slots[stored] // cache.shape[2], slots[stored] % cache.shape[2]
     touched, where = blocks.unique(return_inverse=True)
     zeros = {}
-    for name, x, clip, block in (("k", key, k_clip, rotate), ("v", value, v_clip, 0)):
+    for name, x, row, block in (("k", key, form.key, rotate), ("v", value, form.value, 0)):
         rows = x[: slots.shape[0]][stored].float()
         rows = hadamard(rows, block) if block else rows
-        scale, zero = convention.kv_qparams(rows, symmetric, clip)
+        scale, zero = row.qparams(rows)
         codes = unpack_codes(planes[name][touched], name, key.shape[-1])
-        codes[where, :, offsets] = (quantize(rows, scale, zero, 4) + 8).to(torch.uint8)
+        codes[where, :, offsets] = (row.quantize(rows, scale, zero) + 8).to(torch.uint8)
         planes[name][touched] = pack_codes(codes, name)
         planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].nan_to_num(torch.nan).half()  # one kind of NaN
         zeros[name] = (zero[..., 0].nan_to_num(0) + 8).to(torch.uint8)

@@ -1,0 +1,37 @@
+"""The Triton kernels of CUDA devices (`rotquant_kernels.cuda`); Triton itself is imported when one is asked about."""
+
+from __future__ import annotations
+
+import torch
+
+from rotquant_kernels.backends.backend import Backend, Layer
+
+GEMM = ("int_linear", "quantized_linear")
+
+
+class Triton(Backend):
+    name = "triton"
+    device = "cuda"
+
+    def kernel(self, op: str) -> str:
+        return "triton (int8 tensor cores)" if op in GEMM else self.name
+
+    def stages(self) -> tuple[str, ...]:
+        from rotquant_kernels.cuda import rows
+
+        return rows.STAGES
+
+    def misfit(self, layer: Layer, device: torch.device) -> str:
+        from rotquant_kernels.cuda import layout
+
+        return layout.misfit(layer.columns, layer.weights.groups(layer.columns))
+
+    def distinct_tokens(self) -> tuple[int, ...]:
+        from rotquant_kernels.cuda import gemm
+
+        return gemm.DISTINCT
+
+    def distinct_batches(self, group: int, page: int) -> list[tuple[int, int]]:
+        from rotquant_kernels.cuda import kv4
+
+        return kv4.distinct_batches(group, page)

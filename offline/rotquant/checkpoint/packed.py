@@ -1,0 +1,64 @@
+"""A quantized linear as the checkpoint stores it: compressed-tensors' `pack-quantized`, and the branch beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rotquant_kernels import prepare_weight
+from rotquant_kernels.formats import WeightFormat
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantized linear as the checkpoint stores it: packed codes int32, scale, shape; low-rank factors D, U."""
+
+    packed: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    form: WeightFormat
+    down: Tensor | None = None  # [K, r], in the checkpoint's dtype
+    up: Tensor | None = None  # [r, N]
+
+    @cached_property
+    def prepared(self) -> Tensor:
+        """The weights as they run; made when they first do, which lm_head, for one, never does."""
+        return prepare_weight(self.packed, self.form.bits, self.shape[1], self.scale.shape[1])
+
+    def on(self, device: torch.device) -> PackedLinear:
+        """The same on another device, itself where it is there."""
+        if self.packed.device == device:
+            return self
+        down, up = (t if t is None else t.to(device) for t in (self.down, self.up))
+        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), down=down, up=up)
+
+    def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        stored = {
+            f"{name}.weight_packed": self.packed.cpu(),
+            f"{name}.weight_scale": self.scale.to(dtype).cpu(),
+            f"{name}.weight_shape": torch.tensor(self.shape),
+        }
+        if self.down is not None and self.up is not None:
+            stored |= {f"{name}.low_rank_down": self.down.cpu(), f"{name}.low_rank_up": self.up.cpu()}
+        return stored
+
+    @classmethod
+    def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
+        """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
+        first, rows = parts[0], sum(part.shape[0] for part in parts)
+        downs = [part.down for part in parts if part.down is not None]
+        ups = [part.up for part in parts if part.up is not None]
+        return cls(
+            torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts]),
+            (rows, first.shape[1]), first.form,
+            torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
+        )  # fmt: skip
+
+
+def pack(
+    codes: Tensor, scale: Tensor, form: WeightFormat, down: Tensor | None = None, up: Tensor | None = None
+) -> PackedLinear:
+    return PackedLinear(form.pack(codes), scale, (codes.shape[0], codes.shape[1]), form, down, up)

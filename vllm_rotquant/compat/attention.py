@@ -1,0 +1,52 @@
+"""Attention layers and the pages of their cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+def opaque_pages(spec: AttentionSpec, token_bytes: int) -> AttentionSpec:
+    """The layer's cache spec with `token_bytes` bytes for each (token, KV head) instead of K and V numbers."""
+    return replace(spec, dtype=torch.uint8, state_content_bytes=token_bytes)
+
+
+def head_major_layouts() -> Sequence[Any] | None:
+    """The cache layouts that keep a (block, head) plane of a page contiguous; None before vLLM had a choice."""
+    try:
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+    except ImportError:
+        return None
+    return (KVCacheLayout.LBHNC,)
+
+
+def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
+    """The attention layers of these names in the model that this process has built."""
+    return [vllm_config.compilation_config.static_forward_context[name] for name in names]
+
+
+def attention_refusals(layer: Attention) -> dict[str, bool]:
+    """What an attention layer asks for beyond plain causal attention: name of the feature, whether it is used.
+
+    `layer.impl` is still vLLM's own implementation, which has kept the constructor's arguments.
+    """
+    impl: Any = layer.impl
+    return {
+        f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
+        "sliding window attention": layer.sliding_window is not None,
+        "ALiBi": impl.alibi_slopes is not None,
+        "a soft cap on attention logits": bool(impl.logits_soft_cap),
+        "attention sinks": bool(layer.has_sink),
+        "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
+        "V heads of another size than K heads": layer.head_size_v != layer.head_size,
+        f"--kv-cache-dtype {layer.kv_cache_dtype} (the checkpoint sets 4 bits; leave the flag out)": (
+            layer.kv_cache_dtype != "auto"
+        ),
+        f"the attention layer {type(layer).__name__}": type(layer) is not Attention,
+    }

@@ -1,0 +1,104 @@
+"""vLLM's models whose forward is known, and what it does around rotquant's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+# Models whose forward is known. An MLP runs down_proj(act_fn(gate_up_proj(x))). A decoder layer passes the output of
+# input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
+# else reads them.
+MODELS = "vllm.model_executor.models."
+MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
+ATTENTIONS = (
+    "granite.GraniteAttention",
+    "llama.LlamaAttention",
+    "mistral.MistralAttention",
+    "qwen2.Qwen2Attention",
+    "qwen3.Qwen3Attention",
+)
+STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
+DECODERS = (
+    "granite.GraniteDecoderLayer",
+    "llama.LlamaDecoderLayer",
+    "mistral.MistralDecoderLayer",
+    "qwen2.Qwen2DecoderLayer",
+    "qwen3.Qwen3DecoderLayer",
+)
+# Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
+STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
+
+
+def known(module: Any, names: Sequence[str]) -> bool:
+    """Whether a module is of exactly one of these classes of vLLM's models."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in [MODELS + name for name in names]
+
+
+def silu_mul_before(layer: Any, mlp: Any) -> bool:
+    """Whether `layer` is the down_proj of an MLP and reads silu(gate) * up, which its act_fn makes."""
+    return known(mlp, MLPS) and mlp.down_proj is layer and type(mlp.act_fn) is SiluAndMul
+
+
+def norm_before(layer: Any, decoder: Any) -> str | None:
+    """Name of the RMSNorm in a decoder layer whose output `layer` reads and nothing else does."""
+    if not known(decoder, DECODERS) or getattr(decoder, "ada_rms_norm_t_cond", None) is not None:
+        return None
+    attention, mlp = decoder.self_attn, decoder.mlp
+    if known(attention, ATTENTIONS) and attention.qkv_proj is layer:
+        name = "input_layernorm"
+    elif known(mlp, MLPS) and mlp.gate_up_proj is layer:
+        name = "post_attention_layernorm"
+    else:
+        return None
+    norm = getattr(decoder, name)
+    plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
+    return name if plain else None
+
+
+def final_norm_holder(model: Any) -> Any:
+    """The module of a causal language model whose `norm` is the final RMSNorm, None where that is not known."""
+    return model.model if known(getattr(model, "model", None), STACKS) else None
+
+
+def is_decoder(module: Any) -> bool:
+    """Whether a module is a decoder layer that `decoder_output` runs, with what it calls."""
+    if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
+        return False
+    return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream [T, hidden] behind a decoder layer that `is_decoder`."""
+    if known(decoder, STREAMS):
+        return decoder(positions, hidden)
+    out, residual = decoder(positions, hidden, None)
+    return out + residual
+
+
+def has_final_norm(module: Any) -> bool:
+    """Whether a module is a model up to lm_head that ends with an RMSNorm on this rank."""
+    return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) is RMSNorm
+
+
+def logits_changed(model: Any, divisor: float) -> str:
+    """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
+    logits = getattr(model, "logits_processor", None)
+    if logits is None:
+        return ""
+    scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
+    if scale != 1 / divisor:
+        return f"multiplies logits by {scale} (logit_scale)"
+    return f"caps logits at {cap}" if cap else ""
+
+
+def rotary_rows(rotary: Any) -> int | None:
+    """How many positions a rotary embedding has a table for; None where it computes them."""
+    if (table := getattr(rotary, "long_short_cos_sin_cache", None)) is not None:
+        short = rotary.original_max_position_embeddings
+        return len(table) - short if rotary.use_long_rope else short
+    table = getattr(rotary, "cos_sin_cache", None)
+    return None if table is None else len(table)

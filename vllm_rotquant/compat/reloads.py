@@ -1,0 +1,54 @@
+"""vLLM's reload of the weights of a model that is being served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
+
+class _StaysOut(LayerReloadingInfo):
+    """What vLLM knows about a module in a reload: taken apart already, nothing to process."""
+
+    def can_load(self) -> bool:
+        return True
+
+    def reset(self) -> None:
+        pass
+
+
+def stays_out_of_reloads(module: torch.nn.Module) -> None:
+    """Has vLLM's reload of weights pass over the module: its tensors stay and are loaded by their own loaders."""
+    LAYERWISE_INFO[module] = _StaysOut(({}, {}), torch.device("cpu"), load_numel=1, load_numel_total=1)
+
+
+def can_be_reloaded(model: torch.nn.Module) -> bool:
+    """Whether vLLM has noted the model's modules, which it does before it loads them."""
+    return model in LAYERWISE_INFO
+
+
+def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Has vLLM call `begin` before it takes a model apart to reload its weights, and `end` when it is done.
+
+    vLLM goes through all modules twice, the model itself first: to ask whether they are taken apart already, and to
+    put them together, attention last.
+    """
+
+    class First(LayerReloadingInfo):
+        def can_load(self) -> bool:
+            if not super().can_load():
+                begin()
+            return super().can_load()
+
+    class Last(LayerReloadingInfo):
+        def reset(self) -> None:
+            super().reset()
+            end()
+
+    attention = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    for module, kind in ((model, First), (attention[-1], Last)) if attention else ():
+        known = LAYERWISE_INFO[module]
+        LAYERWISE_INFO[module] = kind(known.restore_metadata, known.restore_device)
