@@ -60,6 +60,7 @@ def write_card(
         for stage in input_transforms(arch, transforms)
     ]
     online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
+    there = " (its experts with 16-bit activations)" if arch.mixtures else ""
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
@@ -83,7 +84,7 @@ def write_card(
         before=before / 1e6,
         gate=journal.facts("gate")["distance"],
         portable="" if profile == "full" else "\nThis is the `portable` profile: transformers with compressed-tensors"
-        " loads it as it is, and stock vLLM runs it with 16-bit activations.",
+        f" loads it as it is{there}, and stock vLLM runs it with 16-bit activations.",
     )  # fmt: skip
     save_text(journal.folder / "README.md", text)
 

@@ -30,6 +30,7 @@ from rotquant.recipes import load_recipe
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant.weights.experts import ExpertsQuantizer
+from rotquant_kernels.formats import WeightFormat
 from source_models import file_hashes, source_model
 
 TOKENS = torch.arange(3, 83)
@@ -240,6 +241,27 @@ def test_learned_recipes_take_experts_for_what_they_are(sources: dict[str, Path]
     out = quantize(str(sources["mixtral"]), tmp_path / "out", recipe=recipe, settings=settings, samples=2, seq_len=64)
     with torch.no_grad():
         assert rotquant.load(out)(TOKENS[None]).logits.isfinite().all()
+
+
+def test_transformers_reads_the_experts_of_the_portable_profile(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The weights to the last bit. It has no linear there whose input it could round, and the card says so."""
+    out = quantize(str(sources["mixtral"]), tmp_path / "out", recipe="rtn", profile="portable")
+    assert "transformers with compressed-tensors loads it as it is (its experts with 16-bit activations)" in (
+        out / "README.md"
+    ).read_text().replace("\n", " ")
+    source, form = Source(out), WeightFormat()
+
+    def stored(name: str) -> Tensor:
+        packed, scale = (
+            source.get(f"model.layers.1.block_sparse_moe.{name}.{leaf}") for leaf in ("weight_packed", "weight_scale")
+        )
+        return form.dequantize(form.unpack(packed, packed.shape[1] * 8), scale)
+
+    experts = AutoModelForCausalLM.from_pretrained(out).model.layers[1].mlp.experts
+    for j in range(4):
+        both = torch.cat((stored(f"experts.{j}.w1"), stored(f"experts.{j}.w3")))
+        assert torch.equal(experts.gate_up_proj[j], both)
+        assert torch.equal(experts.down_proj[j], stored(f"experts.{j}.w2"))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
