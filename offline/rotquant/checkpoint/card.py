@@ -47,9 +47,9 @@ vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{nam
 
 def write_card(
     output: Path, journal: Journal, recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str,
-    calibrated: Calibrated | None, size: int, before: int,
+    calibrated: Calibrated | None, size: int, before: int, chosen: str = "",
 ) -> None:  # fmt: skip
-    """README.md of the model: recipe, numbers, and the commands to use it."""
+    """README.md of the model: recipe, numbers, the commands to use it, and how the recipe was `chosen`, if it was."""
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
     weights, act = recipe.weights, recipe.activations
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
@@ -86,7 +86,7 @@ def write_card(
         portable="" if profile == "full" else "\nThis is the `portable` profile: transformers with compressed-tensors"
         f" loads it as it is{there}, and stock vLLM runs it with 16-bit activations.",
     )  # fmt: skip
-    save_text(journal.folder / "README.md", text)
+    save_text(journal.folder / "README.md", text + (f"\n{chosen}" if chosen else ""))
 
 
 def experts_rows(layers: list[dict[str, Any] | None]) -> str:

@@ -43,8 +43,9 @@ class Learner:
         return decoders(self.arch, self.tokens.shape[1], self.device)
 
     def embedded(self, samples: int) -> Tensor:
-        """What enters layer 0, float32 [samples, T, hidden], in R1's basis; on the CPU."""
-        h = self.source.get(self.arch.names.embedding)[self.tokens[:samples]].float() * self.arch.embedding_scale
+        """What enters layer 0 of so many windows, spread over all: float32 [samples, T, hidden], R1's basis, CPU."""
+        tokens = self.tokens[torch.arange(samples) * len(self.tokens) // samples]
+        h = self.source.get(self.arch.names.embedding)[tokens].float() * self.arch.embedding_scale
         return self.transforms.r1.rows(h) if self.transforms.r1 else h
 
     def read(self, index: int) -> Tensors:
@@ -101,7 +102,7 @@ class Capture:
 def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
     if isinstance(decoder.kind.mlp, Experts):
-        return forward_mixture(job, decoder, decoder.kind.mlp, tensors, chain, seen)
+        return forward_mixture(job.devices, decoder, decoder.kind.mlp, tensors, chain, seen)
     devices = job.devices
     layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
 
@@ -114,10 +115,10 @@ def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, see
 
 
 def forward_mixture(
-    job: Learner, decoder: Decoder, block: Experts, tensors: Tensors, chain: Tensor, seen: Capture | None
+    devices: Devices, decoder: Decoder, block: Experts, tensors: Tensors, chain: Tensor, seen: Capture | None = None
 ) -> Tensor:
     """`forward` of a layer with experts: each is made once, for the tokens of all windows."""
-    devices, place = job.devices, job.devices.first
+    place = devices.first
     copies = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
 
     def attended(on: int, window: int, h: Tensor) -> Tensor:

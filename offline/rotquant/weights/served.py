@@ -55,6 +55,10 @@ class ServedLayer:
         """What down reads, from the residual stream behind attention."""
         return self.decoder.mlp_input(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
 
+    def behind_mlp(self, h: Tensor) -> Tensor:
+        """The residual stream behind the layer, from that behind attention."""
+        return self.decoder.add(h, self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear))
+
     def write(self, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual stream after a linear has written what it makes of x."""
         return self.decoder.add(h, self.linear(name, x))
