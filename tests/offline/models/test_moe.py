@@ -222,7 +222,7 @@ def test_r4_serves_every_split(sources: dict[str, Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("best-online", [], r"recipe best-online: weights.rank is not supported in a mixture of experts"),
+        ("svd", [], r"recipe svd: weights.rank is not supported in a mixture of experts"),
         ("quarot", ["scales.order=true"], r"scales.order is not supported .* --set scales.order=false"),
         ("quarot", ["online.mlp=[kronecker]"], r"online.mlp is not supported .* --set online.mlp=\[\]"),
     ],
