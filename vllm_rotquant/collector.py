@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,15 @@ from rotquant.checkpoint.format import LinearFormat
 from vllm_rotquant import compat
 from vllm_rotquant.holders import Holders
 from vllm_rotquant.intake import Intake
+
+Experts = tuple[Tensor, ...]  # packed and scales of gate and up, packed and scales of down
+
+
+class KeptExperts(NamedTuple):
+    """Weights of the checkpoint of some experts of a layer, by their numbers."""
+
+    layer: Any
+    weights: dict[int, Experts]
 
 
 class Collector:
@@ -23,7 +32,10 @@ class Collector:
         self.finish = finish
         self.layers: list[Any] = []
         self.packed: dict[tuple[str, LinearFormat], tuple[Any, Tensor]] = {}
+        self.mixtures: list[Any] = []  # the experts of a layer each; not among `layers`
+        self.experts: KeptExperts | None = None  # of the first of them
         self.unquantized: set[str] = set()
+        self.intake = Intake()
         self.holders: Holders | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model
         self.lora = False
@@ -46,11 +58,29 @@ class Collector:
     def expect(self, layer: Any) -> None:
         """`layer` is being built and will be loaded."""
         if self.holders is None:
-            self.holders, self.lora = Holders(Intake().watch), compat.lora_is_on()
+            self.holders, self.lora = Holders(self.intake.watch), compat.lora_is_on()
             self.settings = compat.model_settings()
         self.holders.expect(layer)
         self.layers.append(layer)
         self._pending.add(id(layer))
+
+    def expect_experts(self, layer: Any, elsewhere: set[str]) -> None:
+        """The experts of a layer are being built and will be loaded; attention is always there before them.
+
+        elsewhere: how the names of tensors begin that other ranks take, each up to a dot.
+        """
+        assert self.holders is not None
+        self.holders.expect(layer)
+        self.mixtures.append(layer)
+        self.intake.elsewhere |= elsewhere
+        self._pending.add(id(layer))
+
+    def keep_experts(self, layer: Any, weights: dict[int, Experts]) -> None:
+        """Remembers weights of the checkpoint of some experts of the first mixture."""
+        if self.experts is None and not self.done:
+            self.experts = KeptExperts(
+                layer, {expert: tuple(t.clone() for t in own) for expert, own in weights.items()}
+            )
 
     def keep(self, layer: Any, packed: Tensor) -> None:
         """Remembers the checkpoint's packed weights, int32 [N, words], of the first layer of each sort."""
@@ -66,7 +96,7 @@ class Collector:
             try:
                 self.finish(layer)
             finally:
-                self.layers, self.packed, self.holders = [], {}, None
+                self.layers, self.packed, self.holders, self.experts = [], {}, None, None
 
     @contextmanager
     def again(self, layers: list[Any]) -> Iterator[None]:

@@ -10,15 +10,17 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rotquant.basis.sidecar import Basis
+from rotquant.checkpoint.experts_format import experts_format
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.models import describe, head_size, is_known
+from rotquant.models import Architecture, describe, head_size, is_known
 from rotquant.models.config_fields import check_off
 from vllm_rotquant import boundary, compat, settings
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.environment import refuse_batch_invariance
+from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.kv_cache import KVCacheMethod
 from vllm_rotquant.linear import RotQuantLinearMethod
@@ -52,13 +54,14 @@ class RotQuantConfig(QuantizationConfig):
         self.head_dim = 0
         self.format: CheckpointFormat | None = None
         self.names: Names | None = None
+        self.arch: Architecture | None = None  # of a model with experts
         self.startup = Startup()
         self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Plain data: `vllm_rotquant.restored` looks at it before anything of rotquant is imported. The start is of one
         # process.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("startup", "format", "names")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("startup", "format", "names", "arch")}
         return self.restored, (version(), kept)
 
     @classmethod
@@ -66,7 +69,7 @@ class RotQuantConfig(QuantizationConfig):
         """The config of a pickle; see `vllm_rotquant.restored`."""
         config = cls.__new__(cls)
         config.__dict__ |= state
-        config.startup, config.format, config.names = Startup(), None, None
+        config.startup, config.format, config.names, config.arch = Startup(), None, None, None
         if config.head_dim:  # vLLM has called `maybe_update_config`
             config._parse()
         return config
@@ -145,7 +148,7 @@ class RotQuantConfig(QuantizationConfig):
         self._begin()
         collector = self.startup.collector
         if isinstance(layer, compat.RoutedExperts):
-            raise RotQuantError(f"{prefix}: this build of rotquant does not run mixture-of-experts layers")
+            return self._experts(layer, self.names.own(prefix))
         if isinstance(layer, compat.AttentionLayerBase):
             if not isinstance(layer, compat.Attention):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run {type(layer).__name__} layers")
@@ -169,6 +172,25 @@ class RotQuantConfig(QuantizationConfig):
                 raise RotQuantError(f"{prefix}: this build of rotquant does not run quantized embeddings")
             return Embedding(collector)
         return None
+
+    def _experts(self, layer: Any, name: str) -> QuantizeMethodBase:
+        """The method of the experts of a layer, `model.layers.3.mlp.experts` or the like.
+
+        Raises:
+            RotQuantError: what rotquant does not run, or experts of an architecture that it does not know.
+        """
+        assert self.format is not None
+        assert self.names is not None
+        config = compat.own_config(compat.model_settings())
+        self.arch = self.arch or (describe(config) if is_known(config) else None)
+        for index, block in (self.arch.mixtures if self.arch else {}).items():
+            prefix = self.arch.layer_prefix(index) if self.arch else ""
+            if name == f"{prefix}{block.files}.experts":
+                self.names.built.update(prefix + part for m in block.routed for part in (m.gate, m.up, m.down))
+                form = experts_format(self.format, prefix, block)
+                return RotQuantExpertsMethod(layer, block, form, name, self.startup.collector)
+        classes = ", ".join(config.architectures or ["this model"])
+        raise RotQuantError(f"{name}: this build of rotquant does not run the experts of {classes}")
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""

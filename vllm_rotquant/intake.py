@@ -8,7 +8,7 @@ loader calls it: a tensor that no operation read was dropped, and a parameter th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Intake:
 
     def __init__(self) -> None:
         self.seen = False  # whether a model has been loaded
+        self.elsewhere: set[str] = set()  # how the names of tensors begin that other ranks take, each up to a dot
         self._active = False
 
     def watch(self, holder: torch.nn.Module) -> None:
@@ -51,7 +52,7 @@ class Intake:
         load = type(model).load_weights
         if self._active:
             return load(model, weights, *args, **more)
-        watch, self._active = Watch(model), True
+        watch, self._active = Watch(model, self.elsewhere), True
         try:
             unfilled = {} if self.seen else mark_unfilled(model)
             loaded = watch.run(lambda passed: load(model, passed, *args, **more), weights)
@@ -68,9 +69,9 @@ class Intake:
 class Watch(TorchDispatchMode):
     """One pass over a checkpoint: hands its tensors on and notes which of them some operation reads."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, elsewhere: Collection[str] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.elsewhere = model, elsewhere
         self.names: set[str] = set()
         self.current = ""
         # Kept until they are read, so that their memory is not used for another tensor.
@@ -96,7 +97,7 @@ class Watch(TorchDispatchMode):
             if name in self.names:
                 raise RotQuantError(f"tensor {name} comes twice from the checkpoint's files; one of them is wrong")
             self.names.add(name)
-            if not name.endswith(COMPUTED) and not in_another_stage(self.model, name):
+            if not name.endswith(COMPUTED) and not self._on_another_rank(name):
                 check_content(f"tensor {name}", name, tensor)
                 if tensor.numel():
                     self.untouched[name] = tensor
@@ -105,6 +106,10 @@ class Watch(TorchDispatchMode):
             self.current, self.shapes[name] = name, list(tensor.shape)
             yield name, tensor
             self.current = ""
+
+    def _on_another_rank(self, name: str) -> bool:
+        dots = [i for i, letter in enumerate(name) if letter == "."] if self.elsewhere else []
+        return in_another_stage(self.model, name) or any(name[: dot + 1] in self.elsewhere for dot in dots)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.untouched:

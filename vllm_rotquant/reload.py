@@ -77,6 +77,11 @@ class Reload:
 
     def begin(self) -> None:
         """Refuses another model than the one served, while that is still whole; then gets ready to load."""
+        if self.collector.mixtures:
+            raise RotQuantError(
+                "reload_weights: this build of rotquant does not reload mixtures of experts; the old weights are still "
+                "served. Start a server for the new checkpoint"
+            )
         origin = self.served()
         differs = difference(self.settings, settings_of(origin))
         if differs:

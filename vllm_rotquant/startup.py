@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_rotquant import agreement, compat
 from vllm_rotquant.collector import Collector
+from vllm_rotquant.experts_proof import experts_rows
 from vllm_rotquant.fusion import fuse
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
 from vllm_rotquant.reload import Reload
@@ -55,6 +56,6 @@ class Startup:
         if not collected.lora:
             fuse(collected.linears, holders)
         check = partial(run_checks, collected, strict=self.strict, model=self.model)
-        check(readings)
+        check(experts_rows(collected) + readings)
         warm_linears(layer for layer, _ in collected.packed.values())
         Reload(collected, partial(check, [])).install(model)

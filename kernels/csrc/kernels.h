@@ -1,6 +1,7 @@
 // Everything a tier is made of; included once by each tier_*.cpp.
 #pragma once
 
+#include "experts.h"
 #include "gemm.h"
 #include "kv4_attention.h"
 #include "kv4_write.h"
@@ -17,6 +18,7 @@ const Tier RQ_TABLE = {
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,
     RQ_TIER::gemm_panel,
+    RQ_TIER::add_rows,
     RQ_TIER::kv4_write,
     RQ_TIER::kv4_attend,
     RQ_TIER::kv4_attend_chunk,

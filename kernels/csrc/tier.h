@@ -133,6 +133,10 @@ struct Tier {
   // Panel `panel` (64 channels) of at most GEMM_ROWS rows m0..m1; scratch holds GEMM_SCRATCH bytes.
   void (*gemm_panel)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t panel, void* scratch);
 
+  // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out; memory holds 2 n floats.
+  void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out,
+                   float* memory);
+
   // 4-bit KV cache. `scratch` is kv_scratch bytes, aligned to 64.
   void (*kv4_write)(const KVWrite& write, int64_t head, int64_t part, int64_t parts);
   void (*kv4_attend)(const KVQuery& query, const KVItem& item, void* scratch);

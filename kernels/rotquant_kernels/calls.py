@@ -51,6 +51,15 @@ def quantized_linear(
     return ops.quantized_linear(*quantized, weight, weight_scale, bias, weights.bits, rows.symmetric, dtype)
 
 
+def experts(
+    x: Tensor, chosen: Tensor, shares: Tensor, expert_map: Tensor | None, up: Tensor, up_scale: Tensor, down: Tensor,
+    down_scale: Tensor, weights: WeightFormat, block: int, up_rows: RowFormat, down_rows: RowFormat,
+) -> Tensor:  # fmt: skip
+    """`moe_experts`; the rows before down differ from those before gate and up in their clip ratio alone."""
+    settings = weights.bits, block, *plain(up_rows), down_rows.clip
+    return ops.moe_experts(x, chosen, shares, expert_map, up, up_scale, down, down_scale, *settings)
+
+
 def kv_write(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, kv: KVFormat) -> None:
     """`kv4_write`."""
     ops.kv4_write(key, value, cache, slots, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)

@@ -28,6 +28,9 @@ OPS = {
     " float clip) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"
     " int weight_bits, bool act_symmetric, ScalarType dtype) -> Tensor",
+    "moe_experts": "(Tensor x, Tensor chosen, Tensor weights, Tensor? expert_map, Tensor up, Tensor up_scale,"
+    " Tensor down, Tensor down_scale, int weight_bits, int block, int act_bits, bool act_symmetric, float up_clip,"
+    " float down_clip) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
@@ -100,6 +103,11 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, *settings: object) -> Ten
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
+@torch.library.register_fake("rotquant::moe_experts", lib=_library)
+def _(x: Tensor, *settings: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("rotquant::kv4_write", lib=_library)
 def _(*arguments: object) -> None:
     return None
@@ -116,6 +124,7 @@ pack_weight = torch.ops.rotquant.pack_weight
 int_linear = torch.ops.rotquant.int_linear
 rms_norm_quantize = torch.ops.rotquant.rms_norm_quantize
 quantized_linear = torch.ops.rotquant.quantized_linear
+moe_experts = torch.ops.rotquant.moe_experts
 kv4_write = torch.ops.rotquant.kv4_write
 kv4_attention = torch.ops.rotquant.kv4_attention
 
@@ -131,6 +140,21 @@ def prepare_weight(packed: Tensor, bits: int, columns: int, groups: int = 1) -> 
         bytes (`cuda.layout`); else a copy of `packed`.
     """
     return pack_weight(packed.contiguous(), bits, columns, groups)
+
+
+def prepare_experts(packed: Tensor, bits: int, columns: int, groups: int = 1) -> Tensor:
+    """The layout that `moe_experts` of this device reads: each expert's as `prepare_weight` makes it.
+
+    Args:
+        packed: int32 [E, N, ceil(columns * bits / 32)]; groups: scales of a row.
+    Returns:
+        [E, ...].
+    """
+    first = pack_weight(packed[0].contiguous(), bits, columns, groups)
+    out = first.new_empty(len(packed), *first.shape)
+    for place, one in zip(out, packed, strict=True):  # one after the other: two copies of all would be too many
+        place.copy_(pack_weight(one.contiguous(), bits, columns, groups))
+    return out
 
 
 class Prepared(NamedTuple):

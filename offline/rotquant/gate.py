@@ -4,6 +4,9 @@ Both run over one short calibration sequence in float32, side by side: the origi
 from the files, its whole forward pass, the folded one as `models.decoder` on the tensors that will be quantized. The
 hidden states are compared after each layer (h R1 against h'), so that an error names its layer, and the
 logits at the end. What transformers honours and the decoder does not, in config.json or in the files, fails here.
+
+The experts that tokens go to are compared too. Two that a router likes equally well are a matter of the last bit: there
+the folded model follows the original's choice, and what they compute is compared.
 """
 
 from __future__ import annotations
@@ -11,16 +14,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, cat, nn
 
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.original import original_model
+from rotquant.checkpoint.original_mixture import original_mixture
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
+from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
+from rotquant.models.expert_tensors import each
 from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 
 TOLERANCE = 1e-4
+TIE = 1e-3  # relative difference of two experts' probabilities that counts as none
 
 
 def check_equivalence(
@@ -37,15 +46,24 @@ def check_equivalence(
             cannot load.
     """
     folded = Folded(source, arch, fold, tokens)
+    chosen: dict[int, Tensor] = {}  # by layer, int64 [T, top_k]
 
     def follow(index: int, layer: nn.Module, output: Any) -> None:
         original = (output[0] if isinstance(output, tuple) else output)[0]
-        compare(f"layer {index}", fold.r1.rows(original.double()).float() if fold.r1 else original, folded.step(index))
+        expected = fold.r1.rows(original.double()).float() if fold.r1 else original
+        compare(f"layer {index}", expected, folded.step(index, chosen.pop(index, None)))
         layer.to("meta")  # lets the mapped files go
         layer_done(index)
 
-    with original_model(source) as model:
-        for index, layer in enumerate(model.get_decoder().layers):
+    def note(index: int, routed: Any) -> None:
+        chosen[index] = routed[-1].view(len(tokens), -1)
+
+    with original_mixture(source, arch) if arch.mixtures else original_model(source) as model:
+        layers = model.get_decoder().layers
+        for index, block in arch.mixtures.items():
+            router = layers[index].get_submodule(f"{block.module}.gate")
+            router.register_forward_hook(lambda router, _, output, index=index: note(index, output))
+        for index, layer in enumerate(layers):
             layer.register_forward_hook(lambda layer, _, output, index=index: follow(index, layer, output))
         logits = model(tokens[None], use_cache=False).logits[0]
     return compare("logits", logits, folded.logits())
@@ -59,13 +77,19 @@ class Folded:
         self.decoders = decoders(arch, len(tokens))
         self.hidden = fold.embedding(source.get(arch.names.embedding)[tokens]).float() * arch.embedding_scale
 
-    def step(self, index: int) -> Tensor:
-        """float32 [T, hidden] after layer `index`."""
+    def step(self, index: int, chosen: Tensor | None = None) -> Tensor:
+        """float32 [T, hidden] after layer `index`; chosen: the original's experts of each token, int64 [T, top_k]."""
         decoder = self.decoders[index]
-        tensors = decoder.kind.split(self.source.layer(self.arch.layer_prefix(index)))
-        equal = {name: tensor.float() for name, tensor in self.fold.layer(tensors, index).items()}
+        equal = each(self.fold.layer(read_layer(self.source, self.arch, index), index), Tensor.float)
         linear = decoder.float_linear(equal, self.fold.transforms.layers[index].inputs)
-        self.hidden = decoder.layer(equal, self.hidden, linear)
+
+        def watched(name: str, x: Tensor) -> Tensor:
+            y = linear(name, x)
+            if chosen is not None and isinstance(decoder.kind.mlp, Experts) and name == decoder.kind.mlp.router:
+                compare_choice(f"layer {index}", chosen, y.softmax(-1))
+            return y
+
+        self.hidden = decoder.layer(equal, self.hidden, watched, chosen=chosen)
         return self.hidden
 
     def logits(self) -> Tensor:
@@ -77,6 +101,23 @@ class Folded:
             normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
             found.append(normed @ folded.float().T)
         return cat(found, dim=1)
+
+
+def compare_choice(what: str, chosen: Tensor, p: Tensor) -> None:
+    """Refuses experts that the folded router would not choose.
+
+    Args:
+        chosen: of the original, int64 [T, top_k]; p: probabilities in the folded model, [T, experts].
+    """
+    taken = torch.zeros_like(p, dtype=torch.bool).scatter(1, chosen, True)
+    least, best = p.masked_fill(~taken, 2).amin(-1), p.masked_fill(taken, -1).amax(-1)
+    wrong = ~(least >= best * (1 - TIE))
+    if wrong.any():
+        raise RotQuantError(
+            f"equivalence gate: the router of {what} of the folded model chooses other experts than the original for"
+            f" {int(wrong.sum())} of {len(p)} tokens: transformers computes something in this model that rotquant does"
+            " not; please report its config.json. Nothing was written"
+        )
 
 
 def compare(what: str, expected: Tensor, actual: Tensor) -> float:

@@ -29,6 +29,7 @@ from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.original import read_original
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import DTYPES, Source
@@ -53,7 +54,7 @@ from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold, by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
-from rotquant.weights.layerwise import LayerQuantizer
+from rotquant.weights.experts import ExpertsQuantizer
 
 GATE_TOKENS = 64
 
@@ -177,6 +178,7 @@ def prepare(model: str, asked: Settings) -> Run:
     folder = fetch(model)
     arch, source = read_original(folder)
     check_shapes(recipe, arch)
+    recipe = for_mixture(recipe, arch)
     transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
     if recipe.needs_calibration:
@@ -205,6 +207,34 @@ def check_shapes(recipe: Recipe, arch: Architecture) -> None:
             raise RotQuantError(
                 f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
             )
+
+
+def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
+    """The recipe without candidates that experts do not run: more before them than R4, or beside them a branch.
+
+    Raises:
+        RotQuantError: the recipe itself asks for one.
+    """
+    if not arch.mixtures:
+        return recipe
+    off = {
+        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.up": "none", "scales.order": "false",
+        "tune": "null",
+    }  # fmt: skip
+    asked = {
+        "weights.rank": recipe.weights.rank > 0,
+        "online.mlp": bool(recipe.online.of("mlp")),
+        "online.down": bool(recipe.online.of("down")),
+        "scales.up": recipe.scales.up != "none",
+        "scales.order": recipe.scales.order,
+        "tune": recipe.tune is not None,
+    }
+    if found := next((key for key, there in asked.items() if there), None):
+        raise RotQuantError(
+            f"recipe {recipe.name}: {found} is not supported in a mixture of experts, each of which has other inputs:"
+            f" use --set {found}={off[found]}, or a recipe without it, such as best or quarot"
+        )
+    return recipe.without_choices_of(list(off))
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:
@@ -313,7 +343,8 @@ def write_embedding(run: Run, journal: Journal) -> None:
     name = run.arch.names.embedding
     weight = by_rows(run.source.get(name), lambda rows: run.fold.embedding(rows).to(run.dtype))
     if run.calibrated and run.recipe.weights.needs_inputs:
-        journal.save_chain(0, weight[run.calibrated.tokens] * run.arch.embedding_scale)
+        chain = weight[run.calibrated.tokens] * run.arch.embedding_scale
+        journal.save_chain(0, chain, chain[:1].to(torch.float32, copy=True) if run.arch.mixtures else None)
     journal.finish("embedding", run.shard(1), {name: weight})
 
 
@@ -326,20 +357,22 @@ def write_layers(run: Run, journal: Journal) -> None:
     if first:
         say(f"resuming at layer {first}")
     computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1)
-    quantizer = LayerQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
-    chain = journal.load_chain(first) if run.recipe.weights.needs_inputs else None
+    quantizer = ExpertsQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
+    chain, quantizer.exact = journal.load_chain(first) if run.recipe.weights.needs_inputs else (None, None)
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
-            prefix, kind = arch.layer_prefix(index), arch.kinds[index]
-            stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
+            stored, chain = quantizer(index, fold.layer(read_layer(run.source, arch, index), index), chain)
             if chain is not None:
-                journal.save_chain(index + 1, chain)
+                journal.save_chain(index + 1, chain, quantizer.exact)
+            report = quantizer.report
+            facts: dict[str, Any] = {"errors": quantizer.errors} | ({"experts": report.facts()} if report else {})
             if run.recipe.tune:
-                journal.keep(f"layer {index}", stored, errors=quantizer.errors)
+                journal.keep(f"layer {index}", stored, **facts)
             else:
-                write_layer(run, journal, f"layer {index}", index, stored, errors=quantizer.errors)
+                write_layer(run, journal, f"layer {index}", index, stored, **facts)
             journal.drop_chain(index)
-            progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+            note = report.note() if report else ""
+            progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}{note}")
 
 
 def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:

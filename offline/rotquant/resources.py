@@ -17,6 +17,7 @@ import torch
 
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, Layer
+from rotquant.models.architecture import Experts
 from rotquant.recipe import Recipe
 
 Windows = tuple[int, ...]  # calibration samples, tokens of each
@@ -72,7 +73,8 @@ def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     tables = 3 * vocabulary(arch) * dtype.itemsize  # as read, folded, and folded in one piece
     beside = max(max(kind.shapes[name][1] for name in kind.writes) for kind in arch.kinds)  # inputs of o or down
     chains = 2 * chain + chain * beside // arch.hidden_size
-    return tables + layer_weights(arch) * (8 + 4 + dtype.itemsize) + hessians + chains
+    packed = 2 * layer_weights(arch) * recipe.weights.bits // 8 if arch.mixtures else 0  # as stored and as they run
+    return tables + weights_at_once(arch) * (8 + 4 + dtype.itemsize) + packed + hessians + chains
 
 
 def by_layer(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
@@ -82,7 +84,7 @@ def by_layer(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.
     chains = 3 * windows[0] * windows[1] * arch.hidden_size * 4
     rows = recipe.learn.surrogate.rows if recipe.learn.surrogate else 0
     r1 = 6 * 8 * arch.hidden_size**2 + 3 * 4 * rows * arch.hidden_size if recipe.learns_r1 else 0
-    need = vocabulary(arch) * dtype.itemsize + layer_weights(arch) * (2 * 8 + 4) + chains + r1
+    need = vocabulary(arch) * dtype.itemsize + weights_at_once(arch) * (2 * 8 + 4) + chains + r1
     block = recipe.learn.blockwise
     return need + (gradients(arch, block.batch * windows[1]) if block else 0)
 
@@ -119,18 +121,29 @@ def gradients(arch: Architecture, tokens: int) -> int:
 def tuned_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
     queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-    return 14 * kind.hidden + 8 * kind.mlp.width + 8 * queries_keys_values
+    return 14 * kind.hidden + 8 * sum(kind.widths) + 8 * queries_keys_values
 
 
 def activation_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a layer needs."""
     queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-    return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
+    return 8 * kind.hidden + 6 * sum(kind.widths) + 4 * queries_keys_values
 
 
 def layer_weights(arch: Architecture) -> int:
     """Weights of the largest layer."""
     return max(sum(rows * columns for rows, columns in kind.shapes.values()) for kind in arch.kinds)
+
+
+def weights_at_once(arch: Architecture) -> int:
+    """Weights of a layer that are there in full precision together: of a mixture one of its experts."""
+
+    def of(kind: Layer) -> int:
+        waiting = kind.mlp.routed[1:] if isinstance(kind.mlp, Experts) else ()
+        left_out = {name for expert in waiting for name in (expert.gate, expert.up, expert.down)}
+        return sum(rows * columns for name, (rows, columns) in kind.shapes.items() if name not in left_out)
+
+    return max(map(of, arch.kinds))
 
 
 def vocabulary(arch: Architecture) -> int:

@@ -148,5 +148,5 @@ def test_schemas_and_fakes_hold_under_torch_compile():
     torch.library.opcheck(torch.ops.rotquant.kv4_write.default, kv, test_utils=checks)
     assert set(OPS) == {
         "online_stage", "quantize_rows", "pack_weight", "int_linear", "kv4_write", "kv4_attention",
-        "rms_norm_quantize", "quantized_linear",
+        "rms_norm_quantize", "quantized_linear", "moe_experts",
     }  # fmt: skip

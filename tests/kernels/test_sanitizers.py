@@ -34,7 +34,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "ROTQUANT_EXAMPLES": "15",
     }
-    files = [str(HERE / name) for name in ("test_linear_native.py", "test_kv4_native.py")]
+    files = [str(HERE / name) for name in ("test_linear_native.py", "test_kv4_native.py", "test_experts.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compiled_once", *files]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -38,6 +38,10 @@ def calls(pack: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[str
         yield "rms_norm_quantize", (x, residual, torch.ones(K, dtype=dtype), 1e-6, 4, False, 0.9)
     codes = torch.empty(0, K, dtype=torch.int8), torch.empty(0, 1), torch.empty(0, 1, dtype=torch.int32)
     yield "quantized_linear", (*codes, weight, scale, bias, 4, False, dtype)
+    up, down = (convention.pack_int32(torch.randint(-8, 8, shape).to(torch.int8), 4) for shape in ((2 * N, K), (K, N)))
+    stacks = pack(up, 4, K, 1)[None], torch.rand(1, 2 * N, 1), pack(down, 4, N, 1)[None], torch.rand(1, K, 1)
+    nothing = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    yield "moe_experts", (x, *nothing, None, *stacks, 4, 64, 4, False, 0.9, 0.9)
 
 
 def cache_calls(dtype: torch.dtype, symmetric: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -48,6 +48,16 @@ ATTRIBUTES = {
         "attn_backend attn_type dtype has_sink head_size head_size_v impl kv_cache_dtype kv_sharing_target_layer_name "
         "num_heads num_kv_heads quant_method sliding_window"
     ),
+    Name(f"{LAYERS}fused_moe", "RoutedExperts"): (
+        "apply_router_weight_on_input e_score_correction_bias expert_map local_num_experts moe_config quant_method "
+        "scoring_func swiglu_limit use_grouped_topk"
+    ),
+    Name(f"{LAYERS}fused_moe", "MoERunner"): "router",
+    Name(f"{LAYERS}fused_moe.config", "FusedMoEConfig"): "activation has_bias moe_parallel_config",
+    Name(f"{LAYERS}fused_moe.config", "FusedMoEParallelConfig"): (
+        "all2all_backend dp_size enable_eplb tp_rank tp_size use_all2all_kernels"
+    ),
+    Name(f"{LAYERS}fused_moe.router.fused_moe_router", "FusedMoERouter"): "select_experts",
     Name(f"{LAYERS}layernorm", "RMSNorm"): "has_weight variance_epsilon variance_size_override weight",
     Name(f"{LAYERS}linear", "LinearBase"): "quant_method",
     Name(f"{LAYERS}quantization.base_config", "QuantizationConfig"): "packed_modules_mapping",
@@ -106,6 +116,8 @@ OWN = {
     "RotQuantConfig.basis",
     "RotQuantConfig.from_state",
     "RotQuantConfig.linear_format",
+    "RotQuantExpertsMethod.__init__",
+    "RotQuantExpertsMethod.take",
     "RotQuantLinearMethod.__init__",
     "RotQuantLinearMethod.check_loaded",
     "RotQuantLinearMethod.declare",

@@ -37,8 +37,9 @@ vllm_rotquant.environment     vllm_rotquant.names    vllm_rotquant.holders    vl
 vllm_rotquant.rotation        vllm_rotquant.low_rank vllm_rotquant.adapters   vllm_rotquant.boundary
 vllm_rotquant.warmup          vllm_rotquant.witness  vllm_rotquant.reading    vllm_rotquant.agreement
 vllm_rotquant.fusion          vllm_rotquant.collector
-vllm_rotquant.linear          vllm_rotquant.kv_cache
+vllm_rotquant.linear          vllm_rotquant.kv_cache vllm_rotquant.experts
 vllm_rotquant.proof           vllm_rotquant.reload
+vllm_rotquant.experts_proof
 vllm_rotquant.startup
 vllm_rotquant.config
 vllm_rotquant

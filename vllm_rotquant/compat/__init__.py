@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -46,6 +47,12 @@ from vllm_rotquant.compat.attention import (
     built_layers,
     head_major_layouts,
     opaque_pages,
+)
+from vllm_rotquant.compat.experts import (
+    experts_here,
+    experts_refusals,
+    experts_share,
+    routed,
 )
 from vllm_rotquant.compat.models import (
     decoder_output,
@@ -105,6 +112,7 @@ __all__ = [
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
     "CommonAttentionMetadata",
+    "FusedMoEMethodBase",
     "GroupQuantScaleParameter",
     "LinearBase",
     "LinearMethodBase",
@@ -122,6 +130,9 @@ __all__ = [
     "can_be_reloaded",
     "decoder_output",
     "device_type",
+    "experts_here",
+    "experts_refusals",
+    "experts_share",
     "final_norm_holder",
     "from_all",
     "get_tensor_model_parallel_rank",
@@ -146,6 +157,7 @@ __all__ = [
     "ranks_of_model",
     "register_weight_loader_v2_supported_method",
     "rotary_rows",
+    "routed",
     "silu_mul_before",
     "stays_out_of_reloads",
     "tell_compiled_graphs_apart",

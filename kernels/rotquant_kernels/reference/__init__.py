@@ -1,10 +1,11 @@
 """What every op computes, in plain torch: the specification that each kernel must meet.
 
 Integers (codes, accumulators) must match bit for bit; the float32 epilogue in the order written here. A file for what
-works on rows of activations, one for linear layers, one for the KV cache.
+works on rows of activations, one for linear layers, one for mixtures of experts, one for the KV cache.
 """
 
 from rotquant_kernels.formats.kv import kv_token_bytes
+from rotquant_kernels.reference.experts import moe_experts
 from rotquant_kernels.reference.kv4 import (
     attend,
     kv4_attention,
@@ -28,6 +29,7 @@ __all__ = [
     "kv4_write",
     "kv_planes",
     "kv_token_bytes",
+    "moe_experts",
     "online_stage",
     "pack_codes",
     "pack_weight",

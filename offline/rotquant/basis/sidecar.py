@@ -203,9 +203,9 @@ def transform_shapes(kind: Layer) -> dict[str, list[tuple[int, ...]]]:
         "s_attn": [(kind.hidden,)],
         "s_mlp": [(kind.hidden,)],
         "s_ov": [(a.kv_heads * d,)],
-        "s_ud": [(kind.mlp.width,)],
+        "s_ud": [(sum(kind.widths),)],
         "s_qk": [(1, a.qk_factors), (a.kv_heads, a.qk_factors)],
-        "order": [(kind.mlp.width,)],
+        "order": [(sum(kind.widths),)],
     }
 
 

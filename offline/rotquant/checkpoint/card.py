@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.source import save_text
@@ -28,7 +29,7 @@ tags: [rotquant, compressed-tensors, {tag}]
 | KV cache | {kv} |
 | online transforms | {online} |
 | lm_head | {head} |
-| calibration | {calibration} |
+| calibration | {calibration} |{experts}
 | size | {size:.1f} MB ({before:.1f} MB before) |
 | folded model against the original | logits differ by {gate} (relative, float32) |
 
@@ -52,13 +53,14 @@ def write_card(
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
     weights, act = recipe.weights, recipe.activations
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    down = arch.kinds[0].mlp.down.rpartition(".")[2]
+    down = arch.kinds[0].sites["down"][0].rpartition(".")[2]
     online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
     online += [
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
         for stage in input_transforms(arch, transforms)
     ]
     online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
+    there = " (its experts with 16-bit activations)" if arch.mixtures else ""
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
@@ -77,13 +79,39 @@ def write_card(
         head=recipe.lm_head.form or "not quantized",
         calibration=f"{calibrated.tokens.shape[0]} windows of {calibrated.tokens.shape[1]} tokens from"
         f" `{calibrated.name}`" if calibrated else "none",
+        experts=experts_rows([journal.facts(f"layer {i}").get("experts") for i in range(arch.layers)]),
         size=size / 1e6,
         before=before / 1e6,
         gate=journal.facts("gate")["distance"],
         portable="" if profile == "full" else "\nThis is the `portable` profile: transformers with compressed-tensors"
-        " loads it as it is, and stock vLLM runs it with 16-bit activations.",
+        f" loads it as it is{there}, and stock vLLM runs it with 16-bit activations.",
     )  # fmt: skip
     save_text(journal.folder / "README.md", text + (f"\n{chosen}" if chosen else ""))
+
+
+def experts_rows(layers: list[dict[str, Any] | None]) -> str:
+    """Rows of the card's table about the experts of a mixture, "" where there are none."""
+    found = {i: facts for i, facts in enumerate(layers) if facts}
+    if not found:
+        return ""
+    error, layer, expert = max((e, i, j) for i, facts in found.items() for j, e in enumerate(facts["errors"]))
+    rows = [f"experts | {len(found)} layers; largest rounding error {error:.4f}, expert {expert} of layer {layer}"]
+    tokens = [n for facts in found.values() for n in facts["tokens"]]
+    if tokens:
+        few = sum(len(facts["pooled"]) for facts in found.values())
+        share = (
+            f"; {few} of {len(tokens)} with fewer than they have inputs, calibrated on other tokens too" if few else ""
+        )
+        rows.append(f"calibration tokens of an expert | {min(tokens)} to {max(tokens)}{share}")
+    agreement = {i: facts["agreement"] for i, facts in found.items() if facts["agreement"] is not None}
+    if agreement:
+        worst = min(agreement, key=lambda i: agreement[i])
+        mean = sum(agreement.values()) / len(agreement)
+        rows.append(
+            f"routing | {mean:.1%} of the choices are those of the original (first calibration window); least"
+            f" {agreement[worst]:.1%}, layer {worst}"
+        )
+    return "".join(f"\n| {row} |" for row in rows)
 
 
 def cache_line(kv: KVFormat | None, arch: Architecture) -> str:

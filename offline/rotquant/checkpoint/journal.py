@@ -122,12 +122,17 @@ class Journal:
     def _kept_files(self, step: str) -> list[str]:
         return list(self.state["steps"].get(step, {}).get("kept", {}))
 
-    def save_chain(self, index: int, chain: Tensor) -> None:
-        """Stores the chain that enters layer `index`. Call before `finish`; older chains go after it."""
-        save_tensors(self._chain(index), {"chain": chain})
+    def save_chain(self, index: int, chain: Tensor, exact: Tensor | None = None) -> None:
+        """Stores the chain that enters layer `index`. Call before `finish`; older chains go after it.
 
-    def load_chain(self, index: int) -> Tensor:
-        return load_file(self._chain(index))["chain"]
+        exact: the full-precision window beside it, where there is one.
+        """
+        save_tensors(self._chain(index), {"chain": chain} | ({} if exact is None else {"exact": exact}))
+
+    def load_chain(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """The chain and the full-precision window that enter layer `index`."""
+        found = load_file(self._chain(index))
+        return found["chain"], found.get("exact")
 
     def drop_chain(self, index: int) -> None:
         self._chain(index).unlink(missing_ok=True)

@@ -27,8 +27,11 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from rotquant.checkpoint.content import check_content
+from rotquant.checkpoint.experts_format import experts_format
 from rotquant.checkpoint.format import CheckpointFormat, claims
 from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.layers import in_files
+from rotquant.checkpoint.quant_experts import QuantExperts, Router
 from rotquant.checkpoint.quant_linear import QuantLinear, StoredInput
 from rotquant.checkpoint.sizes import check_sizes
 from rotquant.checkpoint.source import Source
@@ -61,7 +64,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     source = Source(folder)
     arch = check_sizes(config, source)
     model, checkpoint = _build(folder, arch, dtype)
-    _fill(model, source, torch.device(device))
+    _fill(model, arch, source, torch.device(device))
+    for together in [module for module in model.modules() if isinstance(module, QuantExperts)]:
+        together.prepare()
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
@@ -192,6 +197,13 @@ def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple
         layer_format = checkpoint.linear(name) if isinstance(layer, nn.Linear) else None
         if layer_format is not None:
             model.set_submodule(name, QuantLinear(name, layer, layer_format))
+    for index, block in arch.mixtures.items():
+        prefix = arch.layer_prefix(index)
+        router: Any = model.get_submodule(f"{prefix}{block.module}.gate")
+        form = experts_format(checkpoint, prefix, block)
+        made = QuantExperts(prefix, block, form, arch.hidden_size, router.weight.dtype)
+        model.set_submodule(f"{prefix}{block.module}.experts", made)
+        model.set_submodule(f"{prefix}{block.module}.gate", Router(block, router.weight))
     return model, checkpoint
 
 
@@ -215,9 +227,9 @@ def _parameters_on_meta() -> Iterator[None]:
 # ---- filling ----------------------------------------------------------------------------------------
 
 
-def _fill(model: PreTrainedModel, source: Source, device: torch.device) -> None:
+def _fill(model: PreTrainedModel, arch: Architecture, source: Source, device: torch.device) -> None:
     """Puts every tensor of the checkpoint where it belongs; refuses one that belongs nowhere."""
-    modules = dict(model.named_modules())
+    modules = {in_files(arch, name): module for name, module in model.named_modules()}
     for name, file in source.files.items():
         owner, leaf = _slot(modules, name)
         if owner is None:
@@ -235,7 +247,8 @@ def _fill(model: PreTrainedModel, source: Source, device: torch.device) -> None:
     _tie(model, source)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
-            raise RotQuantError(f"{source.folder}: tensor {name} is missing; config.json asks for it")
+            missing = in_files(arch, name)
+            raise RotQuantError(f"{source.folder}: tensor {missing} is missing; config.json asks for it")
     nn.Module.to(model, device)  # what is left: RoPE's frequencies
 
 

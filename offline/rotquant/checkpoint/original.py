@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from rotquant.checkpoint.layers import stored_shapes
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
@@ -42,7 +43,7 @@ def read_original(folder: Path) -> tuple[Architecture, Source]:
             f"{folder}/config.json: num_hidden_layers is {arch.layers}, but the weights are of {found} layers"
         )
     arch = dataclasses.replace(arch, tied=arch.tied and names.head not in source.files)
-    shapes = expected_shapes(arch.config)
+    shapes = stored_shapes(arch, expected_shapes(arch.config), source.files)
     if not arch.tied:
         shapes[names.head] = (arch.vocab_size, arch.hidden_size)
     source.check(shapes)

@@ -26,7 +26,8 @@ def check_sizes(config: Any, source: Source) -> Architecture:
     where = f"{source.folder}/config.json"
     heads = config.num_attention_heads
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-    for field in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+    mixture = ("num_experts", "num_experts_per_tok") if hasattr(config, "num_experts_per_tok") else ()
+    for field in (*sizes, "num_key_value_heads", "max_position_embeddings", *mixture):
         value = getattr(config, field, None)
         if type(value) is not int or value < 1:
             raise RotQuantError(f"{where}: {field} is {value!r}, expected a positive whole number")
@@ -56,8 +57,9 @@ def check_shapes(where: str, arch: Architecture, source: Source) -> None:
         ("hidden_size", arch.hidden_size, table[-1]),
     ]
     holders = {part: name for name, parts in kind.stored.items() for part in parts}
+    up, width = kind.mlp.gated[0].up, kind.widths[0]
     for field, part in (
-        ("intermediate_size", kind.mlp.up),
+        (kind.width_field(width), up),
         ("num_attention_heads times head_dim", a.query),
         ("num_key_value_heads times head_dim", a.key),
     ):

@@ -88,15 +88,17 @@ class Source:
                     f"{self.files[name]}: {name} has dtype {self.dtypes[name]}, supported are {', '.join(DTYPES)}"
                 )
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, part: tuple[int | slice, ...] | None = None) -> Tensor:
         """One tensor.
 
+        Args:
+            part: what of it is wanted, None for all; nothing else is read.
         Raises:
             RotQuantError: NaN or infinite values.
         """
         try:
             with safe_open(self.files[name], framework="pt") as opened:
-                tensor = opened.get_tensor(name)
+                tensor = opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
         except (SafetensorError, OSError, ValueError) as error:
             raise RotQuantError(f"{self.files[name]}: {name} cannot be read: {short(error)}") from error
         if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # not defined for 8-bit numbers

@@ -40,6 +40,7 @@ def check_targets(checkpoint: CheckpointFormat, arch: Architecture) -> None:
     """
     layers = [(arch.layer_prefix(i), kind) for i, kind in enumerate(arch.kinds)]
     linears = [prefix + name for prefix, kind in layers for name in kind.stored]
+    linears += [prefix + name for prefix, kind in layers for names in kind.full_precision.values() for name in names]
     linears.append(arch.names.head.removesuffix(".weight"))
     attentions = [prefix + kind.attention.module for prefix, kind in layers]
     _check_schemes(checkpoint, linears)

@@ -41,7 +41,8 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [] if head else ["lm_head"],
+        "ignore": ([] if head else ["lm_head"])
+        + patterns(name for kind in arch.kinds for names in kind.full_precision.values() for name in names),
     }
     if kv := recipe.kv.form():
         config["kv_cache_scheme"] = kv_scheme(kv, arch.head_dim)
@@ -97,7 +98,7 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
             if KINDS[stage.kind].affine:
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
     if index == 0 and transforms.r4_block:
-        out |= marker(kind.mlp.down, transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
+        out |= marker(kind.sites["down"][0], transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
     return out
 
 

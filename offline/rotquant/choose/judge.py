@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Learner, forward_mixture
 from rotquant.models import Architecture
+from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
+from rotquant.models.expert_tensors import each
 from rotquant.transforms.fold import Fold
-from rotquant.weights.layerwise import LayerQuantizer
+from rotquant.weights.experts import ExpertsQuantizer
 
 SHARE = 10  # one layer in so many is quantized, and at least LEAST
 LEAST = 3
@@ -122,9 +125,11 @@ class Judge:
 
     def _layer(self, index: int, chain: Tensor) -> Tensor:
         """The chain float32 [n, T, hidden] after a layer in full precision."""
-        read = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
-        tensors = {name: tensor.float().to(self.device) for name, tensor in read.items()}
+        read = read_layer(self.model.source, self.arch, index)
+        tensors = each(read, lambda tensor: tensor.float().to(self.device))
         decoder = self.decoders[index].on(self.device)
+        if isinstance(decoder.kind.mlp, Experts):
+            return forward_mixture(self.model.devices, decoder, decoder.kind.mlp, tensors, chain)
         linear = decoder.float_linear(tensors)
         return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
 
@@ -165,13 +170,13 @@ class Judge:
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
         chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
-        quantizer = LayerQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.devices)
+        quantizer = ExpertsQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.devices)
         fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
         for index in stretch:
             if learner:
                 with torch.enable_grad():
                     job.transforms.layers[index] = learner(index, None, slots(f"learn layer {index}"), progress.within)
-            tensors = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
+            tensors = read_layer(self.model.source, self.arch, index)
             _, chain = quantizer(index, fold.layer(tensors, index), chain)
             h = quantizer.passed(h)
             progress.step()

@@ -22,6 +22,7 @@ from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Learner
 from rotquant.models.decoder import rms_norm
+from rotquant.models.expert_tensors import each, whole
 from rotquant.recipe import EndToEnd
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_r1
@@ -44,7 +45,7 @@ class QuantizedModel:
             folded, start = job.layer(index), job.transforms.layers[index]
             learns: list[str] = [name for name in options.learns if name != "r1"]
             self.layers.append(quantized_layer(job, decoder, folded, start, learns, options.weight_bits))
-            self.tensors.append({name: tensor.float().to(job.device) for name, tensor in job.read(index).items()})
+            self.tensors.append(whole(each(job.read(index), lambda tensor: tensor.float().to(job.device))))
 
     def embedded(self, tokens: Tensor) -> Tensor:
         return self.embedding[tokens] * self.job.arch.embedding_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -25,12 +26,14 @@ def generator(seed: int, name: str) -> torch.Generator:
 def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: int) -> Transforms:
     """R1 to R4 as the recipe starts them; "klt" starts as "hadamard" and waits for `learn`.
 
-    R3 is over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max.
+    R3 is over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max, of experts
+    and layers without them alike.
 
     Raises:
         RotQuantError: head size that is not a power of two, or tp_max that does not divide.
     """
     check_sizes(recipe, arch, tp_max)
+    r4_block = power_of_two_factor(math.gcd(*(width // tp_max for kind in arch.kinds for width in kind.widths)))
     rotations, layers = recipe.rotations, []
     for index, kind in enumerate(arch.kinds):
         layer, attention = LayerTransforms(), kind.attention
@@ -39,7 +42,7 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
             r2 = hadamard.rows(torch.eye(attention.head_dim, dtype=torch.float64))
             layer.r2 = r2.expand(attention.kv_heads, -1, -1)
         if rotations.r4 != "none":
-            layer.inputs["down"] = [Stage("hadamard", power_of_two_factor(kind.mlp.width // tp_max))]
+            layer.inputs["down"] = [Stage("hadamard", r4_block)]
         layers.append(layer)
     r3 = arch.head_dim if rotations.r3 != "none" and recipe.kv.bits < 16 else 0
     return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers)
@@ -55,8 +58,9 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
         if getattr(recipe.rotations, rotation) == "none" and rotation in learned_rotations(recipe):
             raise RotQuantError(f"recipe {recipe.name}: rotations.{rotation} is none, and the recipe learns it")
     for kind in arch.kinds:
-        if kind.mlp.width % tp_max:
-            raise RotQuantError(f"--tp-max {tp_max} does not divide intermediate_size {kind.mlp.width}")
+        for width in kind.widths:
+            if width % tp_max:
+                raise RotQuantError(f"--tp-max {tp_max} does not divide {kind.width_field(width)} {width}")
     if recipe.rotations.r1 == "walsh" and arch.hidden_size % recipe.rotations.walsh_block:
         raise RotQuantError(
             f"config.json: hidden_size is {arch.hidden_size}, which rotations.walsh_block"

@@ -106,7 +106,10 @@ class SampleLearner:
     def scale(self, site: str) -> Tensor:
         """λ float64 [K] of a site."""
         x, alpha = self.x[site], self.recipe.scales.alpha
-        one = {"attn": (self.kind.attention.query,), "mlp": (self.kind.mlp.up,)}  # what OmniQuant's code looks at
+        one = {
+            "attn": (self.kind.attention.query,),
+            "mlp": tuple(mlp.up for mlp in self.kind.mlp.gated),
+        }  # what OmniQuant's code looks at
         every = self.kind.sites[site]
         linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
         weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in linears])

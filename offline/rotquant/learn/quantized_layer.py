@@ -44,7 +44,7 @@ class LayerParameters(nn.Module):
         self.start, self.learns = start, learns
         a, hidden = kind.attention, kind.hidden
         sizes = {
-            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (a.kv_heads * a.head_dim,), "s_ud": (kind.mlp.width,),
+            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (a.kv_heads * a.head_dim,), "s_ud": (sum(kind.widths),),
             "s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors),
         }  # fmt: skip
         kinds = {"s_attn": "s_norms", "s_mlp": "s_norms"}
@@ -155,6 +155,8 @@ class QuantizedLayer:
 
         def linear(name: str, x: Tensor) -> Tensor:
             nonlocal seen
+            if name not in kind.site_of:  # a router
+                return nn.functional.linear(x, tensors[f"{name}.weight"])
             site = kind.site_of[name]
             if seen is None or seen[0] is not x or seen[1] != site:
                 y = x

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.architecture import Experts
 from rotquant.models.decoder import Decoder, Linear, decoders
+from rotquant.models.expert_tensors import each
+from rotquant.models.mixture import inner, route, shared_output
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_r1
 from rotquant.transforms.space import Transforms
@@ -46,14 +50,17 @@ class Learner:
 
     def read(self, index: int) -> Tensors:
         """The tensors of a layer as they are in the source."""
-        return self.arch.kinds[index].split(self.source.layer(self.arch.layer_prefix(index)))
+        return read_layer(self.source, self.arch, index)
 
     def layer(self, index: int) -> Tensors:
         """The tensors of a layer, R1 folded, float32."""
-        tensors = {name: t.double() for name, t in self.read(index).items()}
+        tensors = each(self.read(index), Tensor.double)
         if self.transforms.r1:
             tensors = fold_r1(tensors, self.transforms.r1, self.arch.kinds[index])
-        return {name: t.float().to(self.device) for name, t in tensors.items()}
+        return each(tensors, lambda tensor: tensor.float().to(self.device))
+
+
+ROWS = 4096  # tokens of an expert computed at a time
 
 
 class Capture:
@@ -94,6 +101,8 @@ class Capture:
 @torch.no_grad()
 def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
+    if isinstance(decoder.kind.mlp, Experts):
+        return forward_mixture(job.devices, decoder, decoder.kind.mlp, tensors, chain, seen)
     devices = job.devices
     layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
 
@@ -103,3 +112,36 @@ def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, see
         return decoder.layer(tensors, h, seen.watching(linear, window) if seen else linear)
 
     return devices.map(layer, chain, out=torch.empty_like(chain))
+
+
+def forward_mixture(
+    devices: Devices, decoder: Decoder, block: Experts, tensors: Tensors, chain: Tensor, seen: Capture | None = None
+) -> Tensor:
+    """`forward` of a layer with experts: each is made once, for the tokens of all windows."""
+    place = devices.first
+    copies = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
+
+    def attended(on: int, window: int, h: Tensor) -> Tensor:
+        decoder, tensors = copies[on]
+        linear = decoder.float_linear(tensors)
+        return decoder.behind_attention(tensors, h, seen.watching(linear, window) if seen else linear)
+
+    after = devices.map(attended, chain, out=torch.empty_like(chain))
+    gain, linear = tensors[f"{block.norm}.weight"], decoder.float_linear(tensors)
+    x = devices.map(lambda _, i, h: decoder.norm(h, gain.to(h)), after, out=torch.empty_like(chain))
+    rows = x.flatten(0, 1)
+    routing = route(block, torch.cat([linear(block.router, part.to(place)).cpu() for part in rows.split(ROWS)]))
+    out = torch.zeros_like(rows)
+    for part, written in zip(rows.split(ROWS), out.split(ROWS), strict=True):
+        if (shared := shared_output(block, part.to(place), linear)) is not None:
+            written.copy_(shared)
+    for index, expert in enumerate(block.routed):
+        tokens, shares = routing.of(index)
+        for some, weights in zip(tokens.split(ROWS), shares.split(ROWS), strict=True) if len(tokens) else ():
+            x4 = inner(expert, rows[some].to(place), linear)
+            out.index_add_(0, some, linear(expert.down, x4).cpu() * weights[:, None])
+            if seen:
+                seen.kept["down"].append(x4[: max(1, len(seen.chosen[0]) * len(chain) // block.count)].cpu())
+    if seen:
+        seen.kept["mlp"] = [window[chosen] for window, chosen in zip(x, seen.chosen, strict=True)]
+    return decoder.add(after, out.view(chain.shape))

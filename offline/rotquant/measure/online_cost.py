@@ -3,13 +3,15 @@
 Each kind of transform (`rotquant_kernels.stages`) knows its own; an addition counts as one multiply-add.
 R3 transforms the queries and keys of a layer: a hadamard of head_dim on (heads + kv_heads) head_dim numbers.
 A transform is counted once where one linear is served for several projections of the same input (q, k and v;
-gate and up). The quantized GEMMs of the decoder layers take the sum of N K multiply-adds.
+gate and up). The quantized GEMMs of the decoder layers take the sum of N K multiply-adds. Of a mixture of experts as
+many count as a token passes through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias
 
@@ -46,23 +48,25 @@ def online_cost(folder: Path) -> OnlineCost:
     config = read_config(folder)
     arch = describe(config, f"{folder}/config.json")
     checkpoint = CheckpointFormat.of(config)
-    served: set[tuple[str, tuple[Stage, ...]]] = set()
-    gemm = total = 0
+    served: dict[tuple[str, tuple[Stage, ...]], Fraction] = {}
+    gemm = total = Fraction(0)
     for index, kind in enumerate(arch.kinds):
         for name, parts in kind.stored.items():
             linear = checkpoint.linear(arch.layer_prefix(index) + name)
             if linear is None:
                 continue
             rows, width = kind.stored_shape(name)
-            gemm += rows * width
+            site, share = kind.site_of[parts[0]], kind.shares[parts[0]]
+            gemm += rows * width * share
             total += linear.rank * (rows + width)
-            served.add((f"{index}.{kind.site_of[parts[0]]}", tuple(stages(linear, width))))
+            place = name if site == "down" else site  # each expert has its own input there
+            served[f"{index}.{place}", tuple(stages(linear, width))] = share if site == "down" else Fraction(1)
         if checkpoint.kv and checkpoint.kv.rotate:
             attention = kind.attention
             numbers = (attention.heads + attention.kv_heads) * attention.head_dim
             total += multiply_adds([("hadamard", checkpoint.kv.rotate, numbers)])
-    total += sum(multiply_adds(chain) for _, chain in served)
-    return OnlineCost(total, gemm)
+    total += sum(multiply_adds(chain) * share for (_, chain), share in served.items())
+    return OnlineCost(int(total), int(gemm))
 
 
 def stages(linear: LinearFormat, width: int) -> list[Stage]:

@@ -5,6 +5,7 @@ to the stream with one linear. In it stand the pairs that scale and rotate into 
 
     attention    values into the output linear, for each KV head; keys against queries, in the channels that RoPE allows
     gated MLP    up into down, for each channel; the order of the channels, rows of gate and up, columns of down
+    experts      the same in each of them: an expert is a gated MLP; the router reads what they read
 
 Linears are named as modules of transformers' model, less the layer's prefix. A checkpoint may hold several in one
 tensor (`Layer.fused`): they are split when a layer is read and put together again when it is written, so everything in
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +80,66 @@ class GatedMLP:
     width: int  # of what is between
     activation: str  # as transformers names it
 
+    @property
+    def gated(self) -> tuple[GatedMLP, ...]:
+        """The gated MLPs that a block is made of."""
+        return (self,)
+
+    @property
+    def full_precision(self) -> tuple[str, ...]:
+        """Linears of a block that read its norm and are not quantized."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of the gated MLPs ("experts") the `top_k` that a router chooses for a token, each times its weight, added up.
+
+    p = softmax(router x); the weights are the chosen p, divided by their sum where `normed`. Where there is a `shared`
+    expert every token passes through it too, times sigmoid(shared_gate x) where that is there.
+
+    Files hold experts one by one, `<files>.experts.<j>.<gate>.weight`, or all of them in two tensors, as transformers'
+    model does: `experts.gate_up_proj` [count, 2 width, hidden] and `experts.down_proj` [count, hidden, width].
+    """
+
+    norm: str
+    module: str  # of transformers' model
+    files: str  # what files call that module
+    gate: str  # of an expert, less what stands before it
+    up: str
+    down: str
+    count: int
+    top_k: int
+    width: int
+    activation: str
+    normed: bool
+    shared: GatedMLP | None = None
+    shared_gate: str | None = None
+
+    @property
+    def router(self) -> str:
+        return f"{self.files}.gate"
+
+    @cached_property
+    def routed(self) -> tuple[GatedMLP, ...]:
+        """The experts in their order."""
+        first = f"{self.files}.experts"
+        return tuple(
+            GatedMLP(
+                self.norm, f"{first}.{j}.{self.gate}", f"{first}.{j}.{self.up}", f"{first}.{j}.{self.down}",
+                self.width, self.activation,
+            )
+            for j in range(self.count)
+        )  # fmt: skip
+
+    @property
+    def gated(self) -> tuple[GatedMLP, ...]:
+        return (*((self.shared,) if self.shared else ()), *self.routed)
+
+    @property
+    def full_precision(self) -> tuple[str, ...]:
+        return (self.router, *((self.shared_gate,) if self.shared_gate else ()))
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -87,7 +149,7 @@ class Layer:
     """
 
     attention: Attention
-    mlp: GatedMLP
+    mlp: GatedMLP | Experts
     hidden: int
     eps: float
     residual: float = 1.0
@@ -95,37 +157,76 @@ class Layer:
 
     @cached_property
     def sites(self) -> dict[str, tuple[str, ...]]:
-        """Where the linears' inputs are quantized, in order of computation: the linears that read one input."""
-        a, m = self.attention, self.mlp
-        return {"attn": (a.query, a.key, a.value), "o": (a.output,), "mlp": (m.gate, m.up), "down": (m.down,)}
+        """Where the linears' inputs are quantized, in order of computation.
+
+        The linears of a site read one input and share its transforms; those before which only the kind of input is one,
+        each expert's own activations at "down", share the transforms.
+        """
+        a, gated = self.attention, self.mlp.gated
+        reading = tuple(name for m in gated for name in (m.gate, m.up))
+        return {
+            "attn": (a.query, a.key, a.value),
+            "o": (a.output,),
+            "mlp": reading,
+            "down": tuple(m.down for m in gated),
+        }
 
     @cached_property
     def site_of(self) -> dict[str, str]:
         return {linear: site for site, linears in self.sites.items() for linear in linears}
 
-    @property
+    @cached_property
     def linears(self) -> tuple[str, ...]:
         """All that are quantized."""
         return tuple(self.site_of)
+
+    @property
+    def full_precision(self) -> dict[str, tuple[str, ...]]:
+        """Linears that read the norm of a site as well and are not quantized, such as a router."""
+        return {"attn": (), "mlp": self.mlp.full_precision}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels between up and down of each gated MLP."""
+        return tuple(m.width for m in self.mlp.gated)
 
     @property
     def norms(self) -> dict[str, str]:
         """The norm whose output a site reads, for the sites that read the residual stream."""
         return {"attn": self.attention.norm, "mlp": self.mlp.norm}
 
+    @cached_property
+    def shares(self) -> dict[str, Fraction]:
+        """The share of tokens that pass through a linear, on average: 1 but for the experts that a router chooses."""
+        mlp = self.mlp
+        chosen = Fraction(mlp.top_k, mlp.count) if isinstance(mlp, Experts) else Fraction(1)
+        routed = mlp.routed if isinstance(mlp, Experts) else ()
+        own = {name: chosen for m in routed for name in (m.gate, m.up, m.down)}
+        return dict.fromkeys(self.linears, Fraction(1)) | own
+
+    def width_field(self, width: int) -> str:
+        """What config.json calls such a width of this layer."""
+        mlp = self.mlp
+        if isinstance(mlp, Experts) and mlp.shared and width == mlp.shared.width != mlp.width:
+            return "shared_expert_intermediate_size"
+        return "moe_intermediate_size" if isinstance(mlp, Experts) else "intermediate_size"
+
     @property
     def writes(self) -> tuple[str, ...]:
         """The linears that write to the residual stream."""
-        return (self.attention.output, self.mlp.down)
+        return (self.attention.output, *self.sites["down"])
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Outputs and inputs of every linear."""
-        a, m, hidden = self.attention, self.mlp, self.hidden
+        a, hidden = self.attention, self.hidden
         queries, values = a.heads * a.head_dim, a.kv_heads * a.head_dim
         return {
             a.query: (queries, hidden), a.key: (values, hidden), a.value: (values, hidden), a.output: (hidden, queries),
-            m.gate: (m.width, hidden), m.up: (m.width, hidden), m.down: (hidden, m.width),
+        } | {
+            name: shape
+            for m in self.mlp.gated
+            for name, shape in ((m.gate, (m.width, hidden)), (m.up, (m.width, hidden)), (m.down, (hidden, m.width)))
         }  # fmt: skip
 
     @cached_property
@@ -218,6 +319,11 @@ class Architecture:
         for index, layer in enumerate(self.kinds):
             for linear in layer.stored:
                 yield self.layer_prefix(index) + linear, layer.stored_shape(linear)
+
+    @property
+    def mixtures(self) -> dict[int, Experts]:
+        """The layers that have experts."""
+        return {index: kind.mlp for index, kind in enumerate(self.kinds) if isinstance(kind.mlp, Experts)}
 
 
 @dataclass(frozen=True)

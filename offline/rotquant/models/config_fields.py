@@ -43,7 +43,7 @@ KNOWN: dict[str, Rule] = {
     "attention_dropout": number(0, 1, null=True),
     "initializer_range": number(0, 1),
     "use_sliding_window": boolean,
-    "sliding_window": whole(1, 2**31, null=True),
+    "sliding_window": whole(0, 2**31, null=True),  # Qwen2-MoE's config class writes 0 for none
     "max_window_layers": whole(0, 2**31, null=True),
     "layer_types": texts,
     "dtype": DTYPE,
@@ -212,6 +212,9 @@ def check_relations(where: str, raw: Fields, known: Known) -> None:
         raise RotQuantError(f"{where}: head_dim is {size}; rotary embedding turns pairs of channels")
     if heads and (groups := raw.get("num_key_value_heads")) and heads % groups:
         raise RotQuantError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
+    for one, other in known.synonyms:
+        if one in raw and other in raw and raw[one] != raw[other]:
+            raise RotQuantError(f"{where}: {one} is {raw[one]}, but {other} is {raw[other]}; they mean one thing")
     _check_tokens(where, raw)
     if isinstance(kinds := raw.get("layer_types"), list) and len(kinds) != raw.get("num_hidden_layers"):
         raise RotQuantError(f"{where}: layer_types has {len(kinds)} entries, not num_hidden_layers")

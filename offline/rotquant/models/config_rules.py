@@ -22,6 +22,7 @@ class Known:
     attention_layers: what `layer_types` calls layers of attention to everything before.
     fields: further fields that this architecture knows, and what is expected of them; rope: such among the rotary ones.
     harmless: fields of parts that a supported model of this architecture does not have.
+    synonyms: fields that mean one thing, of which readers take one or the other.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class Known:
     fields: Mapping[str, Rule] = field(default_factory=dict)
     rope: Mapping[str, Rule] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
+    synonyms: tuple[tuple[str, str], ...] = ()
 
 
 def whole(low: int, high: int, *, null: bool = False) -> Rule:

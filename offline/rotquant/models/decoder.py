@@ -6,6 +6,7 @@ be quantized from the inputs that they will really see:
     x1 = norm(h);  qkv(x1) -> x2 = attention;  h2 = h + o(x2), x3 = norm(h2);  x4 = act(gate x3) up x3;
     h' = h2 + down(x4)
 
+A mixture of experts has the last two steps for each expert, on the tokens that go there (`mixture`).
 `linear(name, x)` is passed in: float weights for the equivalence gate, the served op for calibration, fake-quantized
 weights for learning; `cache(q, k, v)` gives queries, keys and values back as the KV cache would.
 Shapes: h [..., T, hidden], the last T tokens of each sequence; x2 [..., T, heads * d]; x4 [..., T, intermediate].
@@ -19,9 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.activations import ACT2FN
 
-from rotquant.models.architecture import Architecture, Layer, PositionScale, Tensors
+from rotquant.models.architecture import Architecture, Experts, Layer, PositionScale, Tensors
+from rotquant.models.mixture import inner, mixture
 from rotquant.models.reading import rotary
 from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import KVFormat
@@ -108,27 +109,39 @@ class Decoder:
         return y if turned == x.shape[-1] else torch.cat((y, x[..., turned:]), dim=-1)
 
     def mlp_input(self, x3: Tensor, linear: Linear) -> Tensor:
-        """x4, the input of the MLP's last linear."""
+        """x4, the input of a gated MLP's last linear."""
+        (mlp,) = self.kind.mlp.gated
+        return inner(mlp, x3, linear)
+
+    def mlp(self, x3: Tensor, linear: Linear, chosen: Tensor | None = None) -> Tensor:
+        """What the MLP writes; `chosen`: the experts of each token, where it is a mixture and they are given."""
         mlp = self.kind.mlp
-        return ACT2FN[mlp.activation](linear(mlp.gate, x3)) * linear(mlp.up, x3)
+        if isinstance(mlp, Experts):
+            return mixture(mlp, x3, linear, chosen)
+        return linear(mlp.down, self.mlp_input(x3, linear))
 
     def add(self, h: Tensor, written: Tensor) -> Tensor:
         """The residual stream after a block has written to it."""
         return h + written * self.kind.residual
 
-    def layer(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
-        """The whole layer, h to h'."""
-        attention, mlp = self.kind.attention, self.kind.mlp
+    def behind_attention(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
+        """The residual stream in front of the MLP's norm."""
+        attention = self.kind.attention
         x2 = self.attention(tensors, self.norm(h, tensors[f"{attention.norm}.weight"]), linear, cache)
-        h = self.add(h, linear(attention.output, x2))
-        x4 = self.mlp_input(self.norm(h, tensors[f"{mlp.norm}.weight"]), linear)
-        return self.add(h, linear(mlp.down, x4))
+        return self.add(h, linear(attention.output, x2))
+
+    def layer(
+        self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """The whole layer, h to h'; chosen: as in `mlp`."""
+        h = self.behind_attention(tensors, h, linear, cache)
+        return self.add(h, self.mlp(self.norm(h, tensors[f"{self.kind.mlp.norm}.weight"]), linear, chosen))
 
     def float_linear(self, tensors: Tensors, stages: Mapping[str, list[Stage]] | None = None) -> Linear:
         """Linears in the precision of the tensors, behind the online stages of each site."""
 
         def linear(name: str, x: Tensor) -> Tensor:
-            for stage in stages.get(self.kind.site_of[name], []) if stages else ():
+            for stage in stages.get(self.kind.site_of.get(name, ""), []) if stages else ():
                 x = reference.online_stage(x, *stage)
             return torch.nn.functional.linear(x, tensors[f"{name}.weight"], bias_of(tensors, name))
 

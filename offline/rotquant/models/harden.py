@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rotquant.models import Layer, Tensors, describe
-from rotquant.models.architecture import Attention
+from rotquant.models.architecture import Attention, Experts
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -72,9 +72,10 @@ def _harden_norm(gain: Tensor, fed: list[Tensor], picker: _Picker, factor: float
 
 
 def _harden_up_down(tensors: Tensors, kind: Layer, picker: _Picker, factor: float) -> None:
-    channels = picker.pick(kind.mlp.width)
-    _scale_rows(tensors, kind.mlp.up, channels, factor)
-    tensors[f"{kind.mlp.down}.weight"][:, channels] /= factor
+    for mlp in kind.mlp.gated:
+        channels = picker.pick(mlp.width)
+        _scale_rows(tensors, mlp.up, channels, factor)
+        tensors[f"{mlp.down}.weight"][:, channels] /= factor
 
 
 def _harden_attention(tensors: Tensors, attention: Attention, picker: _Picker, factor: float) -> None:
@@ -108,6 +109,19 @@ def _of_queries(kv_head: int, attention: Attention, channels: Tensor) -> Tensor:
     return torch.cat([query * size + channels for query in range(kv_head * group, (kv_head + 1) * group)])
 
 
+def _parts_of_experts(layer: Tensors, kind: Layer) -> Tensors:
+    """The weights of each expert and of the router, as views, by the names that files have for them."""
+    block = kind.mlp
+    if not isinstance(block, Experts):
+        return {}
+    both, down = (layer[f"{block.module}.experts.{leaf}"] for leaf in ("gate_up_proj", "down_proj"))
+    found = {f"{block.router}.weight": layer[f"{block.module}.gate.weight"]}
+    for j, mlp in enumerate(block.routed):
+        gate, up = both[j].split(block.width)
+        found |= {f"{mlp.gate}.weight": gate, f"{mlp.up}.weight": up, f"{mlp.down}.weight": down[j]}
+    return found
+
+
 @torch.no_grad()
 def harden(
     model: PreTrainedModel,
@@ -129,8 +143,9 @@ def harden(
     for index, kind in enumerate(arch.kinds):
         prefix = arch.layer_prefix(index)
         layer = kind.split({n.removeprefix(prefix): p.data for n, p in tensors.items() if n.startswith(prefix)})
+        layer |= _parts_of_experts(layer, kind)
         for site, norm in kind.norms.items():
-            fed = [layer[f"{linear}.weight"] for linear in kind.sites[site]]
+            fed = [layer[f"{linear}.weight"] for linear in kind.sites[site] + kind.full_precision[site]]
             _harden_norm(layer[f"{norm}.weight"], fed, picker, factor)
         _harden_up_down(layer, kind, picker, pair_factor)
         _harden_attention(layer, kind.attention, picker, pair_factor)

@@ -6,9 +6,21 @@ from rotquant.models.architecture import Family
 from rotquant.models.granite import GRANITE, GRANITE4
 from rotquant.models.llama import LLAMA, QWEN3
 from rotquant.models.ministral import MINISTRAL3
+from rotquant.models.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from rotquant.models.phi import PHI3
 from rotquant.models.smollm3 import SMOLLM3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, SMOLLM3, GRANITE, GRANITE4, PHI3, MINISTRAL3)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN3,
+    SMOLLM3,
+    GRANITE,
+    GRANITE4,
+    PHI3,
+    MINISTRAL3,
+    QWEN3_MOE,
+    QWEN2_MOE,
+    MIXTRAL,
+)
 BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
 KNOWN_BY_CLASS = {name: known for family in FAMILIES for name, known in family.classes.items()}

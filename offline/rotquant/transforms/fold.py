@@ -11,6 +11,8 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
                                               attention mixes tokens, not channels: both pass through it
     S_ud   W_up' = diag(s) W_up;  W_down' = W_down diag(1/s)        silu(gate) up is linear in up
     order  rows p of gate and up, columns p of down
+                                              of a mixture S_ud and the order hold the channels of one expert after the
+                                              other; router and experts read one residual stream: gain, R1, S_n alike
     S_qk   k diag(s), q diag(1/s), the same s in both channels of a RoPE pair: then it commutes with RoPE; any s in a
            channel that RoPE leaves alone
     input  an online T before a linear (R4 among them): W' = W T⁻ᵀ                 x T (W T⁻ᵀ)ᵀ = x Wᵀ
@@ -31,12 +33,14 @@ not behind: A reads the x that the stages read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rotquant.models import Architecture, Layer, Tensors
 from rotquant.models.architecture import Attention
+from rotquant.models.expert_tensors import by_expert, each
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage
 
@@ -64,7 +68,7 @@ class Fold:
 
     def layer(self, tensors: Tensors, index: int) -> Tensors:
         """The folded tensors of decoder layer `index`, float64."""
-        out, kind = {name: tensor.double() for name, tensor in tensors.items()}, self.arch.kinds[index]
+        out, kind = each(tensors, Tensor.double), self.arch.kinds[index]
         if self.r1:
             out = fold_r1(out, self.r1, kind)
         return fold_layer(out, self.transforms.layers[index], kind)
@@ -89,28 +93,36 @@ def on_outputs(out: Tensors, linear: str, change: Change) -> None:
             out[name] = change(out[name])
 
 
+def readers(kind: Layer, site: str) -> tuple[str, ...]:
+    """The linears that read the norm of a site, quantized or not."""
+    return kind.sites[site] + kind.full_precision[site]
+
+
+@by_expert
 def fold_gains(tensors: Tensors, kind: Layer) -> Tensors:
     """The norms' gains into the weights that they feed, in the dtype of the tensors."""
     out = dict(tensors)
     for site, norm in kind.norms.items():
         gain = out[f"{norm}.weight"]
-        for linear in kind.sites[site]:
+        for linear in readers(kind, site):
             multiply_inputs(out, linear, gain)
         out[f"{norm}.weight"] = torch.ones_like(gain)
     return out
 
 
+@by_expert
 def fold_r1(tensors: Tensors, r1: Rotation, kind: Layer) -> Tensors:
     """The norms' gains and R1, in the dtype of the tensors."""
     out = fold_gains(tensors, kind)
     for site in kind.norms:
-        for linear in kind.sites[site]:
+        for linear in readers(kind, site):
             on_inputs(out, linear, r1.rows)
     for linear in kind.writes:
         on_outputs(out, linear, r1.columns)
     return out
 
 
+@by_expert
 def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
     """Everything but R1, in the dtype of the tensors."""
     out = dict(tensors)
@@ -124,8 +136,9 @@ def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
     if t.r2 is not None:
         fold_r2(out, t.r2, kind.attention)
     if t.s_ud is not None:
-        multiply_outputs(out, kind.mlp.up, t.s_ud)
-        divide_inputs(out, kind.mlp.down, t.s_ud)
+        for mlp, factors in zip(kind.mlp.gated, t.s_ud.split(kind.widths), strict=True):
+            multiply_outputs(out, mlp.up, factors)
+            divide_inputs(out, mlp.down, factors)
     if t.order is not None:
         fold_order(out, t.order, kind)
     for site, stages in t.inputs.items():
@@ -150,7 +163,7 @@ def divide_inputs(out: Tensors, linear: str, factors: Tensor) -> None:
 def fold_norm_scale(out: Tensors, kind: Layer, site: str, scale: Tensor) -> None:
     gain = out[f"{kind.norms[site]}.weight"]
     out[f"{kind.norms[site]}.weight"] = gain * scale.to(gain)
-    for linear in kind.sites[site]:
+    for linear in readers(kind, site):
         divide_inputs(out, linear, scale)
 
 
@@ -191,9 +204,11 @@ def fold_r2(out: Tensors, r2: Tensor, a: Attention) -> None:
 
 
 def fold_order(out: Tensors, order: Tensor, kind: Layer) -> None:
-    for linear in (kind.mlp.gate, kind.mlp.up):
-        on_outputs(out, linear, lambda w: w[order])
-    on_inputs(out, kind.mlp.down, lambda w: w[:, order])
+    for mlp, own in zip(kind.mlp.gated, order.split(kind.widths), strict=True):
+        inside = own - own.min()  # each expert's channels among themselves
+        for linear in (mlp.gate, mlp.up):
+            on_outputs(out, linear, partial(torch.index_select, dim=0, index=inside))
+        on_inputs(out, mlp.down, partial(torch.index_select, dim=1, index=inside))
 
 
 def fold_stages(out: Tensors, linear: str, stages: list[Stage]) -> None:

@@ -63,24 +63,27 @@ class LayerQuantizer:
             )
             for place, tensors in zip(self.devices.places, self.devices.copies(others), strict=True)
         ]
-        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in self.kind.linears}
+        there = [n for n in self.kind.linears if f"{n}.weight" in folded]
+        weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in there}
         folded.clear()
         if chain is None:
-            for name in self.kind.linears:
-                self._quantize(name, weights.pop(name), None, self._rounding(None))
+            self._without_inputs(weights)
         else:
             chain = self._calibrate(weights, chain)
         for name, packed in self.served[0].done.items():
             others |= packed.tensors(name, self.dtype)
         return others, chain
 
+    def _without_inputs(self, weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            self._quantize(name, weights.pop(name), None, self._rounding(None))
+
     def passed(self, chain: Tensor) -> Tensor:
         """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
-        served, output, down = self.served, self.kind.attention.output, self.kind.mlp.down
+        served, output = self.served, self.kind.attention.output
 
         def layer(on: int, _: int, h: Tensor) -> Tensor:
-            h = served[on].write(output, h, served[on].attention(h))
-            return served[on].write(down, h, served[on].mlp_input(h))
+            return served[on].behind_mlp(served[on].write(output, h, served[on].attention(h)))
 
         return self.devices.map(layer, chain, out=torch.empty_like(chain))
 
@@ -97,7 +100,7 @@ class LayerQuantizer:
 
         Each step is computed once a sample. The chain is changed in place; beside it lie what o and then down read.
         """
-        served, attention, mlp = self.served, self.kind.attention, self.kind.mlp
+        served, attention = self.served, self.kind.attention
         self.importance = self._importance(weights, chain)
         self._step(weights, "attn", chain, attention.norm)
         mixed = torch.empty(*chain.shape[:2], weights[attention.output].shape[1], dtype=chain.dtype)
@@ -105,6 +108,11 @@ class LayerQuantizer:
         self._step(weights, "o", mixed)
         self._write(chain, mixed, attention.output)
         del mixed
+        return self._mlp(weights, chain)
+
+    def _mlp(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
+        """The last two of these steps, of a gated MLP; the chain is that behind attention."""
+        served, (mlp,) = self.served, self.kind.mlp.gated
         self._step(weights, "mlp", chain, mlp.norm)
         inner = torch.empty(*chain.shape[:2], weights[mlp.down].shape[1], dtype=chain.dtype)
         self.devices.map(lambda on, _, h: served[on].mlp_input(h), chain, out=inner)
@@ -138,15 +146,17 @@ class LayerQuantizer:
     def _step(self, weights: dict[str, Tensor], site: str, store: Tensor, norm: str = "") -> None:
         """Quantizes the linears of a site, which read the store [samples, T, channels], behind a norm if named."""
         if not self.recipe.weights.needs_inputs:
-            for name in self.kind.sites[site]:
-                self._quantize(name, weights.pop(name), None, self._rounding(None))
+            self._without_inputs({name: weights.pop(name) for name in self.kind.sites[site]})
             return
-        hessian, drift = self._moments(site, store, norm)
+        self._round(weights, self.kind.sites[site], *self._moments(site, store, norm))
+
+    def _round(self, weights: dict[str, Tensor], names: tuple[str, ...], hessian: Tensor, drift: Tensor | None) -> None:
+        """Quantizes linears that read inputs of these moments."""
         refit = drift is not None and partial(
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
         rounded = self._rounding(hessian)
-        for name in self.kind.sites[site]:
+        for name in names:
             weight = weights.pop(name)
             if refit:
                 weight = refit(weight)
@@ -169,9 +179,12 @@ class LayerQuantizer:
         stores = (store,) if self.importance is None else (store, self.importance)
         sums = self.devices.each(lambda on, share: self._sums(self.served[on], site, norm, share), *stores)
         tokens = store.shape[0] * store.shape[1]
-        hessian = self._total([part for part, _ in sums])
         drifts = [part for _, part in sums if part is not None]
-        return (hessian.triu() + hessian.triu(1).mT).div_(tokens), self._total(drifts).div_(tokens) if drifts else None
+        return self._means(self._total([part for part, _ in sums]), self._total(drifts) if drifts else None, tokens)
+
+    def _means(self, hessian: Tensor, drift: Tensor | None, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """The means of `_moments` from the sums of `_sums`."""
+        return (hessian.triu() + hessian.triu(1).mT).div_(tokens), None if drift is None else drift.div_(tokens)
 
     def _total(self, parts: list[Tensor]) -> Tensor:
         """The sum of the devices' sums, on the first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from rotquant.checkpoint.packed import PackedLinear
@@ -32,7 +33,9 @@ class ServedLayer:
     done: dict[str, PackedLinear] = field(default_factory=dict)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """The served op on the packed weights."""
+        """The served op on the packed weights; a router in full precision."""
+        if name not in self.decoder.kind.site_of:
+            return torch.nn.functional.linear(x, self.tensors[f"{name}.weight"])
         packed, site = self.done[name], self.decoder.kind.site_of[name]
         return linear(
             x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.form, self.stages.get(site, []),
@@ -51,6 +54,10 @@ class ServedLayer:
     def mlp_input(self, h: Tensor) -> Tensor:
         """What down reads, from the residual stream behind attention."""
         return self.decoder.mlp_input(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
+
+    def behind_mlp(self, h: Tensor) -> Tensor:
+        """The residual stream behind the layer, from that behind attention."""
+        return self.decoder.add(h, self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear))
 
     def write(self, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual stream after a linear has written what it makes of x."""

@@ -36,7 +36,7 @@ ADAPTERS = [
 
 def linear_with(decoder, tensors, transforms, prefix, changed):
     """The linears of a layer with the adapter beside them: it reads what they are given."""
-    plain = decoder.float_linear(tensors, transforms)
+    plain = decoder.float_linear(tensors, transforms and transforms.inputs)
     own = {name.removeprefix(prefix): factors for name, factors in changed.items() if name.startswith(prefix)}
     factors = decoder.kind.split({f"{n}.lora_{x}": f for n, ba in own.items() for x, f in zip("BA", ba, strict=True)})
 

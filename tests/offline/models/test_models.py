@@ -112,7 +112,7 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 
 RECIPES = [
     ("smollm3", "best-online"), ("granite", "smoothrot"), ("granite4", "quarot"), ("phi3", "best-online"),
-    ("phi3", "svd"), ("ministral3", "quarot"),
+    ("phi3", "svd"), ("ministral3", "quarot"), ("qwen3_moe", "best"), ("mixtral", "quarot"),
 ]  # fmt: skip
 
 
@@ -141,9 +141,9 @@ def test_both_engines_agree(
         logits = rotquant.load(out)(torch.tensor(prompts)).logits[:, :-1].double()
     own = logits.log_softmax(-1).gather(2, torch.tensor(prompts)[:, 1:, None]).squeeze(2)
     assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
-    assert online_cost(out).gemm == sum(
-        rows * columns for _, (rows, columns) in read_architecture(sources[name]).linears()
-    )
+    kinds = read_architecture(sources[name]).kinds
+    passed = sum(rows * columns * kind.shares[n] for kind in kinds for n, (rows, columns) in kind.shapes.items())
+    assert online_cost(out).gemm == passed
 
 
 def test_queries_that_vllm_would_not_scale_are_noticed(

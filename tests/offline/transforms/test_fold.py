@@ -80,7 +80,9 @@ def test_each_identity_alone(layer, part, seed):
     )  # fmt: skip
     expected = decoder.layer(tensors, h, decoder.float_linear(tensors))
     folded = fold_layer(tensors, one, decoder.kind)
-    assert (decoder.layer(folded, h, decoder.float_linear(folded, one)) - expected).norm() < 1e-4 * expected.norm()
+    assert (
+        decoder.layer(folded, h, decoder.float_linear(folded, one.inputs)) - expected
+    ).norm() < 1e-4 * expected.norm()
 
 
 def test_transforms_come_back_from_a_file(layer):

@@ -23,6 +23,8 @@ The JSON object:
                         "position", "token", "channel"}; the last three and `largest` tell of the largest peak
     linears              {"layer", "name", "before", "after"}: SNR of the weights in dB (`metrics.rounding_error`); null
                          where the linear stays in 16 bits
+    routing              of each layer with experts {"layer", "tokens", "agreement"}: tokens that go to each expert of
+                         `model`, and the share of the choices of `against` that it makes too, null without
     token_texts          how the tokenizer writes the tokens named above
 
 Memory: the model, and for each site sums over rows, channels, pairs of channels (up to 1024) and 64 tokens.
@@ -40,6 +42,7 @@ from torch import Tensor
 from rotquant.data import DATA
 from rotquant.measure.evaluate import text_windows, window_length
 from rotquant.measure.inspection.collect import Formats
+from rotquant.measure.inspection.routing import Choices, routing_facts
 from rotquant.measure.inspection.subject import (
     Subject,
     check_pair,
@@ -110,10 +113,11 @@ def inspect(
     figures: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
     landscapes: dict[tuple[str, int, str], Tensor] = {}
     weights: dict[str, dict[tuple[int, str], float | None]] = {}
+    choices: dict[str, Choices] = {}
     for when, subject, other in (("before", before, after), ("after", after, before)):
         if subject is None:
             continue
-        found = measure(subject, row_formats(subject, other), batch)
+        found, choices[when] = measure(subject, row_formats(subject, other), batch)
         shapes = {key: statistics.sums["first"].shape for key, statistics in found.items()}
         figures[when] = {key: statistics.summary(batch) for key, statistics in found.items()}
         landscapes |= {(when, *key): s.landscape for key, s in found.items() if s.landscape is not None}
@@ -127,6 +131,7 @@ def inspect(
         "seq_len": length,
         "sites": _sites(row_formats(after, before), shapes, figures),
         "linears": _linears(after, weights),
+        "routing": routing_facts(after.arch, choices["after"], choices.get("before")),
     }
     named = {site[when]["massive"]["token"] for site in facts["sites"] for when in figures}
     facts["token_texts"] = {str(token): text for token, text in token_texts(after.folder, named).items()}

@@ -2,7 +2,7 @@
 
     h                   input of attention's norm: the residual stream (not quantized)
     attn_in, mlp_in     input of the linears of queries, keys and values; of gate and up
-    o_in, down_in       input of attention's output linear; of down
+    o_in, down_in       input of attention's output linear; of down, which in a mixture of experts none has alone
     k, v                as attention gets them, K after RoPE
 
 A `QuantLinear` quantizes its input after its online transforms, so its rows are transformed here by the same ops. K and
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rotquant.checkpoint.quant_linear import QuantLinear
+from rotquant.measure.inspection.routing import Choices, choices_watched
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.models import Architecture, Layer
+from rotquant.models.architecture import Experts
 from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 
@@ -36,16 +38,19 @@ Statistics = dict[tuple[int, str], SiteStatistics]
 def watched_modules(kind: Layer) -> dict[str, str]:
     """The module of a layer at which each site is seen; K and V inside the one that calls attention."""
     attention, first = kind.attention, {site: kind.stored_at(site)[0] for site in kind.sites}
+    behind = {"mlp_in": first["mlp"], "down_in": first["down"]}
+    if isinstance(kind.mlp, Experts):  # the router reads what they read
+        behind = {"mlp_in": f"{kind.mlp.module}.gate"}
     return {
         "h": attention.norm, "attn_in": first["attn"], "k": attention.module, "v": attention.module,
-        "o_in": first["o"], "mlp_in": first["mlp"], "down_in": first["down"],
+        "o_in": first["o"], **behind,
     }  # fmt: skip
 
 
 @torch.no_grad()
 def collect(
     model: PreTrainedModel, arch: Architecture, formats: Formats, tokens: Tensor, step: Callable[[], object]
-) -> Statistics:
+) -> tuple[Statistics, Choices]:
     """Runs the model over token windows and watches every site.
 
     Args:
@@ -53,7 +58,7 @@ def collect(
         formats: of each (layer, site).
         tokens: int64 [windows, T]; step: called after each window.
     Returns:
-        statistics of each (layer, site).
+        statistics of each (layer, site), and the experts that routers choose.
     """
     found: Statistics = {key: SiteStatistics(row_format) for key, row_format in formats.items()}
     decoder = model.get_decoder()
@@ -64,14 +69,14 @@ def collect(
         if site not in ("k", "v")
     ]
     try:
-        with _attention_watched(model, found):
+        with _attention_watched(model, found), choices_watched(model, arch) as choices:
             for window in tokens:
                 decoder(window[None].to(model.device), use_cache=False)
                 step()
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, choices
 
 
 def quantized_input(module: nn.Module, x: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def quantized_input(module: nn.Module, x: Tensor) -> Tensor:
 
 def _watch(statistics: SiteStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics.add(quantized_input(module, inputs[0])[0].unsqueeze(1))
+        statistics.add(quantized_input(module, inputs[0]).flatten(0, -2).unsqueeze(1))
 
     return hook
 

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
 from rotquant.measure.evaluate import load_any
 from rotquant.measure.inspection.collect import Formats, Statistics, collect, watched_modules
+from rotquant.measure.inspection.routing import Choices
 from rotquant.measure.inspection.statistics import SiteFormat
 from rotquant.models import Architecture, describe, read_config
 from rotquant.recipe import Activations, KVCache
@@ -39,6 +41,14 @@ class Subject:
     config: PreTrainedConfig
     arch: Architecture
     checkpoint: CheckpointFormat | None
+
+    @cached_property
+    def quantized(self) -> dict[str, str]:
+        """Of the routers that stand for the experts' inputs: name of an expert's linear, by the router's module."""
+        return {
+            f"{self.arch.layer_prefix(index)}{block.module}.gate": self.arch.layer_prefix(index) + block.routed[0].gate
+            for index, block in self.arch.mixtures.items()
+        }
 
     def modules(self) -> Iterator[tuple[int, str, str]]:
         """Layer, site and full name of the module of every site."""
@@ -103,7 +113,7 @@ def _site_format(subject: Subject, site: str, name: str) -> SiteFormat | None:
         if kv is None:
             return None
         return _cached(kv, site)
-    linear = subject.checkpoint.linear(name)
+    linear = subject.checkpoint.linear(subject.quantized.get(name, name))
     return SiteFormat(linear.rows) if linear else None
 
 
@@ -122,8 +132,8 @@ def _default(site: str) -> SiteFormat:
     return SiteFormat() if site == "h" else _cached(kv, site) if site in ("k", "v") else SiteFormat(Activations().rows)
 
 
-def measure(subject: Subject, formats: Formats, tokens: Tensor) -> Statistics:
-    """Statistics of every (layer, site) over token windows int64 [n, T]; the model is gone from memory afterwards."""
+def measure(subject: Subject, formats: Formats, tokens: Tensor) -> tuple[Statistics, Choices]:
+    """`collect` over token windows int64 [n, T]; the model is gone from memory afterwards."""
     model = load_any(subject.folder)
     with Progress(f"{subject.folder.name}: window", len(tokens)) as progress:
         found = collect(model, subject.arch, formats, tokens, progress.step)
@@ -161,6 +171,8 @@ def _linear_snr(source: Source, name: str, subject: Subject, like: Subject | Non
     else:
         wanted = like.checkpoint.linear(name) if like and like.checkpoint else None
         if subject.checkpoint or (like and like.checkpoint and wanted is None):
+            return None
+        if f"{name}.weight" not in source.files:  # experts that a file holds in one tensor
             return None
         stored = _some_rows(source.get(f"{name}.weight"))
         weight = stored.float()

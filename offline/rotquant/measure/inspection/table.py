@@ -28,7 +28,7 @@ def render(facts: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     for table in (_sites(facts), _overall(facts), _linears(facts)):
         console.print(table)
-    for line in massive_lines(facts):
+    for line in (*massive_lines(facts), *experts_lines(facts)):
         console.print(line, highlight=False, markup=False)
     said = f"{facts['tokens']} tokens of {facts['text']} in {facts['windows']} windows of {facts['seq_len']}"
     console.print(f"{said}; quantizers: {_formats(facts)}", highlight=False, markup=False)
@@ -69,15 +69,39 @@ def _overall(facts: dict[str, Any]) -> Table:
 
 
 def _linears(facts: dict[str, Any]) -> Table:
-    names = list(dict.fromkeys(linear["name"] for linear in facts["linears"]))
-    table = _table("\nWeights, SNR dB, mean over layers", *(name.rpartition(".")[2] for name in names))
+    groups: dict[str, list[dict[str, Any]]] = {}  # experts of a layer together
+    for linear in facts["linears"]:
+        path = [part for part in linear["name"].split(".") if not part.isdecimal()]
+        groups.setdefault(" ".join(path[-2:]) if "experts" in path else path[-1], []).append(linear)
+    table = _table("\nWeights, SNR dB, mean over layers", *groups)
     cells = []
-    for name in names:
-        rows = [linear for linear in facts["linears"] if linear["name"] == name]
+    for rows in groups.values():
         before, after = (_mean([row[when] for row in rows]) for when in WHEN)
         cells.append(change(before, after, higher_is_better=True))
     table.add_row(*cells)
     return table
+
+
+def experts_lines(facts: dict[str, Any]) -> list[str]:
+    """Lines on the experts of a mixture: their traffic, their choice, and the one whose weights fare worst."""
+    routing = facts.get("routing") or []
+    if not routing:
+        return []
+    few, most = min((n, r["layer"]) for r in routing for n in r["tokens"]), max(max(r["tokens"]) for r in routing)
+    lines = [f"experts: {few[0]} (layer {few[1]}) to {most} tokens each"]
+    agreed = [(r["agreement"], r["layer"]) for r in routing if r["agreement"] is not None]
+    if agreed:
+        mean = fmean(share for share, _ in agreed)
+        lines.append(
+            f"routing: {mean:.1%} of the choices are as before; least {min(agreed)[0]:.1%}, layer {min(agreed)[1]}"
+        )
+    known = [x for x in facts["linears"] if ".experts." in x["name"] and x["after"] is not None]
+    if known:
+        worst = min(known, key=itemgetter("after"))
+        lines.append(
+            f"weights: the least SNR of an expert is {worst['after']} dB, {worst['name']} of layer {worst['layer']}"
+        )
+    return lines
 
 
 def massive_lines(facts: dict[str, Any]) -> list[str]:
