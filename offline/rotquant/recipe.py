@@ -6,7 +6,7 @@ online       more transforms that run before the linears of a site, beside R4
 learn        how the values of all these are found: surrogate (R1, R2, without backpropagation through the model),
              blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
 weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
-activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
+activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic; a budget of sites that get 8 bits
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
@@ -27,6 +27,10 @@ from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 PROCRUSTES: tuple[str, ...] = ("quantization_error", "clip", "corner")
 GRADIENT: tuple[str, ...] = ("quantization_error", "whip", "kurtosis")
 SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "adam"), GRADIENT)
+
+
+# A share of all sites, or a number of them.
+Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%|\d{1,6})$")]
 
 
 class _Part(BaseModel):
@@ -185,10 +189,31 @@ class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     clip: Ratio = 1.0
+    budget: Budget = Field(
+        default="0", description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"'
+    )
 
     @property
     def rows(self) -> RowFormat:
         return RowFormat(self.bits, self.symmetric, self.clip)
+
+    @property
+    def mixed(self) -> bool:
+        """True where some sites may get more bits than `bits`."""
+        return self.wide(100) > 0
+
+    def wide(self, sites: int) -> int:
+        """How many of a model's `sites` the budget lets have 8 bits."""
+        number = float(self.budget.removesuffix("%"))
+        return min(sites, int(sites * number / 100 if self.budget.endswith("%") else number))
+
+    @model_validator(mode="after")
+    def _room(self) -> Activations:
+        if self.budget.endswith("%") and float(self.budget[:-1]) > 100:
+            raise ValueError(f"budget {self.budget} is more than all sites")
+        if self.bits == 8 and self.mixed:
+            raise ValueError(f"budget {self.budget} of sites at 8 bits, and all have 8 bits as it is; take bits 4")
+        return self
 
 
 class KVCache(_Part):
@@ -246,7 +271,7 @@ class Recipe(_Part):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.needs_inputs or self.needs_learning
+        return self.weights.needs_inputs or self.needs_learning or self.activations.mixed
 
     @property
     def needs_learning(self) -> bool:
@@ -284,7 +309,7 @@ class Recipe(_Part):
                 "online": OnlineStages(),
                 "learn": self.learn.without_clips(),
                 "weights": self.weights.model_copy(update={"rank": 0}),
-                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
+                "activations": self.activations.model_copy(update={"symmetric": True, "clip": 1.0}),
                 "kv": KVCache(bits=16),
                 "lm_head": LMHead(bits=16),
             }

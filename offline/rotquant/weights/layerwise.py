@@ -196,7 +196,7 @@ class LayerQuantizer:
 
     def _rows(self, site: str) -> RowFormat:
         """What the rows of a site are rounded to."""
-        return self.recipe.activations.rows.clipped(self.layer.clips.get(site))
+        return self.layer.rows(site, self.recipe.activations.rows)
 
     def _quantize(
         self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]

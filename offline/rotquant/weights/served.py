@@ -52,6 +52,10 @@ class ServedLayer:
         """What down reads, from the residual stream behind attention."""
         return self.decoder.mlp_input(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
 
+    def layer(self, h: Tensor) -> Tensor:
+        """The whole layer, h to h', once all its linears are quantized."""
+        return self.decoder.layer(self.tensors, h, self.linear, self.cache)
+
     def write(self, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual stream after a linear has written what it makes of x."""
         return self.decoder.add(h, self.linear(name, x))
