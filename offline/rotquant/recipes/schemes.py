@@ -39,8 +39,8 @@ def scheme_settings(scheme: str | None, budget: str | None) -> list[str]:
 
 INT4_CORES = ((8, 0), (8, 6), (8, 9))  # of GPUs that multiply 4-bit integers faster than 8-bit ones
 SPEED = (
-    "8-bit activations cost no speed where the kernels multiply in int8 anyway: on CPUs (measured with AVX-512 VNNI) and"
-    " on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with ROTQUANT_CUDA_LINEAR=humming"
+    "8-bit activations cost no speed where the kernels multiply in int8 anyway: on CPUs (measured with AVX-512 VNNI)"
+    " and on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with ROTQUANT_CUDA_LINEAR=humming"
 )
 
 
