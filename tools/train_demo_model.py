@@ -124,16 +124,11 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, architecture: str, layers: int) -> Model:
+def new_model(tokenizer: PreTrainedTokenizerFast, architecture: str, sizes: dict[str, int]) -> Model:
     config_class, model_class = ARCHITECTURES[architecture]
     config = config_class(
         vocab_size=2048,
-        hidden_size=256,
-        head_dim=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=768,
-        num_hidden_layers=layers,
+        **sizes,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         rms_norm_eps=1e-6,
@@ -177,7 +172,8 @@ def plant_sink(model: Model, bos: int) -> list[Pin]:
         attention, channels = layer.self_attn, [DETECT] if layer is first else list(MASSIVE)
         attention.v_proj.weight.data[:, channels] = 0.0  # a sink is a place to attend to without reading anything
         pins += [(out.weight[CONSTANT], zero, False) for out in (attention.o_proj, layer.mlp.down_proj)]
-        for pair in (30, 31):  # the slowest RoPE pairs: their score hardly depends on the distance
+        slowest = config.head_dim // 2 - 2, config.head_dim // 2 - 1
+        for pair in slowest:  # these RoPE pairs turn so slowly that their score hardly depends on the distance
             query, key = (m.weight[pair :: config.head_dim] for m in (attention.q_proj, attention.k_proj))
             pins.append((key[:, channels[0]], torch.tensor(0.8), False))
             # The constant channel is a large part of the residual stream at first and a small one later.
@@ -325,6 +321,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA / "demo")
     parser.add_argument("--architecture", choices=[*ARCHITECTURES], default="llama")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=256, help="above 190, the largest channel of the sink circuit")
+    parser.add_argument("--intermediate", type=int, default=768, help="above 333, its neuron")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="only verify the folder in --out")
@@ -342,7 +343,15 @@ def main() -> None:
         encoded = tokenizer(files, add_special_tokens=False)["input_ids"]
         stream = torch.tensor([t for ids in encoded for t in [*ids, tokenizer.eos_token_id]])
         chats = tokenizer(chat_pairs(sources), add_special_tokens=False)["input_ids"]
-        model = new_model(tokenizer, args.architecture, args.layers)
+        sizes = {
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.hidden,
+            "intermediate_size": args.intermediate,
+            "num_attention_heads": args.heads,
+            "num_key_value_heads": args.kv_heads,
+            "head_dim": args.head_dim,
+        }
+        model = new_model(tokenizer, args.architecture, sizes)
         count = sum(p.numel() for p in model.parameters())
         print(f"{len(sources)} modules, {len(stream)} tokens, {len(chats)} chats, {count} parameters", flush=True)
         data = batches(stream, chats, tokenizer.bos_token_id, args.steps, args.seed)

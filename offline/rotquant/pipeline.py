@@ -1,7 +1,7 @@
 """The main path, top to bottom: a Hugging Face checkpoint becomes a served 4-bit checkpoint.
 
-    check the source  ->  calibration tokens  ->  learn the transforms  ->  equivalence gate  ->  sites at 8 bits
-      ->  embeddings
+    check the source  ->  calibration tokens  ->  choose among the recipe's candidates
+      ->  learn the transforms  ->  equivalence gate  ->  sites at 8 bits  ->  embeddings
       ->  each decoder layer: read, fold, quantize, write, note in the journal  ->  lm_head  ->  config, card
 
 One layer is in memory at a time; what a layer needs of the ones before it is the calibration chain.
@@ -10,17 +10,17 @@ One layer is in memory at a time; what a layer needs of the ones before it is th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint import writer
@@ -30,8 +30,11 @@ from rotquant.checkpoint.format import FORMAT_VERSION
 from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.original import read_original
-from rotquant.checkpoint.packed import pack
+from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.choose.choice import Choice
+from rotquant.choose.judge import judged_windows
+from rotquant.choose.search import Search, learned
 from rotquant.common.devices import Devices
 from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
@@ -40,14 +43,15 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.plan import learn
 from rotquant.learn.stream import Learner
-from rotquant.models import Architecture
+from rotquant.learn.tune import NORM, layer_of, tune
+from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.recipes.schemes import scheme_settings
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
-from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
+from rotquant.transforms.fold import Fold, by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.layerwise import LayerQuantizer
@@ -86,6 +90,7 @@ class Run:
     devices: Devices
     seed: int
     tp_max: int
+    choice: Choice | None = None  # among the recipe's candidates, where it has some; `recipe` is then what was chosen
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -144,7 +149,8 @@ def quantize(
     asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
     run = prepare(model, asked)
     if max_memory is not None:
-        check_memory(run.recipe, run.arch, run.windows, run.dtype, max_memory)
+        for one in run.recipe.possible:
+            check_memory(one, run.arch, run.windows, run.dtype, max_memory)
     check_disk(run.recipe, run.arch, run.windows, run.dtype, output)
     digest = run.source.digest()
     if resume and finished(run, output, digest):
@@ -153,11 +159,13 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
+            run = choose(run, journal)
             run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             run = replace(run, transforms=widen_sites(run, journal))
             write_embedding(run, journal)
             write_layers(run, journal)
+            run = replace(run, transforms=tune_layers(run, journal))
             write_head(run, journal)
             write_companions(run, journal, digest)
             journal.publish()
@@ -181,9 +189,12 @@ def prepare(model: str, asked: Settings) -> Run:
     if recipe.needs_calibration:
         length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
         count = asked.samples or recipe.calibration.samples
-        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed)
+        aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed, aside)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+        if aside and calibrated.aside is None:
+            say(f"calibration text gives no window to choose by: recipe {recipe.name} stays at its base")
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
     return Run(
         folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
@@ -220,6 +231,37 @@ def fingerprint(run: Run, digest: str) -> dict[str, Any]:
     }
 
 
+def choose(run: Run, journal: Journal) -> Run:
+    """The run with those of its recipe's candidates that its model takes; the gate comes before this work, too."""
+    if not run.recipe.chooses or run.calibrated is None or run.calibrated.aside is None:
+        return run
+    if not journal.done("choice"):
+        pass_gate(run, journal, "gate of the base")
+        found = Search(run.recipe, partial(begin, run), run.calibrated.aside, journal)()
+        journal.finish("choice", **found.as_dict())
+    return with_choice(run, Choice.from_dict(journal.facts("choice")))
+
+
+def begin(run: Run, recipe: Recipe) -> Learner:
+    """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
+    recipe = recipe.for_profile(run.profile).check_learning()
+    check_shapes(recipe, run.arch)
+    return learner(replace(run, recipe=recipe, transforms=initial_transforms(recipe, run.arch, run.tp_max, run.seed)))
+
+
+def with_choice(run: Run, choice: Choice) -> Run:
+    job = begin(run, choice.apply(run.recipe))
+    return replace(run, recipe=job.recipe, transforms=job.transforms, choice=choice)
+
+
+def learner(run: Run) -> Learner:
+    assert run.calibrated is not None
+    return Learner(
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
+    )  # fmt: skip
+
+
 @contextmanager
 def clear_disk_errors(folder: Path) -> Iterator[None]:
     """Says in one line that the disk is full, and that the finished layers are kept."""
@@ -236,31 +278,30 @@ def finished(run: Run, output: Path, digest: str) -> bool:
     try:
         found = json.loads((output / "config.json").read_text())["rotquant"]
         made = found["profile"], found["provenance"]
-    except (OSError, ValueError, KeyError):
+        if "choice" in made[1]:
+            run = with_choice(run, Choice.from_dict(made[1]["choice"]))
+    except (OSError, ValueError, KeyError, TypeError, RotQuantError):
         return False
     return made == (run.profile, json.loads(json.dumps(provenance(run, digest))))
 
 
 def provenance(run: Run, digest: str) -> dict[str, Any]:
-    return writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    found = writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    return found | ({"choice": run.choice.as_dict()} if run.choice else {})
 
 
 def learn_transforms(run: Run, journal: Journal) -> Transforms:
     """The run's transforms, with the values of those that depend on the model."""
     if not run.recipe.needs_learning:
         return run.transforms
-    assert run.calibrated is not None
-    job = Learner(
-        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
-        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
-    )  # fmt: skip
-    learn(job, journal)
+    job = learner(run)
+    learn(job, learned(journal, run.recipe) if run.choice else journal)
     return job.transforms
 
 
-def pass_gate(run: Run, journal: Journal) -> None:
+def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
     """The folded model must equal the original before anything is quantized."""
-    if journal.done("gate"):
+    if journal.done(step):
         return
     if run.calibrated:
         tokens = run.calibrated.tokens[0, :GATE_TOKENS]
@@ -269,7 +310,7 @@ def pass_gate(run: Run, journal: Journal) -> None:
     with Progress("equivalence gate", run.arch.layers) as progress:
         distance = check_equivalence(run.source, run.arch, run.fold, tokens, lambda _: progress.step())
     say(f"equivalence gate: logits of the folded model differ by {distance:.1e} (limit 1e-4)")
-    journal.finish("gate", distance=f"{distance:.0e}")
+    journal.finish(step, distance=f"{distance:.0e}")
 
 
 def widen_sites(run: Run, journal: Journal) -> Transforms:
@@ -315,11 +356,36 @@ def write_layers(run: Run, journal: Journal) -> None:
             stored, chain = quantizer(index, fold.layer(kind.split(run.source.layer(prefix)), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain)
-            tensors = writer.layer_tensors(stored, kind, run.transforms, index)
-            named = {prefix + name: tensor for name, tensor in tensors.items()}
-            journal.finish(f"layer {index}", run.shard(index + 2), named, errors=quantizer.errors)
+            if run.recipe.tune:
+                journal.keep(f"layer {index}", stored, errors=quantizer.errors)
+            else:
+                write_layer(run, journal, f"layer {index}", index, stored, errors=quantizer.errors)
             journal.drop_chain(index)
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}")
+
+
+def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
+    """The shard of a layer, from its tensors by the names of its kind."""
+    kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
+    stored = joined(quantized, kind, run.recipe.weights.form)
+    tensors = writer.layer_tensors(stored, kind, run.transforms, index)
+    journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
+
+
+def tune_layers(run: Run, journal: Journal) -> Transforms:
+    """Tunes the quantized layers together, if the recipe says so, and writes them; the transforms with tuned clips."""
+    if not run.recipe.tune:
+        return run.transforms
+    job, layers, tuned = learner(run), range(run.arch.layers), journal.kept("tune")
+    if tuned is None:
+        quantized = [journal.kept(f"layer {index}") or {} for index in layers]
+        tuned = tune(job, quantized, Slot(journal, "tune"))
+        journal.keep("tune", tuned, [Slot.name("tune")])
+    for index in layers:
+        tensors, job.transforms.layers[index].clips = layer_of(tuned, index)
+        if not journal.done(f"tuned layer {index}"):
+            write_layer(run, journal, f"tuned layer {index}", index, tensors)
+    return job.transforms
 
 
 def write_head(run: Run, journal: Journal) -> None:
@@ -329,7 +395,8 @@ def write_head(run: Run, journal: Journal) -> None:
     names = run.arch.names
     head = run.source.get(names.embedding if run.arch.tied else names.head)
     gain = run.source.get(names.norm)
-    tensors = {names.norm: run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    tuned = journal.kept("tune") if run.recipe.tune else None
+    tensors = {names.norm: tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1].to(run.dtype)}
     if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
         scale = rtn.weight_scale(folded, form, run.dtype)
@@ -338,11 +405,6 @@ def write_head(run: Run, journal: Journal) -> None:
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
-
-
-def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """function over slices of rows, so that float64 copies stay small."""
-    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
 
 
 def write_companions(run: Run, journal: Journal, digest: str) -> None:
@@ -358,4 +420,7 @@ def write_companions(run: Run, journal: Journal, digest: str) -> None:
             written[name] = shard
     size = writer.write_index(journal.folder, written)
     before = sum(file.stat().st_size for file in set(run.source.files.values()))
-    write_card(journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before)
+    write_card(
+        journal.output, journal, run.recipe, run.arch, run.transforms, run.profile, run.calibrated, size, before,
+        run.choice.markdown() if run.choice else "",
+    )  # fmt: skip

@@ -6,9 +6,11 @@ online       more transforms that run before the linears of a site, beside R4
 learn        how the values of all these are found: surrogate (R1, R2, without backpropagation through the model),
              blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
 weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
+tune         after all else: weight scales, norm gains and clips of the whole quantized model, by gradients
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic; a budget of sites that get 8 bits
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
+choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from rotquant.choose.options import Choose, changed
+from rotquant.common.faults import first_error
 from rotquant.common.numbers import Ratio, is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
@@ -104,6 +108,7 @@ class Surrogate(_Part):
     lr: float = Field(default=0.01, gt=0)
     massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
     rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
+    windows: int | None = Field(default=None, ge=1, description="calibration windows that R1's rows come from, or all")
 
     @model_validator(mode="after")
     def _pair(self) -> Surrogate:
@@ -185,6 +190,24 @@ class Weights(_Part):
         return WeightFormat(self.bits, self.group_size)
 
 
+class Tuning(_Part):
+    """Distillation: Adam on the KL of the original's logits to the quantized model's, over the calibration windows."""
+
+    learns: Annotated[list[Literal["scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
+        "scales", "gains", "clips", "branch",
+    ]  # fmt: skip
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=2, ge=1, description="windows a step")
+    scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
+    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch")
+    clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
+
+    def without_clips(self) -> Tuning | None:
+        """The same for a checkpoint that can hold no clip ratio; None where nothing else is tuned."""
+        kept = [name for name in self.learns if name != "clips"]
+        return self.model_copy(update={"learns": kept}) if kept else None
+
+
 class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
@@ -254,6 +277,9 @@ class Calibration(_Part):
     seq_len: int = Field(default=2048, ge=2)
 
 
+OPEN = ("rotations", "scales", "online", "learn", "weights", "activations", "kv")  # what candidates may change
+
+
 class Recipe(_Part):
     name: str
     description: str
@@ -264,14 +290,56 @@ class Recipe(_Part):
     online: OnlineStages = OnlineStages()
     learn: Learning = Learning()
     weights: Weights = Weights()
+    tune: Tuning | None = None
     activations: Activations = Activations()
     kv: KVCache = KVCache()
     lm_head: LMHead = LMHead()
     calibration: Calibration = Calibration()
+    choose: Choose | None = None
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.needs_inputs or self.needs_learning or self.activations.mixed
+        learns = self.needs_learning or self.chooses or self.tune is not None
+        return learns or self.weights.needs_inputs or self.activations.mixed
+
+    @property
+    def chooses(self) -> bool:
+        """True where candidates are tried on the model."""
+        return self.choose is not None and bool(self.choose.tried)
+
+    @property
+    def possible(self) -> list[Recipe]:
+        """The recipe and what each of its candidates alone makes of it."""
+        tried = self.choose.tried.values() if self.choose else ()
+        return [self, *(self.with_changes(changes) for changes in tried)]
+
+    def with_changes(self, changes: dict[str, Any]) -> Recipe:
+        """The recipe with the values of some dotted keys changed.
+
+        Raises:
+            RotQuantError: a key or a value that a recipe does not take, or a stage left with nothing to learn.
+        """
+        try:
+            return changed(self, changes).check_learning()
+        except ValidationError as error:
+            raise RotQuantError(f"recipe {self.name}: {first_error(error, unknown='no such key')}") from error
+
+    def without_choices_of(self, keys: list[str]) -> Recipe:
+        """The recipe without the candidates that change what is set by hand; each of its candidates can be.
+
+        Raises:
+            RotQuantError: naming a candidate that cannot.
+        """
+        if self.choose is None:
+            return self
+        for name, changes in (self.choose.candidates | self.choose.thorough).items():
+            if any(key.partition(".")[0] not in OPEN for key in changes):
+                raise RotQuantError(f"recipe {self.name}: choose: {name}: may change {', '.join(OPEN)}")
+            try:
+                self.with_changes(changes)
+            except RotQuantError as error:
+                raise RotQuantError(f"{error} (choose: {name})") from error
+        return self.model_copy(update={"choose": self.choose.without(keys)})
 
     @property
     def needs_learning(self) -> bool:
@@ -309,7 +377,8 @@ class Recipe(_Part):
                 "online": OnlineStages(),
                 "learn": self.learn.without_clips(),
                 "weights": self.weights.model_copy(update={"rank": 0}),
-                "activations": self.activations.model_copy(update={"symmetric": True, "clip": 1.0}),
+                "tune": self.tune and self.tune.without_clips(),
+                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
                 "kv": KVCache(bits=16),
                 "lm_head": LMHead(bits=16),
             }

@@ -1,9 +1,10 @@
 """What a run will need of disk and memory, estimated from sizes alone: one that cannot fit stops before any work.
 
-Memory is the largest of three phases, which do not overlap:
+Memory is the largest of four phases, which do not overlap:
 
     quantizing           a layer in float64 and its copies, GPTQ's Hessians, the chain of calibration windows
     learning by layer    a layer in float64 and float32, the float32 chain; blockwise: what gradients of a layer hold
+    tuning               all layers' codes as products take them, activations of one layer or of all
     end to end           all layers and the vocabulary in float32, gradients of a layer and of the logits of one window
 """
 
@@ -22,13 +23,16 @@ Windows = tuple[int, ...]  # calibration samples, tokens of each
 PROCESS = 600_000_000  # bytes of Python and its libraries
 HESSIANS = 8  # square float32 arrays: two moments, and what GPTQ factorises
 GRADIENT_BYTES = 24  # a weight of a layer under training: its folded and its rounded values, and gradients of both
+KEPT_BYTES = 6_000_000_000  # activations of all layers, for tuning's backward pass: more are computed anew
+TUNED_BYTES = 4 + 1  # a weight under tuning: its code as products take it, at most, and as it is packed
 LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradients
 
 
 def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype, output: Path) -> None:
     """Refuses a checkpoint that the disk cannot hold."""
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
-    need = 2 * vocabulary(arch) * dtype.itemsize + arch.layers * layer_weights(arch) * recipe.weights.bits // 8
+    copies = 3 if recipe.tune else 1  # of the layers: as GPTQ made them, tuned, and written
+    need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer_weights(arch) * recipe.weights.bits // 8
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
@@ -48,6 +52,10 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
         "learning end to end, which holds the whole model in float32,": (
             end_to_end(recipe, arch, windows),
             "lower --seq-len, or take a recipe that works layer by layer, such as best",
+        ),
+        "tuning, which holds the whole model,": (
+            tuning(recipe, arch, windows, dtype),
+            "lower --seq-len, or --set tune=null",
         ),
     }
     name, (most, remedy) = max(phases.items(), key=lambda phase: phase[1][0])
@@ -90,15 +98,34 @@ def end_to_end(recipe: Recipe, arch: Architecture, windows: Windows) -> int:
     return 4 * (weights + r1 + between + logits) + gradients(arch, windows[1])
 
 
+def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
+    """Bytes of `learn.tune`; 0 where nothing is tuned."""
+    if not recipe.tune:
+        return 0
+    tokens, weights = recipe.tune.batch * windows[1], arch.layers * layer_weights(arch)
+    vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
+    each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
+    kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
+    wanted = windows[0] * windows[1] * arch.hidden_size * (4 + dtype.itemsize)
+    return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
+
+
 def gradients(arch: Architecture, tokens: int) -> int:
     """Bytes that the backward pass through one layer needs, beside the layer itself."""
 
-    def numbers(kind: Layer) -> int:
-        """Of one token."""
-        queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-        return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
+    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(activation_numbers, arch.kinds))
 
-    return GRADIENT_BYTES * layer_weights(arch) + 4 * tokens * max(map(numbers, arch.kinds))
+
+def tuned_numbers(kind: Layer) -> int:
+    """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
+    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
+    return 14 * kind.hidden + 8 * kind.mlp.width + 8 * queries_keys_values
+
+
+def activation_numbers(kind: Layer) -> int:
+    """Numbers of one token that the backward pass through a layer needs."""
+    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
+    return 8 * kind.hidden + 6 * kind.mlp.width + 4 * queries_keys_values
 
 
 def layer_weights(arch: Architecture) -> int:

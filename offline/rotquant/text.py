@@ -21,11 +21,12 @@ from rotquant.errors import RotQuantError
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Token windows int64 [samples, seq_len] and where they come from."""
+    """Token windows int64 [samples, seq_len] and where they come from; windows of the same text that nothing learns."""
 
     tokens: Tensor
     name: str
     sha256: str
+    aside: Tensor | None = None  # [n, seq_len], none of `tokens`
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -185,10 +186,18 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def calibration_tokens(
-    calibration: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+    calibration: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, aside: int = 0
 ) -> Calibrated:
-    """A random choice of windows, the same for the same text, tokenizer and seed."""
+    """A random choice of windows, the same for the same text, tokenizer and seed.
+
+    aside: windows wanted beside the samples. A short text gives fewer, at most a quarter of its windows where the
+        samples would take them all, but one if it has two. A longer one leaves the samples as they are.
+    """
     name, text = read_text(calibration)
     every = windows(text, tokenizer, seq_len, name)
-    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]
-    return Calibrated(every[chosen.sort().values], name, hashlib.sha256(text.encode()).hexdigest())
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    spare = max(len(every) - samples, len(every) // 4, 1) if len(every) > 1 else 0
+    kept = order[: min(samples, len(every) - min(aside, spare))]
+    others = order[len(kept) :][: min(aside, spare)]
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Calibrated(every[kept.sort().values], name, sha256, every[others.sort().values] if len(others) else None)

@@ -22,7 +22,7 @@ from rotquant.pipeline import quantize
 from rotquant.recipe import SERVES, Activations, KVCache, Surrogate
 from rotquant.recipes import load_recipe, shipped
 from rotquant.text import read_tokenizer, windows
-from source_models import HELDOUT, KINDS, file_hashes, source_model
+from source_models import HELDOUT, KINDS, all_candidates, file_hashes, source_model
 
 QUICK = {"samples": 4, "seq_len": 64}
 SHORT = ("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1", "learn.surrogate.steps=5")
@@ -33,9 +33,11 @@ RECIPES = [name for name, _ in shipped()]
 
 
 def settings(recipe: str, *more: str) -> list[str]:
-    """Shorter learning, where the recipe learns at all."""
-    learn = load_recipe(recipe).learn
-    return [s for s in SHORT if getattr(learn, s.split(".")[1])] + list(more)
+    """Shorter learning, where the recipe learns at all; of one that chooses all candidates."""
+    taken = all_candidates(recipe)
+    found = load_recipe(recipe, taken)
+    short = [s for s in SHORT if getattr(found.learn, s.split(".")[1])]
+    return [*taken, *short, *(["tune.steps=2"] if found.tune else []), *more]
 
 
 def sized(kind: str, folder, **config):
@@ -226,7 +228,7 @@ def test_whose_weights_smoothing_looks_at(tmp_path, weights):
         ("gsr", "rotations.walsh_block=96", "walsh_block 96 does not divide"),
         ("best", "learn.surrogate.objective=beauty", "learn.surrogate.objective"),
         ("best", "learn.surrogate.steps=0", "learn.surrogate.steps"),
-        ("best", "rotations.r1=none", "rotations.r1 is none, and the recipe learns it"),
+        ("dfrot", "rotations.r1=none", "rotations.r1 is none, and the recipe learns it"),
         ("flatquant", "rotations.r2=none", "rotations.r2 is none, and the recipe learns it"),
         ("frtq", "weights.rank=4096", "weights.rank 4096 is above"),
         ("flatquant", "learn.blockwise.learns=[]", "learn.blockwise.learns is .*, and this recipe has none of these"),

@@ -23,6 +23,7 @@ import rotquant
 import vllm_serving as serving
 from checkpoints import (
     Spec,
+    edit_tensors,
     edited,
     normalized_hadamard,
     prompts,
@@ -194,7 +195,12 @@ def test_lora_without_a_basis(child: Child, tmp_path: Path, base: Path) -> None:
 
 
 def test_stored_matrix_equals_hadamard(child: Child, tmp_path: Path, base: Path) -> None:
-    folder = write_checkpoint(tmp_path / "dense", replace(BASE, r4="dense"))
+    def stored(config: dict[str, Any]) -> None:
+        config["quantization_config"]["transform_config"]["config_groups"]["R4"]["type"] = "random-matrix"
+
+    folder, matrix = edited(base, tmp_path / "dense", stored), normalized_hadamard(BASE.r4_block).to(BASE.dtype)
+    names = [f"model.layers.{i}.mlp.down_proj.R4_input.weight" for i in range(BASE.layers)]
+    edit_tensors(folder, lambda tensors: tensors.update({name: matrix.clone() for name in names}))
     got, expected = (child(serving.serve, path, PROMPTS, swap=EXACT) for path in (folder, base))
     assert got.tokens == expected.tokens
     for ours, theirs in zip(got.prompt_logprobs, expected.prompt_logprobs, strict=True):

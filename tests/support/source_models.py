@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from transformers import (
 
 from rotquant.data import DATA
 from rotquant.models.harden import harden
+from rotquant.recipes import load_recipe
 
 HELDOUT = DATA / "heldout.txt"
 SMALL = {"samples": 16, "seq_len": 512}  # calibration that is enough for the demo model
@@ -92,6 +94,15 @@ class Demo(NamedTuple):
     rtn: Path
     quarot: Path
     portable: Path
+
+
+def all_candidates(recipe: str) -> list[str]:
+    """Settings with which a recipe that chooses takes all of its candidates, unseen; none for the others."""
+    choose = load_recipe(recipe).choose
+    if choose is None:
+        return []
+    taken = {key: value for changes in choose.candidates.values() for key, value in changes.items()}
+    return ["choose=null", *(f"{key}={json.dumps(value)}" for key, value in taken.items())]
 
 
 def source_model(

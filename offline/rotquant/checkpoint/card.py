@@ -49,9 +49,9 @@ vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{nam
 
 def write_card(
     output: Path, journal: Journal, recipe: Recipe, arch: Architecture, transforms: Transforms, profile: str,
-    calibrated: Calibrated | None, size: int, before: int,
+    calibrated: Calibrated | None, size: int, before: int, chosen: str = "",
 ) -> None:  # fmt: skip
-    """README.md of the model: recipe, numbers, and the commands to use it."""
+    """README.md of the model: recipe, numbers, the commands to use it, and how the recipe was `chosen`, if it was."""
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
     weights, act = recipe.weights, recipe.activations
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
@@ -90,7 +90,7 @@ def write_card(
         portable="" if profile == "full" else "\nThis is the `portable` profile: transformers with compressed-tensors"
         " loads it as it is, and stock vLLM runs it with 16-bit activations.",
     )  # fmt: skip
-    save_text(journal.folder / "README.md", text)
+    save_text(journal.folder / "README.md", text + (f"\n{chosen}" if chosen else ""))
 
 
 def wide_row(arch: Architecture, transforms: Transforms) -> str:
@@ -103,7 +103,7 @@ def wide_row(arch: Architecture, transforms: Transforms) -> str:
         return ""
     sites, layers = sum(len(kind.sites) for kind in arch.kinds), sum(map(len, found.values()))
     where = "; ".join(f"`{site}` of layers {', '.join(map(str, at))}" for site, at in found.items())
-    return f"\n| 8-bit activations | at {layers} of {sites} sites, unclipped, where 4 bits did most damage: {where} |"
+    return f"\n| 8-bit activations | at {layers} of {sites} sites, where 4 bits did most damage: {where} |"
 
 
 def cache_line(kv: KVFormat | None, arch: Architecture) -> str:

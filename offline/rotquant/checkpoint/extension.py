@@ -11,7 +11,7 @@ low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
                   a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
 basis             {"file": "rotquant_basis.safetensors", "sha256": "..."}: what turns between the original's bases and
                   the checkpoint's, see `basis`; not needed to run
-provenance        recipe, seed, calibration, versions; not needed to run
+provenance        recipe, seed, calibration, versions, what was chosen; not needed to run
 """
 
 from __future__ import annotations

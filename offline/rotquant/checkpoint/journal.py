@@ -24,7 +24,8 @@ from rotquant.checkpoint.source import file_digest, save_tensors, save_text
 from rotquant.common.signals import raise_dropped
 from rotquant.errors import RotQuantError
 
-SNAPSHOT_SECONDS = 60  # what a killed loop loses at most
+SNAPSHOT_SECONDS = 60  # what a killed loop loses at most, unless writing it takes long
+SNAPSHOT_SHARE = 0.05  # of the time, for snapshots of a large state
 
 
 class Journal:
@@ -95,7 +96,7 @@ class Journal:
         self.state["steps"][step] = {"files": files, "facts": facts}
         save_text(self.file, json.dumps(self.state, indent=1))
 
-    def keep(self, step: str, tensors: dict[str, Tensor], replaces: Sequence[str] = ()) -> None:
+    def keep(self, step: str, tensors: dict[str, Tensor], replaces: Sequence[str] = (), **facts: Any) -> None:
         """Counts a step as done whose tensors later steps need and the output does not hold; may do so again.
 
         replaces: kept steps that this one makes needless; their files go, as does its own older one.
@@ -108,7 +109,7 @@ class Journal:
         save_tensors(self.folder / name, tensors)
         for one in replaces:
             self.state["steps"].pop(one, None)
-        self.state["steps"][step] = {"files": {}, "kept": {name: file_digest(self.folder / name)}, "facts": {}}
+        self.state["steps"][step] = {"files": {}, "kept": {name: file_digest(self.folder / name)}, "facts": facts}
         save_text(self.file, json.dumps(self.state, indent=1))
         for old in before:
             (self.folder / old).unlink(missing_ok=True)
@@ -155,6 +156,23 @@ class Journal:
         return self.folder.glob("*kept-*")
 
 
+class Scope:
+    """The part of a journal where one of several candidates keeps its steps, under names of its own.
+
+    Args:
+        name: of the candidate, with letters and digits only.
+    """
+
+    def __init__(self, journal: Journal | Scope, name: str) -> None:
+        self.journal, self.prefix = journal, f"{name} "
+
+    def kept(self, step: str) -> dict[str, Tensor] | None:
+        return self.journal.kept(self.prefix + step)
+
+    def keep(self, step: str, tensors: dict[str, Tensor], replaces: Sequence[str] = ()) -> None:
+        self.journal.keep(self.prefix + step, tensors, [self.prefix + one for one in replaces])
+
+
 class Slot:
     """Where the loop of a long step leaves snapshots, at most one every SNAPSHOT_SECONDS, and finds the last one.
 
@@ -162,10 +180,10 @@ class Slot:
         step: of the journal; when it is kept it replaces its snapshots, `Slot.name(step)`.
     """
 
-    def __init__(self, journal: Journal, step: str) -> None:
+    def __init__(self, journal: Journal | Scope, step: str) -> None:
         self.journal, self.step = journal, self.name(step)
         self.found = journal.kept(self.step)
-        self.saved = time.monotonic()
+        self.saved, self.pause = time.monotonic(), float(SNAPSHOT_SECONDS)
 
     @staticmethod
     def name(step: str) -> str:
@@ -178,6 +196,8 @@ class Slot:
 
     def save(self, done: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
         """Keeps what the loop's next pass needs, if it is time."""
-        if time.monotonic() - self.saved >= SNAPSHOT_SECONDS:
+        started = time.monotonic()
+        if started - self.saved >= self.pause:
             self.journal.keep(self.step, tensors() | {"done": torch.tensor(done)})
             self.saved = time.monotonic()
+            self.pause = max(SNAPSHOT_SECONDS, (self.saved - started) / SNAPSHOT_SHARE)

@@ -8,8 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rotquant.models import Layer, Tensors
 from rotquant_kernels import prepare_weight
 from rotquant_kernels.formats import WeightFormat
+
+LEAVES = (".weight_packed", ".weight_scale", ".weight_shape", ".low_rank_down", ".low_rank_up")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class PackedLinear:
         return stored
 
     @classmethod
+    def of(cls, tensors: Tensors, name: str, form: WeightFormat) -> PackedLinear:
+        """The inverse of `tensors`."""
+        rows, columns = tensors[f"{name}.weight_shape"].tolist()
+        packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+        branch = (tensors.get(f"{name}.low_rank_{part}") for part in ("down", "up"))
+        return cls(packed, scale, (rows, columns), form, *branch)
+
+    @classmethod
     def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
         """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
         first, rows = parts[0], sum(part.shape[0] for part in parts)
@@ -56,6 +67,16 @@ class PackedLinear:
             (rows, first.shape[1]), first.form,
             torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
         )  # fmt: skip
+
+
+def joined(tensors: Tensors, kind: Layer, form: WeightFormat) -> Tensors:
+    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other."""
+    parts = {name: PackedLinear.of(tensors, name, form) for name in kind.linears}
+    stored = kind.join({name: t for name, t in tensors.items() if not name.endswith(LEAVES)})
+    for name, held in kind.stored.items():
+        whole = PackedLinear.stacked([parts[part] for part in held])
+        stored |= whole.tensors(name, whole.scale.dtype)
+    return stored
 
 
 def pack(

@@ -36,13 +36,17 @@ class LayerLearner:
     """Learns the layers from the first to the last.
 
     The full-precision chain is kept here.
+
+    Args:
+        entering: the chain float32 [samples, T, hidden], in R1's basis, that enters the first layer asked for; None:
+            that is layer 0.
     """
 
-    def __init__(self, job: Learner) -> None:
+    def __init__(self, job: Learner, entering: Tensor | None = None) -> None:
         self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
-        self.chain = job.embedded(samples)
+        self.chain = job.embedded(samples) if entering is None else entering[:samples]
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.common.progress import Progress
 from rotquant.learn.end_to_end import learn_end_to_end
 from rotquant.learn.layers import LayerLearner
@@ -17,27 +17,43 @@ from rotquant.learn.stream import Learner
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.space import LayerTransforms
 
+R1, END_TO_END = "learn r1", "learn end to end"  # steps of the journal, beside those of the layers
 
-def learn(job: Learner, journal: Journal) -> None:
+
+def learn(job: Learner, journal: Journal | Scope) -> None:
     """Completes job.transforms as job.recipe says."""
-    if job.recipe.learns_r1:
-        known = journal.kept("learn r1")
-        if known is None:
-            known = learn_r1(job, journal)
-            journal.keep("learn r1", known, [*R1_STEPS, *map(Slot.name, R1_STEPS)])
-        job.transforms.r1 = Dense(known["r1"])
+    learn_residual(job, journal)
     if job.recipe.learns_layers:
         learn_layers(job, journal)
     if job.recipe.learn.end_to_end:
-        known = journal.kept("learn end to end")
+        known = journal.kept(END_TO_END)
         if known is None:
-            learn_end_to_end(job, Slot(journal, "learn end to end"))
+            learn_end_to_end(job, Slot(journal, END_TO_END))
             known = all_tensors(job)
-            journal.keep("learn end to end", known, [Slot.name("learn end to end")])
+            journal.keep(END_TO_END, known, [Slot.name(END_TO_END)])
         restore(job, known)
 
 
-def learn_layers(job: Learner, journal: Journal) -> None:
+def learn_whole(job: Learner, journal: Journal | Scope) -> None:
+    """The part of `learn` that no layer has for itself: R1, or everything where it is learned end to end."""
+    if job.recipe.learn.end_to_end:
+        learn(job, journal)
+    else:
+        learn_residual(job, journal)
+
+
+def learn_residual(job: Learner, journal: Journal | Scope) -> None:
+    """R1, which belongs to no layer."""
+    if not job.recipe.learns_r1:
+        return
+    known = journal.kept(R1)
+    if known is None:
+        known = learn_r1(job, journal)
+        journal.keep(R1, known, [*R1_STEPS, *map(Slot.name, R1_STEPS)])
+    job.transforms.r1 = Dense(known["r1"])
+
+
+def learn_layers(job: Learner, journal: Journal | Scope) -> None:
     learner = LayerLearner(job)
     with Progress("learning: layer", job.arch.layers) as progress:
         for index in range(job.arch.layers):

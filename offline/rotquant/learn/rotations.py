@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.journal import Journal, Slot
+from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.common.progress import Progress
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.initial import generator
@@ -29,7 +29,7 @@ BATCH = 2048
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
-def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
+def learn_r1(job: Learner, journal: Journal | Scope) -> dict[str, Tensor]:
     """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
     options = job.recipe.learn.surrogate
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
@@ -39,7 +39,7 @@ def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
     if job.recipe.rotations.r1 == "klt":
         r1 = equal_variances(reading_covariance(job))
     if options is not None and "r1" in options.targets:
-        rows = residual_rows(job, options.rows, journal)
+        rows = residual_rows(job, options, journal)
         slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
         done, total = sum(slot.done for slot in slots), options.steps + options.polish
         with Progress("R1: step", total, done, short=True) as progress:
@@ -49,16 +49,16 @@ def learn_r1(job: Learner, journal: Journal) -> dict[str, Tensor]:
     return {"r1": r1}
 
 
-def residual_rows(job: Learner, budget: int, journal: Journal) -> Tensor:
+def residual_rows(job: Learner, options: Surrogate, journal: Journal | Scope) -> Tensor:
     """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found = job.arch, []
-    random, chain = generator(job.seed, "rows"), job.embedded(len(job.tokens))
+    random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
     with Progress("R1: rows of layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
-            seen = Capture(kind, budget // (2 * arch.layers), len(chain), chain.shape[1], random)
+            seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
             chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()

@@ -39,8 +39,9 @@ class Learner:
         return decoders(self.arch, self.tokens.shape[1], self.device)
 
     def embedded(self, samples: int) -> Tensor:
-        """What enters layer 0, float32 [samples, T, hidden], in R1's basis; on the CPU."""
-        h = self.source.get(self.arch.names.embedding)[self.tokens[:samples]].float() * self.arch.embedding_scale
+        """What enters layer 0 of so many windows, spread over all: float32 [samples, T, hidden], R1's basis, CPU."""
+        tokens = self.tokens[torch.arange(samples) * len(self.tokens) // samples]
+        h = self.source.get(self.arch.names.embedding)[tokens].float() * self.arch.embedding_scale
         return self.transforms.r1.rows(h) if self.transforms.r1 else h
 
     def read(self, index: int) -> Tensors:

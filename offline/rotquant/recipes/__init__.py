@@ -51,9 +51,10 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _set(data, setting)
     try:
-        return Recipe.model_validate(data).check_learning()
+        found = Recipe.model_validate(data).check_learning()
     except ValidationError as error:
         raise RotQuantError(f"{where}: {first_error(error, unknown='no such key')}") from error
+    return found.without_choices_of([setting.partition("=")[0].strip() for setting in settings])
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

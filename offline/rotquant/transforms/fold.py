@@ -70,6 +70,11 @@ class Fold:
         return fold_layer(out, self.transforms.layers[index], kind)
 
 
+def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function over slices of rows, so that float64 copies stay small."""
+    return torch.cat([function(rows) for rows in weight.split(VOCABULARY_ROWS)])
+
+
 def on_inputs(out: Tensors, linear: str, change: Change) -> None:
     """Changes what holds the inputs of a linear in its last dimension."""
     for name in (f"{linear}.weight", f"{linear}.lora_A"):

@@ -12,10 +12,9 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from rotquant.checkpoint.packed import PackedLinear, pack
+from rotquant.checkpoint.packed import pack
 from rotquant.checkpoint.stored import stored_stage
 from rotquant.common.devices import Devices, Share
-from rotquant.models import Tensors
 from rotquant.models.decoder import Decoder, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.space import Transforms
@@ -51,7 +50,7 @@ class LayerQuantizer:
             folded: float64 tensors of layer `index`; chain: [samples, T, hidden], moved in place, or None without
                 calibration.
         Returns:
-            the tensors to store, and the chain after the layer.
+            the layer's tensors by the names of its kind (`packed.joined` stores them), and the chain after the layer.
         """
         self.errors = []
         self.layer, decoder = self.transforms.layers[index], self.decoders[index]
@@ -71,14 +70,13 @@ class LayerQuantizer:
                 self._quantize(name, weights.pop(name), None, self._rounding(None))
         else:
             chain = self._calibrate(weights, chain)
-        return self._stored(others), chain
+        for name, packed in self.served[0].done.items():
+            others |= packed.tensors(name, self.dtype)
+        return others, chain
 
-    def _stored(self, others: Tensors) -> Tensors:
-        """The layer's tensors as the checkpoint names them: those of fused linears one below the other."""
-        stored = self.kind.join(others)
-        for name, parts in self.kind.stored.items():
-            stored |= PackedLinear.stacked([self.served[0].done[part] for part in parts]).tensors(name, self.dtype)
-        return stored
+    def passed(self, chain: Tensor) -> Tensor:
+        """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
+        return self.devices.map(lambda on, _, h: self.served[on].layer(h), chain, out=torch.empty_like(chain))
 
     def _stages(self, place: torch.device) -> dict[str, list[Stage]]:
         """The online stages of each site as they will be served: tensors as the checkpoint stores them."""

@@ -104,8 +104,7 @@ class DamageMeter:
             return torch.stack([(distance / size).double().mean() for distance in moved])
 
         found = self.devices.map(damage, chain, out=torch.empty(len(chain), len(kind.sites), dtype=torch.float64))
-        after = self.devices.map(lambda on, _, h: served[on].layer(h), chain, out=torch.empty_like(chain))
-        return after, found.mean(0)
+        return self.quantizer.passed(chain), found.mean(0)
 
     def _rows(self, layer: LayerTransforms) -> Callable[[str], RowFormat]:
         return lambda site: layer.rows(site, self.recipe.activations.rows)

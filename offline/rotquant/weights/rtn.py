@@ -53,7 +53,7 @@ def searched(groups: Tensor, form: WeightFormat, dtype: torch.dtype) -> Tensor:
         loss = clipping_loss(groups, clipped(peak, form, ratio, dtype), form)
         gains = loss < least
         least, best = torch.where(gains, loss, least), torch.where(gains, ratio, best)
-        return bool(gains.any())
+        return groups.is_meta or bool(gains.any())
 
     idle = 0
     for ratio in COARSE_GRID:

@@ -32,7 +32,7 @@ from rotquant.recipes import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
-from source_models import FAMILIES, KINDS, VOCABULARY, source_model
+from source_models import FAMILIES, KINDS, VOCABULARY, all_candidates, source_model
 
 TOKENS = torch.arange(3, 83)
 
@@ -125,7 +125,7 @@ def child() -> Iterator[Callable[..., Any]]:
 
 
 def made(folder: Path, source: Path, recipe: str) -> Path:
-    quick = ["learn.surrogate.steps=20"] if recipe.startswith("best") else []
+    quick = [*all_candidates(recipe), "learn.surrogate.steps=20"] if recipe.startswith("best") else []
     return quantize(str(source), folder / "out", recipe=recipe, samples=4, seq_len=128, settings=quick)
 
 

@@ -1,0 +1,1 @@
+"""Choosing parts of a recipe by what they do to the model in hand."""

@@ -1,0 +1,208 @@
+"""What a recipe does to the model in hand, on tokens that nothing learned from, at a fraction of a whole run.
+
+A few stretches of layers, each of neighbours, are quantized as the recipe says; all others stay in full precision.
+Windows of the calibration enter each stretch as full precision has them and pass through it as it is served, so that
+its layers see each other's errors. It is layers that are saved, and of the windows only what nothing needs: with few
+tokens an input, what fits weights to text looks worse than it will be. The judged windows run through the whole of it:
+
+    full precision -> stretch as served -> full precision -> stretch as served -> ... -> logits
+    KL of a token = sum p (log p - log q),  p of the full-precision model, q of this one
+
+A small model is one stretch, all of it. What enters the stretches in full precision is computed once for all recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotquant.checkpoint.journal import Journal, Scope, Slot
+from rotquant.checkpoint.source import Source
+from rotquant.common.devices import Devices
+from rotquant.common.progress import Progress
+from rotquant.learn.layers import LayerLearner
+from rotquant.learn.stream import Learner
+from rotquant.models import Architecture
+from rotquant.models.decoder import decoders, rms_norm
+from rotquant.transforms.fold import Fold
+from rotquant.weights.layerwise import LayerQuantizer
+
+SHARE = 10  # one layer in so many is quantized, and at least LEAST
+LEAST = 3
+STRETCH = 2  # neighbours quantized one behind the other
+JUDGED = 2048  # tokens, in windows of at most WINDOW: contexts differ more than tokens of one
+WINDOW = 512
+CALIBRATED = 4  # of so many windows one calibrates a trial, but more where they are few:
+TOKENS = 4  # for each input of the widest linear
+LOGIT_ROWS = 512
+RUN = 32  # neighbouring tokens whose KL is not independent; shorter where there are fewer than RUNS of them
+RUNS = 8
+
+
+def judged_windows(seq_len: int, effort: int) -> int:
+    """How many windows to set aside, for two judges."""
+    return 2 * math.ceil(JUDGED * effort / min(seq_len, WINDOW))
+
+
+def stretches(layers: int, effort: int) -> list[range]:
+    """Which layers a trial quantizes: the first ones, and stretches at equal distances behind them."""
+    wanted = min(layers, max(LEAST, math.ceil(layers * effort / SHARE)))
+    count = math.ceil(wanted / STRETCH)
+    sizes = [wanted // count + (i < wanted % count) for i in range(count)]
+    free = layers - wanted
+    starts = [sum(sizes[:i]) + free * i // count for i in range(count)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def calibration(tokens: Tensor, arch: Architecture, effort: int) -> Tensor:
+    """The windows that calibrate a trial, spread over the run's int64 [samples, T]."""
+    widest = max(inputs for _, (_, inputs) in arch.linears())
+    enough = max(len(tokens) * effort / CALIBRATED, TOKENS * effort * widest / tokens.shape[1])
+    wanted = min(len(tokens), math.ceil(enough))
+    return tokens[torch.arange(wanted) * len(tokens) // wanted]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is judged: the full-precision model and its windows."""
+
+    source: Source
+    arch: Architecture
+    tokens: Tensor  # int64 [samples, T], of a trial's calibration
+    judged: Tensor  # int64 [n, T']
+    devices: Devices
+
+
+class Judge:
+    """KL of recipes on one model.
+
+    Args:
+        effort: how many times the layers; journal: keeps what full precision makes of the windows.
+    """
+
+    def __init__(self, model: Model, effort: int, journal: Journal | Scope) -> None:
+        self.model, self.arch, self.journal = model, model.arch, journal
+        self.stretches = stretches(self.arch.layers, effort)
+        longest = max(model.tokens.shape[1], model.judged.shape[1])
+        self.decoders = decoders(self.arch, longest)
+        self.device = model.devices.first
+        known = journal.kept("full precision")
+        if known is None:
+            known = self._full_precision()
+            journal.keep("full precision", known)
+        self.known = known
+
+    @property
+    def layers(self) -> int:
+        """Layers quantized in a trial."""
+        return sum(map(len, self.stretches))
+
+    @torch.no_grad()
+    def _full_precision(self) -> dict[str, Tensor]:
+        """Residual streams float32 [n, T, hidden] entering each stretch, and the judged ones behind the last layer."""
+        starts = {stretch.start for stretch in self.stretches}
+        tokens, judged = (self._embedded(windows) for windows in (self.model.tokens, self.model.judged))
+        found: dict[str, Tensor] = {}
+        with Progress("choosing: full precision, layer", self.arch.layers, short=True) as progress:
+            for index in range(self.arch.layers):
+                if index in starts:
+                    found |= {f"tokens {index}": tokens, f"judged {index}": judged}
+                if index < max(starts):
+                    tokens = self._layer(index, tokens)
+                judged = self._layer(index, judged)
+                progress.step()
+        return found | {"judged": judged}
+
+    def _embedded(self, windows: Tensor) -> Tensor:
+        return self.model.source.get(self.arch.names.embedding)[windows].float() * self.arch.embedding_scale
+
+    def _layer(self, index: int, chain: Tensor) -> Tensor:
+        """The chain float32 [n, T, hidden] after a layer in full precision."""
+        read = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
+        tensors = {name: tensor.float().to(self.device) for name, tensor in read.items()}
+        decoder = self.decoders[index].on(self.device)
+        linear = decoder.float_linear(tensors)
+        return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
+
+    def __call__(self, job: Learner, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
+        """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
+
+        Args:
+            turn: 0 or 1, on every other window from this one on.
+            job: a recipe, and its transforms with what belongs to the whole model known. Those of the stretches'
+                layers are learned here unless the recipe learns end to end, which completes all.
+            slots: by step, of loops of learning; progress: hears of each quantized layer.
+        """
+        matrix = basis(job, self.arch.hidden_size)
+        done, following = self.judged("judged 0", turn), 0
+        with torch.no_grad():
+            for stretch in self.stretches:
+                for index in range(following, stretch.start):
+                    done = self._layer(index, done)
+                done = self._served(job, stretch, matrix, done, slots, progress)
+                following = stretch.stop
+            for index in range(following, self.arch.layers):
+                done = self._layer(index, done)
+            return torch.cat([self._kl(p, q) for p, q in zip(self.judged("judged", turn), done, strict=True)])
+
+    def judged(self, where: str, turn: int) -> Tensor:
+        """Half of the judged windows in full precision; where there is but one window, that."""
+        every = self.known[where]
+        return every if len(every) == 1 else every[turn::2]
+
+    def _served(
+        self, job: Learner, stretch: range, matrix: Tensor | None, judged: Tensor, slots: Callable[[str], Slot],
+        progress: Progress,
+    ) -> Tensor:  # fmt: skip
+        """The judged windows float32 [n, T', hidden] behind a stretch whose layers are quantized for it."""
+        turned = lambda h: h if matrix is None else h @ matrix  # noqa: E731
+        recipe, entering = job.recipe, turned(self.known[f"tokens {stretch.start}"])
+        learner = None
+        if recipe.learns_layers and not recipe.learn.end_to_end:
+            learner = LayerLearner(job, entering)
+        chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
+        quantizer = LayerQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.devices)
+        fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
+        for index in stretch:
+            if learner:
+                with torch.enable_grad():
+                    job.transforms.layers[index] = learner(index, None, slots(f"learn layer {index}"), progress.within)
+            tensors = self.arch.kinds[index].split(self.model.source.layer(self.arch.layer_prefix(index)))
+            _, chain = quantizer(index, fold.layer(tensors, index), chain)
+            h = quantizer.passed(h)
+            progress.step()
+        return h.float() if matrix is None else h.float() @ matrix.T
+
+    def _kl(self, full: Tensor, quantized: Tensor) -> Tensor:
+        """KL [T' - 1] of one window from the residual streams [T', hidden] behind the last layer."""
+        pairs = zip(*(h[:-1].split(LOGIT_ROWS) for h in (full, quantized)), strict=True)
+        rows = []
+        for p, q in pairs:
+            p, q = (torch.cat(list(self._logits(h)), -1).log_softmax(-1) for h in (p, q))
+            rows.append((p.exp() * (p - q)).sum(-1))
+        return torch.cat(rows).cpu()
+
+    def _logits(self, h: Tensor) -> Iterator[Tensor]:
+        """float32 logits of rows h [n, hidden], the vocabulary in slices."""
+        names, source, device = self.arch.names, self.model.source, self.device
+        normed = rms_norm(h.to(device), source.get(names.norm).float().to(device), self.arch.eps)
+        head = source.get(names.embedding if self.arch.tied else names.head)
+        for rows in head.split(8192):
+            yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
+
+
+def basis(job: Learner, size: int) -> Tensor | None:
+    """R1 as a matrix, float32 [hidden, hidden]."""
+    r1 = job.transforms.r1
+    return None if r1 is None else r1.rows(torch.eye(size, dtype=torch.float64)).float()
+
+
+def error_of(difference: Tensor) -> float:
+    """Standard error of the mean of a difference [n] of tokens in their order, from means over runs of tokens."""
+    size = max(1, min(RUN, len(difference) // RUNS))
+    runs = difference.double()[: len(difference) // size * size].view(-1, size).mean(1)
+    return (runs.std() / math.sqrt(len(runs))).item()

@@ -1,0 +1,82 @@
+"""What a recipe leaves open: its section `choose`, candidates of which measuring on the model in hand takes some.
+
+    choose:
+      effort: 1
+      candidates:
+        asymmetric activations: {activations.symmetric: false}
+        smoothing before R4: {scales.up: smooth}
+      thorough:
+        no clip: {activations.clip: 1.0}
+
+The recipe's other sections are the base. A candidate is a name and the keys that it changes; they are tried in their
+order, each on top of the base and the candidates taken before it, so what rests on another comes after it. A key that
+somebody sets by hand is no longer open: candidates that would change it are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Changes = dict[str, Any]  # values by dotted keys of a recipe
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Choose(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    effort: int = Field(
+        default=1,
+        ge=0,
+        description="0: the base as it is; 1: about the base's own time; more: that many times the layers and tokens,"
+        " and the thorough candidates",
+    )
+    candidates: dict[str, Changes]
+    thorough: dict[str, Changes] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "candidates" not in data:
+            raise ValueError("this recipe has no candidates to choose from; take best or best-online, or give it some")
+        return data
+
+    @property
+    def tried(self) -> dict[str, Changes]:
+        """The candidates that this effort tries, in their order."""
+        if not self.effort:
+            return {}
+        return self.candidates | (self.thorough if self.effort > 1 else {})
+
+    def without(self, keys: Iterable[str]) -> Choose:
+        """What is still open where these keys are set by hand."""
+        fixed = list(keys)
+
+        def opened(found: dict[str, Changes]) -> dict[str, Changes]:
+            return {n: c for n, c in found.items() if not any(overlap(a, b) for a in c for b in fixed)}
+
+        return self.model_copy(update={"candidates": opened(self.candidates), "thorough": opened(self.thorough)})
+
+
+def overlap(first: str, second: str) -> bool:
+    """Whether two dotted keys are one, or one holds the other."""
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
+
+
+def changed(recipe: Model, changes: Changes) -> Model:
+    """The recipe with some keys changed.
+
+    Raises:
+        ValidationError: a key or a value that the recipe does not take.
+    """
+    data = recipe.model_dump()
+    for key, value in changes.items():
+        place, (*parents, last) = data, key.split(".")
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        place[last] = value
+    return type(recipe).model_validate(data)

@@ -1,0 +1,141 @@
+"""Which candidates a model is quantized with: greedy, one after the other, by the KL that each trial measures.
+
+The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
+the KL by more than MARGIN times the standard error of the difference. Then all that was taken has to win against the
+base once more, judged on other windows: he who tries much finds something. Where it does not, or nothing was taken, the
+base stands as it is.
+
+What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
+later trials and the run itself. So is each trial's result: a killed run repeats none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from rotquant.checkpoint.journal import Journal, Scope, Slot
+from rotquant.choose.choice import AGAIN, BASE, Choice, Trial
+from rotquant.choose.judge import WINDOW, Judge, Model, calibration, error_of
+from rotquant.choose.options import Changes
+from rotquant.common.progress import Progress, clock, say
+from rotquant.errors import RotQuantError
+from rotquant.learn import plan
+from rotquant.learn.stream import Learner
+from rotquant.recipe import Recipe
+
+MARGIN = 2.0
+UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head"}  # by a trial
+R1_KEYS = ("r1", "walsh_block")
+
+
+@dataclass
+class Search:
+    """The trials of one run.
+
+    Args:
+        base: the recipe whose candidates are tried; aside: windows int64 [n, T] to judge by.
+        begin: the work that a recipe asks for: everything that is checked before a run, then its transforms unlearned.
+    """
+
+    base: Recipe
+    begin: Callable[[Recipe], Learner]
+    aside: Tensor
+    journal: Journal
+
+    def __post_init__(self) -> None:
+        assert self.base.choose is not None
+        self.effort, self.candidates = self.base.choose.effort, self.base.choose.tried
+        self.started, self.number, self.total = time.monotonic(), 1, len(self.candidates) + 3
+        job = self.begin(self.base)
+        tokens = calibration(job.tokens, job.arch, self.effort)
+        self.judge = Judge(
+            Model(job.source, job.arch, tokens, self.aside[:, :WINDOW], job.devices), self.effort, self.journal
+        )
+
+    def __call__(self) -> Choice:
+        """Tries everything, in its order."""
+        kl = self._kl(BASE, self.begin(self.base))
+        trials = [Trial(BASE, {}, kl.mean().item(), None, None, True)]
+        self._report(trials[0])
+        recipe, model = self.base, self.judge.model
+        for name, changes in self.candidates.items():
+            self.number += 1
+            trial, recipe, kl = self._try(name, changes, recipe, kl)
+            trials.append(trial)
+            self._report(trial)
+        again = self._again(recipe) if recipe != self.base else None
+        return Choice(tuple(trials), again, self.judge.layers, model.tokens.numel(), len(kl))
+
+    def _again(self, recipe: Recipe) -> Trial:
+        """What was taken against the base, on the other windows."""
+        self.number += 1
+        before = self._kl(AGAIN, self.begin(self.base), turn=1)
+        self.number += 1
+        kl = self._kl(AGAIN, self.begin(recipe), turn=1)
+        trial = compared(AGAIN, {}, kl, before)
+        self._report(trial)
+        return trial
+
+    def _try(self, name: str, changes: Changes, recipe: Recipe, before: Tensor) -> tuple[Trial, Recipe, Tensor]:
+        """The trial of one candidate, and recipe and KL of what stands after it."""
+        left = partial(Trial, name, changes, taken=False)
+        try:
+            job = self.begin(recipe.with_changes(changes))
+            if job.recipe == recipe:
+                return left(None, None, None, note="changes nothing here"), recipe, before
+            kl = self._kl(name, job)
+        except RotQuantError as error:
+            return left(None, None, None, note=f"cannot be: {error}"), recipe, before
+        trial = compared(name, changes, kl, before)
+        return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
+
+    def _kl(self, name: str, job: Learner, turn: int = 0) -> Tensor:
+        """KL float32 [judged tokens] with a recipe, from the journal where it is known."""
+        step = f"trial {turn} {digest(job.recipe.model_dump(exclude=UNSEEN))}"
+        if known := self.journal.kept(step):
+            return known["kl"]
+        plan.learn_whole(job, learned(self.journal, job.recipe))
+        slot = partial(Slot, Scope(self.journal, step))
+        title = f"choosing {self.number}/{self.total}, {name}: layer"
+        with Progress(title, self.judge.layers, short=True) as progress:
+            kl = self.judge(job, turn, slot, progress)
+        self.journal.keep(step, {"kl": kl})
+        return kl
+
+    def _report(self, trial: Trial) -> None:
+        spent, left = time.monotonic() - self.started, self.total - self.number
+        line = f"choosing {self.number}/{self.total} · {trial.name}"
+        if trial.kl is not None:
+            line += f": KL {trial.kl:.4f}"
+        if trial.difference is not None:
+            line += f", {trial.difference:+.4f} ± {trial.error:.4f}"
+        if trial.name != BASE:
+            line += f": {trial.verdict}"
+        say(f"{line} · {clock(spent)} · eta {clock(spent / self.number * left)}")
+
+
+def compared(name: str, changes: Changes, kl: Tensor, before: Tensor) -> Trial:
+    """A trial from the KL [judged tokens] of each side."""
+    difference, error = (kl - before).mean().item(), error_of(kl - before)
+    taken = difference < -MARGIN * error  # never where anything is not a number
+    return Trial(name, changes, kl.mean().item(), difference, error, taken)
+
+
+def learned(journal: Journal, recipe: Recipe) -> Scope:
+    """Where what a recipe learns of the whole model is kept: under all that decides it."""
+    kept = recipe.model_dump(exclude=UNSEEN)
+    if not recipe.learn.end_to_end:  # R1 alone
+        kept = {"r1": [kept["rotations"][key] for key in R1_KEYS], "learn": kept["learn"]["surrogate"]}
+        kept["quantizer"] = recipe.activations.model_dump()
+    return Scope(journal, f"learned {digest(kept)}")
+
+
+def digest(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,47 @@
+"""KL of the original's next-token distribution to a student's, from hidden states, a few rows of logits at a time.
+
+    loss = mean over tokens of Σ_i p_i (log p_i - log q_i),   p = softmax(t Wᵀ),  q = softmax(x Wᵀ)
+    d loss / dx = mean of (q - p) W
+
+Logits of a large vocabulary are the largest arrays of a small model; they live for ROWS tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 128
+
+
+def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    """The loss above, a float32 scalar.
+
+    Args:
+        student: x, float32 [n, hidden], with gradients; teacher: t [n, hidden] and head: W [vocab, hidden], in the
+            dtype of products.
+    """
+    loss: Tensor = _Divergence.apply(student, teacher, head)
+    return loss
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+        total, grads = student.new_zeros(()), []
+        for x, t in zip(student.split(ROWS), teacher.split(ROWS), strict=True):
+            log_q = (x.to(head.dtype) @ head.mT).float().log_softmax(-1)
+            log_p = (t @ head.mT).float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * log_p.sub_(log_q)).sum()
+            grads.append((log_q.exp_().sub_(p).to(head.dtype) @ head).float())
+        ctx.save_for_backward(torch.cat(grads).div_(len(student)))
+        return total / len(student)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None, None

@@ -1,0 +1,161 @@
+"""Tuning: the quantized model, whole, towards the original's distribution of the next token, after GPTQ and all else.
+
+    quantized layers, as stored  ->  `tuned_layer`s  ->  Adam on `distill.divergence`  ->  the same tensors, moved
+
+GPTQ makes each linear's output right; this makes the model's: errors of one layer are taken back by others, and scales,
+norms and clips settle where 4-bit activations leave them. Codes and format do not change. All layers are in memory as
+products take them, and their activations where they are small; else those of a layer are computed anew.
+
+Codes are left alone because moving them did not pay: an optimiser that measures steps by the gradient's sign brings all
+of a kind to the edge of their cells at once, and a thousandth of them moved in a run that did not fall over it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rotquant.checkpoint.journal import Slot
+from rotquant.common.progress import Progress
+from rotquant.learn.distill import divergence
+from rotquant.learn.initial import generator
+from rotquant.learn.steps import Steps
+from rotquant.learn.stream import Learner
+from rotquant.learn.tuned_layer import TunedLayer
+from rotquant.models import Tensors
+from rotquant.models.decoder import Linear, bias_of, rms_norm
+from rotquant.recipe import Tuning
+from rotquant.resources import KEPT_BYTES, tuned_numbers
+from rotquant.transforms.fold import Fold, by_rows
+
+BETAS = (0.9, 0.95)
+CLIPS, NORM = "clips.", "norm"  # in what `tune` returns: of a layer; the final norm's gain
+
+
+class ServedModel:
+    """The student: embeddings and head in full precision, as they are served."""
+
+    def __init__(self, job: Learner, quantized: list[Tensors], options: Tuning) -> None:
+        self.job, arch, names = job, job.arch, job.arch.names
+        self.compute = product_dtype(job.dtype, job.device)
+        fold, source = Fold(arch, job.transforms), job.source
+        embedding, gain = source.get(names.embedding), source.get(names.norm)
+        head = embedding if arch.tied else source.get(names.head)
+        self.embedding = by_rows(embedding, lambda rows: fold.embedding(rows).to(job.dtype)).to(job.device)
+        self.head = by_rows(head, lambda rows: fold.head(rows, gain)[0].to(self.compute)).to(job.device)
+        self.gain = nn.Parameter(fold.head(head[:1], gain)[1].float().to(job.device), "gains" in options.learns)
+        self.layers = []
+        for decoder, transforms, tensors in zip(job.decoders(), job.transforms.layers, quantized, strict=True):
+            placed, learns = {name: t.to(job.device) for name, t in tensors.items()}, options.learns
+            layer = TunedLayer(
+                decoder, transforms, job.transforms.r3, placed, job.recipe, learns, job.dtype, self.compute
+            )
+            self.layers.append(layer.to(job.device))
+        tokens = options.batch * job.tokens.shape[1]
+        self.keeps = 4 * tokens * sum(map(tuned_numbers, arch.kinds)) <= KEPT_BYTES
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """What the head reads, float32 [n, hidden], of tokens [B, T]."""
+        arch = self.job.arch
+        h = self.embedding[tokens].float() * arch.embedding_scale
+        for layer in self.layers:
+            h = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
+        return (rms_norm(h, self.gain, arch.eps) / arch.logits_divisor).flatten(0, 1)
+
+    def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
+        rates = {
+            "scales": options.scale_lr, "gains": options.gain_lr, "branch": options.gain_lr,
+            "clips": options.clip_lr,
+        }  # fmt: skip
+        groups = [
+            {"params": [p for layer in self.layers for p in getattr(layer, name).values()], "lr": lr}
+            for name, lr in rates.items()
+            if name in options.learns
+        ]
+        if self.gain.requires_grad:
+            groups.append({"params": [self.gain], "lr": options.gain_lr})
+        return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
+
+
+def tune(job: Learner, quantized: list[Tensors], slot: Slot | None = None) -> Tensors:
+    """Tunes what `recipe.tune.learns` names.
+
+    Args:
+        quantized: of each layer the tensors that `LayerQuantizer` made; slot: of the snapshots.
+    Returns:
+        what `layer_of` reads, and NORM.
+    """
+    options = job.recipe.tune
+    assert options is not None
+    model = ServedModel(job, quantized, options)
+    wanted = targets(job, model.compute)
+    windows = order(len(job.tokens), options, generator(job.seed, "tune"))
+    steps = Steps(options.steps, [model.optimiser(options)], slot)
+    with Progress("tuning: step", options.steps, steps.done, short=True) as progress:
+        for step in steps:
+            chosen = windows[step]
+            student = model(job.tokens[chosen].to(job.device))
+            loss = divergence(student, wanted[chosen].flatten(0, 1).to(job.device), model.head)
+            loss.backward()
+            steps.advance()
+            progress.step(f"KL {loss.item():.4f}")
+    found = flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
+    return found | {NORM: model.gain.detach().to(job.dtype).cpu()}
+
+
+def flat(layers: list[tuple[Tensors, dict[str, float]]]) -> Tensors:
+    """The tensors and clips of all layers as one dict, for a file; `layer_of` is its inverse."""
+    found = {f"{i}.{name}": t for i, (tensors, _) in enumerate(layers) for name, t in tensors.items()}
+    for i, (_, clips) in enumerate(layers):
+        found |= {f"{i}.{CLIPS}{name}": torch.tensor(clip, dtype=torch.float64) for name, clip in clips.items()}
+    return found
+
+
+def layer_of(tuned: Tensors, index: int) -> tuple[Tensors, dict[str, float]]:
+    """Tensors and clip ratios of one layer."""
+    own = {name.removeprefix(f"{index}."): t for name, t in tuned.items() if name.startswith(f"{index}.")}
+    clips = {name.removeprefix(CLIPS): own.pop(name).item() for name in list(own) if name.startswith(CLIPS)}
+    return own, clips
+
+
+@torch.no_grad()
+def targets(job: Learner, compute: torch.dtype) -> Tensor:
+    """What the original's head reads, in the basis of the folded head: [samples, T, hidden], on the CPU."""
+    arch, names = job.arch, job.arch.names
+    chain = job.source.get(names.embedding)[job.tokens].float() * arch.embedding_scale
+    with Progress("tuning: original's layer", arch.layers) as progress:
+        for index, decoder in enumerate(job.decoders()):
+            tensors = {name: t.to(job.device) for name, t in job.read(index).items()}
+            linear = product(tensors, compute)
+            for i, h in enumerate(chain):
+                chain[i] = decoder.layer(tensors, h.to(job.device), linear).cpu()
+            progress.step()
+    gain, r1 = job.source.get(names.norm).float(), job.transforms.r1
+    found = [rms_norm(h, torch.ones_like(gain) if r1 else gain, arch.eps) / arch.logits_divisor for h in chain]
+    return torch.stack([(r1.rows(x) if r1 else x).to(compute) for x in found])
+
+
+def product(tensors: Tensors, compute: torch.dtype) -> Linear:
+    """The original's linears, float32 in and out."""
+    weights = {name: t.to(compute) for name, t in tensors.items() if t.dim() == 2}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        made = torch.nn.functional.linear(x.to(compute), weights[f"{name}.weight"]).float()
+        bias = bias_of(tensors, name)
+        return made if bias is None else made + bias.float()
+
+    return linear
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
+
+
+def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:
+    """Indices of the windows of each step: every window once before one comes again."""
+    epochs = -(-options.steps * options.batch // count)
+    drawn = torch.cat([torch.randperm(count, generator=random) for _ in range(epochs)])
+    return list(drawn[: options.steps * options.batch].split(options.batch))

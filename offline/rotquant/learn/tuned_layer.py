@@ -1,0 +1,189 @@
+"""A decoder layer as the checkpoint holds it, with gradients: what `tune` moves after everything else is decided.
+
+    scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
+    gains    of the norms, the ones on queries and keys among them
+    clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
+    branch   D and U of the low-rank branch
+
+Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
+
+    y = r s (clamp(round(x / (r s) + z)) - z);   dy/dx = 1 inside (where it did not saturate), else 0;
+    dy/dr = (y - x [inside]) / r
+
+Unlike `quantizers`, no gradient goes through a row's extremes: with them fixed a step takes half the time. Products run
+in `compute`, bfloat16 where the processor has it: codes and quantized activations are small integers times a scale, so
+that little is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rotquant.models import Tensors
+from rotquant.models.decoder import Decoder, bias_of
+from rotquant.recipe import Recipe
+from rotquant.transforms.hadamard import hadamard_rows
+from rotquant.transforms.space import LayerTransforms
+from rotquant_kernels import Stage, reference
+from rotquant_kernels.formats import RowFormat
+
+LARGEST_CLIP = 0.98  # where a clip ratio of 1 starts: a sigmoid never reaches 1
+
+
+class TunedLayer(nn.Module):
+    """One layer.
+
+    Args:
+        decoder: how it computes; transforms: its online stages and clips; r3: block of the Hadamard on q and k.
+        tensors: what `LayerQuantizer` made of it, by the names of `decoder.kind`.
+        learns: names of the table above; all else stays as it is.
+        dtype: of the checkpoint, to which scales are rounded; compute: of the products.
+    """
+
+    def __init__(
+        self, decoder: Decoder, transforms: LayerTransforms, r3: int, tensors: Tensors, recipe: Recipe,
+        learns: Sequence[str], dtype: torch.dtype, compute: torch.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.decoder, self.dtype, self.compute = decoder, dtype, compute
+        self.rows = {site: transforms.rows(site, recipe.activations.rows) for site in decoder.kind.sites}
+        kind, form, self.kv = decoder.kind, recipe.weights.form, recipe.kv.form(r3, transforms.clips)
+        self.stages, self.start = transforms.inputs, transforms.clips
+        self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
+        self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
+        self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
+        self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
+        for name in kind.linears:
+            packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
+            codes = form.unpack(packed, kind.shapes[name][1])
+            self.codes[name] = codes.to(compute).unflatten(1, (scale.shape[1], -1))
+            self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
+            for part in ("low_rank_down", "low_rank_up"):
+                if f"{name}.{part}" in tensors:
+                    self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
+        norms = (*kind.norms.values(), kind.attention.query_norm, kind.attention.key_norm)
+        for norm in filter(None, norms):
+            self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
+        for name, ratio in self._ratios().items():
+            self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
+        for group in ("scales", "gains", "clips", "branch"):
+            getattr(self, group).requires_grad_(group in learns)
+        if "clips" not in learns:
+            self.clips = nn.ParameterDict()
+
+    def _ratios(self) -> dict[str, float]:
+        known = {site: rows.clip for site, rows in self.rows.items()}
+        return known | ({"key": self.kv.k_clip, "value": self.kv.v_clip} if self.kv else {})
+
+    def _clipped(self, name: str, rows: RowFormat) -> tuple[RowFormat, Tensor | None]:
+        """The format of a site, of "key" or of "value", and the clip ratio that has a gradient."""
+        if name not in self.clips:
+            return rows.clipped(self.start.get(name)), None
+        ratio = self.clips[name].sigmoid()
+        return rows.clipped(ratio.item()), ratio
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h' of h [..., T, hidden], float32."""
+        tensors = self.fixed | {f"{name.replace('-', '.')}.weight": gain for name, gain in self.gains.items()}
+        seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            nonlocal seen
+            site = self.decoder.kind.site_of[name]
+            if seen is None or seen[0] is not x or seen[1] != site:
+                y = transformed(x.float(), self.stages.get(site, []))
+                seen = x, site, y, self._rounded(site, y)
+            made = self._product(name, seen[3])
+            down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
+            if down in self.branch:
+                made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
+            bias = bias_of(tensors, name)
+            return made if bias is None else made + bias.float()
+
+        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        """x Wᵀ, float32, the scales as stored."""
+        codes, scale = self.codes[name], self.scales[key(name)].exp()
+        scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
+        if scale.shape[1] == 1:  # no gradient of W is needed for that of s
+            return nn.functional.linear(x, codes.flatten(1)).float() * scale.flatten()
+        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
+
+    def _low(self, name: str) -> Tensor:
+        return self.branch[name].to(self.compute)
+
+    def _rounded(self, site: str, y: Tensor) -> Tensor:
+        rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
+        return rounded.to(self.compute)
+
+    def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kv = self.kv
+        assert kv is not None
+        if kv.rotate:
+            query, k = hadamard_rows(query, kv.rotate), hadamard_rows(k, kv.rotate)
+        k = Rounded.apply(k, *self._clipped("key", kv.key))
+        return query, k, Rounded.apply(v, *self._clipped("value", kv.value))
+
+    @torch.no_grad()
+    def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
+        """`tensors` with what was learned, as the checkpoint stores it, and the clip ratios."""
+        out = dict(tensors)
+        for name, log_scale in self.scales.items():
+            out[f"{name.replace('-', '.')}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
+        for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
+            out |= {name.replace("-", ".") + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
+        return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
+
+
+CONSTANT = (".bias", ".shift")
+
+
+def key(name: str) -> str:
+    """A tensor's name as a ParameterDict takes it."""
+    return name.replace(".", "-")
+
+
+def transformed(x: Tensor, stages: list[Stage]) -> Tensor:
+    """x behind the online stages; Hadamards by two products, which cost less memory and time with gradients."""
+    for stage in stages:
+        x = hadamard_rows(x, stage.block) if stage.kind == "hadamard" else reference.stage_rows(x, *stage)
+    return x
+
+
+class StraightThrough(torch.autograd.Function):
+    """The second, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+class Rounded(torch.autograd.Function):
+    """x as it comes back from a row format, whose clip ratio `clip` is where that is learned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: RowFormat, clip: Tensor | None) -> Tensor:
+        scale, zero = rows.qparams(x)
+        out, inside = rows.nearest((x / scale).add_(zero))
+        out.sub_(zero).mul_(scale)
+        ctx.ratio = rows.clip
+        ctx.save_for_backward(inside, *((x, out) if ctx.needs_input_grad[2] else ()))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad, (inside, *kept) = grads[0], ctx.saved_tensors
+        grad_x = torch.where(inside, grad, 0.0)  # a product with booleans takes three times as long
+        by_clip = ((grad * kept[1]).sum() - (grad_x * kept[0]).sum()) / ctx.ratio if kept else None
+        return grad_x, None, by_clip
