@@ -223,7 +223,7 @@ class Activations(_Part):
     @property
     def mixed(self) -> bool:
         """True where some sites may get more bits than `bits`."""
-        return self.wide(100) > 0
+        return float(self.budget.removesuffix("%")) > 0
 
     def wide(self, sites: int) -> int:
         """How many of a model's `sites` the budget lets have 8 bits."""
@@ -378,7 +378,7 @@ class Recipe(_Part):
                 "learn": self.learn.without_clips(),
                 "weights": self.weights.model_copy(update={"rank": 0}),
                 "tune": self.tune and self.tune.without_clips(),
-                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
+                "activations": self.activations.model_copy(update={"symmetric": True, "clip": 1.0}),
                 "kv": KVCache(bits=16),
                 "lm_head": LMHead(bits=16),
             }

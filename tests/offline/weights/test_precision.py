@@ -98,9 +98,11 @@ def test_eight_bits_at_the_bad_site_are_worth_something(model: Path, one: Path, 
     assert away[1] < 0.9 * away[0]
 
 
-@pytest.mark.parametrize(("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12)])
+@pytest.mark.parametrize(("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12), ("0.5%", 0)])
 def test_the_budget_is_kept(budget: str, wide: int) -> None:
-    assert Activations(budget=budget).wide(LAYERS * SITES) == wide
+    activations = Activations(budget=budget)
+    assert activations.wide(LAYERS * SITES) == wide
+    assert activations.mixed is (budget != "0")
 
 
 def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path) -> None:
