@@ -373,7 +373,11 @@ def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Te
 
 
 def tune_layers(run: Run, journal: Journal) -> Transforms:
-    """Tunes the quantized layers together, if the recipe says so, and writes them; the transforms with tuned clips."""
+    """Tunes the quantized layers together, if the recipe says so, and writes them.
+
+    Returns:
+        the transforms with the tuned clips, and with the tuned gains as S_n: what an adapter reads is divided by them.
+    """
     if not run.recipe.tune:
         return run.transforms
     job, layers, tuned = learner(run), range(run.arch.layers), journal.kept("tune")
@@ -382,7 +386,11 @@ def tune_layers(run: Run, journal: Journal) -> Transforms:
         tuned = tune(job, quantized, Slot(journal, "tune"))
         journal.keep("tune", tuned, [Slot.name("tune")])
     for index in layers:
-        tensors, job.transforms.layers[index].clips = layer_of(tuned, index)
+        tensors, clips = layer_of(tuned, index)
+        kind = run.arch.kinds[index]
+        s_attn, s_mlp = (tensors[f"{block.norm}.weight"].double() for block in (kind.attention, kind.mlp))
+        layer = replace(job.transforms.layers[index], clips=clips, s_attn=s_attn, s_mlp=s_mlp)
+        job.transforms.layers[index] = layer
         if not journal.done(f"tuned layer {index}"):
             write_layer(run, journal, f"tuned layer {index}", index, tensors)
     return job.transforms

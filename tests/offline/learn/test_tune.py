@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import rotquant
+from rotquant.basis.sidecar import Basis
 from rotquant.learn import tune as tuning
 from rotquant.learn.distill import divergence
 from rotquant.learn.quantizers import fake_quantize
 from rotquant.learn.steps import Steps
 from rotquant.learn.tuned_layer import Rounded
 from rotquant.measure.evaluate import load_any
+from rotquant.models import read_config
 from rotquant.pipeline import Settings, prepare, quantize
 from rotquant_kernels.formats import RowFormat
 from source_models import file_hashes, source_model
@@ -77,6 +80,18 @@ def test_tuning_brings_the_model_nearer_to_the_original(tmp_path: Path) -> None:
         out = quantize(str(source), tmp_path / name, recipe="quarot", settings=chosen, **WINDOWS)
         found.append(divergence(logits(out, run.calibrated.tokens), exact, torch.eye(exact.shape[1])).item())
     assert found[1] < 0.8 * found[0]
+
+
+def test_adapters_are_turned_for_the_gains_as_they_were_tuned(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "model", "qwen3")
+    settings = ("tune={steps: 2, learns: [gains], gain_lr: 0.2}", "weights.bits=8")
+    out = quantize(str(source), tmp_path / "out", recipe="quarot", settings=settings, **WINDOWS)
+    basis = Basis.read(out, read_config(out))
+    stored = {name: t for file in out.glob("model*.safetensors") for name, t in load_file(file).items()}
+    for index, layer in enumerate(basis.transforms.layers):
+        for scale, norm in ((layer.s_attn, "input_layernorm"), (layer.s_mlp, "post_attention_layernorm")):
+            assert torch.equal(scale.float(), stored[f"model.layers.{index}.{norm}.weight"].float())
+            assert (scale - 1).abs().max() > 0.1
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
