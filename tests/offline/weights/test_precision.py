@@ -98,7 +98,9 @@ def test_eight_bits_at_the_bad_site_are_worth_something(model: Path, one: Path, 
     assert away[1] < 0.9 * away[0]
 
 
-@pytest.mark.parametrize(("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12), ("0.5%", 0)])
+@pytest.mark.parametrize(
+    ("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12), ("0.5%", 0)]
+)
 def test_the_budget_is_kept(budget: str, wide: int) -> None:
     activations = Activations(budget=budget)
     assert activations.wide(LAYERS * SITES) == wide
@@ -146,6 +148,7 @@ def test_a_run_that_was_stopped_while_measuring_gives_the_same_bytes(
         return measure(self, index, chain)
 
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
+    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", 1e9)
     monkeypatch.setattr(DamageMeter, "_layer", stopped)
     settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", **QUICK}
     with pytest.raises(KeyboardInterrupt):
