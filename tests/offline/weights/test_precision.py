@@ -20,6 +20,8 @@ from rotquant.recipe import Activations
 from rotquant.recipes import load_recipe, names
 from rotquant.recipes.schemes import SCHEMES, pays_on_cpu, pays_on_gpu, scheme_settings
 from rotquant.transforms.space import LayerTransforms
+from rotquant.weights.layerwise import LayerQuantizer
+from rotquant.weights.precision import DamageMeter
 from source_models import HELDOUT, file_hashes, source_model
 
 QUICK: dict[str, Any] = {"calibration": str(HELDOUT), "samples": 3, "seq_len": 32}
@@ -107,14 +109,23 @@ def test_the_budget_is_kept(budget: str, wide: int) -> None:
     assert activations.mixed is (budget != "0")
 
 
-def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path) -> None:
-    """A share of the sites, portable: groups of the plain schema alone say it. What shares an input shares its bits."""
+def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of the sites, portable: groups of the plain schema alone say it. What shares an input shares its bits,
+    and its weights are fitted to inputs of these bits."""
+    fitted, moments = [], LayerQuantizer._moments
+
+    def seen(self: LayerQuantizer, site: str, *args: Any) -> Any:
+        fitted.append(self.served[0].rows(site).bits)
+        return moments(self, site, *args)
+
+    monkeypatch.setattr(LayerQuantizer, "_moments", seen)
     source = source_model(tmp_path / "model", "llama", layers=LAYERS, initializer_range=0.02)
     out = quantize(
         str(source), tmp_path / "out", recipe="quarot", scheme="auto", budget="50%", profile="portable", **QUICK
     )
     found = bits(out)
     firsts = [name for name in found if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
+    assert fitted == [found[name] for name in firsts]
     assert sum(found[name] == 8 for name in firsts) == LAYERS * SITES // 2
     for layer in range(LAYERS):
         assert len({found[f"{layer}.self_attn.{part}_proj"] for part in "qkv"}) == 1
@@ -137,8 +148,6 @@ def test_all_sites_at_8_bits_are_one_group(model: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_while_measuring_gives_the_same_bytes(
     model: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rotquant.weights.precision import DamageMeter
-
     measure, measured = DamageMeter._layer, []
 
     def stopped(self: DamageMeter, index: int, chain: torch.Tensor) -> Any:
