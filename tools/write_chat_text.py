@@ -1,4 +1,4 @@
-"""Writes offline/rotquant/data/chat-calibration.txt: what SmolLM2-135M-Instruct in full precision says when it is asked.
+"""Writes offline/rotquant/data/chat-calibration.txt: what SmolLM2-135M-Instruct, not quantized, says when it is asked.
 
     python tools/write_chat_text.py [--out FILE]
 

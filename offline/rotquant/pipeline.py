@@ -1,7 +1,7 @@
 """The main path, top to bottom: a Hugging Face checkpoint becomes a served 4-bit checkpoint.
 
     check the source  ->  calibration tokens  ->  choose among the recipe's candidates
-      ->  learn the transforms  ->  equivalence gate  ->  embeddings
+      ->  learn the transforms  ->  equivalence gate  ->  sites at 8 bits  ->  embeddings
       ->  each decoder layer: read, fold, quantize, write, note in the journal  ->  lm_head  ->  config, card
 
 One layer is in memory at a time; what a layer needs of the ones before it is the calibration chain.
@@ -49,12 +49,14 @@ from rotquant.models import Architecture, Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
+from rotquant.recipes.schemes import scheme_settings
 from rotquant.resources import check_disk, check_memory
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold, by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.experts import ExpertsQuantizer
+from rotquant.weights.precision import DamageMeter, widen
 
 GATE_TOKENS = 64
 
@@ -120,6 +122,8 @@ def quantize(
     resume: bool = False,
     settings: Sequence[str] = (),
     max_memory: float | None = None,
+    scheme: str | None = None,
+    budget: str | None = None,
 ) -> Path:
     """Quantizes a model.
 
@@ -135,12 +139,14 @@ def quantize(
         seed: of everything random: rotations, calibration windows, learning.
         resume: continue an unfinished run of the same settings; the result has the same bytes.
         max_memory: refuse, before any work, a run that is estimated to need more GB.
+        scheme: "w4a4kv4", "w4a8kv4" or "auto" (`recipes.schemes`), the recipe's where None; budget: of "auto".
     Returns:
         the output folder.
     Raises:
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
+    settings = [*scheme_settings(scheme, budget), *settings]
     asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
     run = prepare(model, asked)
     if max_memory is not None:
@@ -157,6 +163,7 @@ def quantize(
             run = choose(run, journal)
             run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
+            run = replace(run, transforms=widen_sites(run, journal))
             write_embedding(run, journal)
             write_layers(run, journal)
             run = replace(run, transforms=tune_layers(run, journal))
@@ -334,6 +341,21 @@ def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
         distance = check_equivalence(run.source, run.arch, run.fold, tokens, lambda _: progress.step())
     say(f"equivalence gate: logits of the folded model differ by {distance:.1e} (limit 1e-4)")
     journal.finish(step, distance=f"{distance:.0e}")
+
+
+def widen_sites(run: Run, journal: Journal) -> Transforms:
+    """The run's transforms, with 8-bit activations at the sites that need them most, if the recipe has a budget."""
+    step, recipe, arch = "precision", run.recipe, run.arch
+    if not recipe.activations.mixed:
+        return run.transforms
+    assert run.calibrated is not None
+    known = journal.kept(step)
+    if known is None:
+        tokens = run.calibrated.tokens
+        meter = DamageMeter(recipe, arch, run.source, run.transforms, tokens, run.dtype, run.devices)
+        known = {"damage": meter(Slot(journal, step))}
+        journal.keep(step, known, [Slot.name(step)])
+    return widen(recipe, arch, run.transforms, known["damage"])
 
 
 def write_embedding(run: Run, journal: Journal) -> None:

@@ -7,7 +7,7 @@ learn        how the values of all these are found: surrogate (R1, R2, without b
              blockwise (scales, clips, online matrices, layer by layer), end_to_end (all, through the whole model)
 weights      bits, group size, RTN or GPTQ, clip search, low-rank branch
 tune         after all else: weight scales, norm gains and clips of the whole quantized model, by gradients
-activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic
+activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic; a budget of sites that get 8 bits
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
 choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rotquant.choose.options import Choose, changed
 from rotquant.common.faults import first_error
@@ -31,6 +31,10 @@ from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 PROCRUSTES: tuple[str, ...] = ("quantization_error", "clip", "corner")
 GRADIENT: tuple[str, ...] = ("quantization_error", "whip", "kurtosis")
 SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "adam"), GRADIENT)
+
+
+# A share of all sites, or a number of them.
+Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%|\d{1,6})$")]
 
 
 class _Part(BaseModel):
@@ -208,10 +212,31 @@ class Activations(_Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     clip: Ratio = 1.0
+    budget: Budget = Field(
+        default="0", description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"'
+    )
 
     @property
     def rows(self) -> RowFormat:
         return RowFormat(self.bits, self.symmetric, self.clip)
+
+    @property
+    def mixed(self) -> bool:
+        """True where some sites may get more bits than `bits`."""
+        return float(self.budget.removesuffix("%")) > 0
+
+    def wide(self, sites: int) -> int:
+        """How many of a model's `sites` the budget lets have 8 bits."""
+        number = float(self.budget.removesuffix("%"))
+        return min(sites, int(sites * number / 100 if self.budget.endswith("%") else number))
+
+    @model_validator(mode="after")
+    def _room(self) -> Activations:
+        if self.budget.endswith("%") and float(self.budget[:-1]) > 100:
+            raise ValueError(f"budget {self.budget} is more than all sites")
+        if self.bits == 8 and self.mixed:
+            raise ValueError(f"budget {self.budget} of sites at 8 bits, and all have 8 bits as it is; take bits 4")
+        return self
 
 
 class KVCache(_Part):
@@ -274,7 +299,8 @@ class Recipe(_Part):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weights.needs_inputs or self.needs_learning or self.chooses or self.tune is not None
+        learns = self.needs_learning or self.chooses or self.tune is not None
+        return learns or self.weights.needs_inputs or self.activations.mixed
 
     @property
     def chooses(self) -> bool:
@@ -352,7 +378,7 @@ class Recipe(_Part):
                 "learn": self.learn.without_clips(),
                 "weights": self.weights.model_copy(update={"rank": 0}),
                 "tune": self.tune and self.tune.without_clips(),
-                "activations": Activations(bits=self.activations.bits, symmetric=True, clip=1.0),
+                "activations": self.activations.model_copy(update={"symmetric": True, "clip": 1.0}),
                 "kv": KVCache(bits=16),
                 "lm_head": LMHead(bits=16),
             }

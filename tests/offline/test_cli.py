@@ -142,6 +142,7 @@ def test_eval_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: Ca
 def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     healthy = rotquant.service.doctor.examine()
     assert not any("`import rotquant" in p.what for p in healthy.problems)
+    assert healthy.facts["scheme that pays"]["cpu"].startswith("w4a8kv4")
     assert healthy.facts["kernels"].keys() >= {"int_linear (cpu)", "kv4_attention (cpu)"}
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import rotquant
 import vllm_serving as serving
 from checkpoints import (
     Spec,
@@ -45,6 +46,10 @@ from source_models import source_model
 from vllm_rotquant.rotation import StoredInput, check_shard
 
 BASE = Spec()
+WIDE = (  # activations of 8 bits
+    *(f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")),
+    *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")),
+)
 PROMPTS = prompts((7, 33, 70))
 # The native attention kernel is within 1% of exact arithmetic, which random models turn into other activation
 # codes. Tests that compare with float64 leave it out; test_kv4_native holds it to its own bound.
@@ -96,9 +101,9 @@ def test_logprobs_are_those_of_float_arithmetic(child: Child, base: Path) -> Non
     "spec",
     [
         replace(BASE, architecture="qwen3", group=64, r3=False, int8_head=True, extras=everything()),
-        replace(BASE, kv=False, r3=False, r4=""),
+        replace(BASE, kv=False, r3=False, r4="", wide=WIDE),
     ],
-    ids=["qwen3, groups, int8 lm_head, no R3, everything else", "no KV scheme, no transforms"],
+    ids=["qwen3, groups, int8 lm_head, no R3, everything else", "no KV scheme, no transforms, two schemes"],
 )
 def test_other_formats(child: Child, tmp_path: Path, spec: Spec) -> None:
     folder = write_checkpoint(tmp_path / "model", spec)
@@ -107,6 +112,16 @@ def test_other_formats(child: Child, tmp_path: Path, spec: Spec) -> None:
     assert ("KV cache: not quantized" in got.log) is not spec.kv
     for text in ("R4 hadamard 128 + K1 kronecker 32 + S2 shift + P3 permutation 128", "W4 A4 g64 rank 5"):
         assert (text in got.log) is bool(spec.r4)
+    if spec.wide:  # each kind of layer has a row for each scheme, and `rotquant.load` computes the same
+        proof = got.log[got.log.index("rotquant start-up check") :].splitlines()[2:]
+        rows = {tuple(re.findall(r"^ *(\w+) +(\d) .* (W4 A\d)", line)[0]) for line in proof if " W4 A" in line}
+        mixed = {(kind, "1", f"W4 A{bits}") for kind in ("qkv_proj", "gate_up_proj", "down_proj") for bits in (4, 8)}
+        assert rows == mixed | {("o_proj", "2", "W4 A4")}
+        model = rotquant.load(folder)
+        for prompt, logprobs in zip(PROMPTS, got.prompt_logprobs, strict=True):
+            with torch.inference_mode():
+                own = model(torch.tensor([prompt])).logits[0, :-1].double().log_softmax(-1)
+            assert (own.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0] - logprobs).abs().median() < 1e-5
 
 
 def test_compiled(child: Child, tmp_path: Path) -> None:

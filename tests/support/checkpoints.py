@@ -50,6 +50,7 @@ class Spec:
     symmetric: bool = True  # of activations and, unless `kv_symmetric` says otherwise, KV
     kv_symmetric: bool | None = None
     act_bits: int = 4
+    wide: tuple[str, ...] = ()  # modules whose activations have 8 bits
     group: int = 0  # weight group size, 0 for one scale per channel
     int8_head: bool = False
     act_clip: float = 0.9
@@ -133,6 +134,11 @@ def quantization_config(spec: Spec) -> dict[str, Any]:
             "weights": weights | {"num_bits": 8, "strategy": "channel", "group_size": None},
             "input_activations": inputs | {"num_bits": 8, "symmetric": True},
             "format": "pack-quantized",
+        }
+    if spec.wide:
+        groups["group_2"] = groups["group_0"] | {
+            "targets": list(spec.wide),
+            "input_activations": inputs | {"num_bits": 8, "symmetric": spec.symmetric},
         }
     config = {
         "quant_method": "compressed-tensors",

@@ -42,7 +42,8 @@ class FloatLinear(torch.nn.Module):
         y = y @ self.matrix + self.offset
         clip = self.extras["activation_clip"].get(self.name, self.spec.act_clip)
         head = self.name == "lm_head"
-        rounded = fake_quantize(y, 8 if head else self.spec.act_bits, self.spec.symmetric or head, clip)
+        bits = 8 if head or self.name in self.spec.wide else self.spec.act_bits
+        rounded = fake_quantize(y, bits, self.spec.symmetric or head, clip)
         out = rounded @ self.weight.T + self.correction + (0 if self.bias is None else self.bias.double())
         out = out + y @ self.factors[0] @ self.factors[1] if self.factors else out
         return out.to(x.dtype)

@@ -10,6 +10,7 @@ from rotquant.checkpoint.source import save_text
 from rotquant.checkpoint.writer import input_transforms
 from rotquant.models import Architecture
 from rotquant.recipe import Recipe
+from rotquant.recipes.schemes import SPEED
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
 from rotquant_kernels.formats import KVFormat
@@ -25,7 +26,7 @@ tags: [rotquant, compressed-tensors, {tag}]
 | | |
 |---|---|
 | weights | {weights}, {granularity}, {method}; mean relative rounding error {error:.4f} |
-| activations | {rows} per token, {symmetry}, clip ratio {a_clip} |
+| activations | {rows} per token, {symmetry}, clip ratio {a_clip} |{wide}
 | KV cache | {kv} |
 | online transforms | {online} |
 | lm_head | {head} |
@@ -40,6 +41,8 @@ vllm serve {name} --quantization rotquant
 lm_eval --model vllm --model_args pretrained={name},quantization=rotquant --tasks arc_easy
 vllm bench serve --model {name}
 ```
+
+{speed}.
 
 vLLM needs `pip install rotquant`. In transformers: `model = rotquant.load("{name}")`.{portable}
 """
@@ -61,10 +64,11 @@ def write_card(
     ]
     online += [f"rank {weights.rank} branch at every linear"] if weights.rank else []
     there = " (its experts with 16-bit activations)" if arch.mixtures else ""
+    mixed = " (A8 at some sites)" if wide_row(arch, transforms) else ""
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
-        bits=f"W{weights.bits}A{act.bits}" + ("KV4" if recipe.kv.form() else ""),
+        bits=f"W{weights.bits}A{act.bits}" + ("KV4" if recipe.kv.form() else "") + mixed,
         recipe=recipe.name,
         description=recipe.description,
         weights=weights.form,
@@ -72,8 +76,11 @@ def write_card(
         method=weights.method.upper() + (" with clip search" if weights.clip_search else ""),
         error=sum(errors) / len(errors),
         rows=act.rows,
+        wide=wide_row(arch, transforms),
+        speed=SPEED,
         symmetry=act.rows.symmetry,
-        a_clip="learned for each layer" if any(layer.clips for layer in transforms.layers) else act.clip,
+        a_clip="learned for each layer" if any(layer.clips.keys() - layer.bits for layer in transforms.layers)
+        else act.clip,
         kv=cache_line(recipe.kv.form(), arch),
         online="; ".join(online) or "none",
         head=recipe.lm_head.form or "not quantized",
@@ -112,6 +119,19 @@ def experts_rows(layers: list[dict[str, Any] | None]) -> str:
             f" {agreement[worst]:.1%}, layer {worst}"
         )
     return "".join(f"\n| {row} |" for row in rows)
+
+
+def wide_row(arch: Architecture, transforms: Transforms) -> str:
+    """The table's row of the sites whose activations have other bits than the recipe says; nothing without any."""
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(transforms.layers):
+        for site in layer.bits:
+            found.setdefault(site, []).append(index)
+    if not found:
+        return ""
+    sites, layers = sum(len(kind.sites) for kind in arch.kinds), sum(map(len, found.values()))
+    where = "; ".join(f"`{site}` of layers {', '.join(map(str, at))}" for site, at in found.items())
+    return f"\n| 8-bit activations | at {layers} of {sites} sites, where 4 bits did most damage: {where} |"
 
 
 def cache_line(kv: KVFormat | None, arch: Architecture) -> str:

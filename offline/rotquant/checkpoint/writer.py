@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
 
     `format` stands at the top and in each group: newer compressed-tensors would otherwise infer another.
     """
-    groups = {"group_0": linear_scheme(["Linear"], recipe.weights.form, recipe.activations.rows)}
+    schemes = linear_schemes(recipe, arch, transforms)
     if head := recipe.lm_head.form:
-        groups["group_1"] = linear_scheme(["lm_head"], head, recipe.lm_head.rows)
+        schemes.append(linear_scheme(["lm_head"], head, recipe.lm_head.rows))
+    groups = {f"group_{i}": scheme for i, scheme in enumerate(schemes)}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -57,6 +59,19 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
     if declared:
         config["transform_config"] = {"config_groups": declared}
     return config
+
+
+def linear_schemes(recipe: Recipe, arch: Architecture, transforms: Transforms) -> list[dict[str, Any]]:
+    """The groups of the layers' linears: the class means those of the recipe, names the others."""
+    usual = recipe.activations.rows
+    by_bits: dict[int, list[str]] = {}
+    for index, (kind, layer) in enumerate(zip(arch.kinds, transforms.layers, strict=True)):
+        for linear, parts in kind.stored.items():
+            bits = layer.rows(kind.site_of[parts[0]], usual).bits
+            by_bits.setdefault(bits, []).append(arch.layer_prefix(index) + linear)
+    most, *others = sorted(by_bits, key=lambda bits: (bits != usual.bits, bits))
+    targets = {most: ["Linear"]} | {bits: by_bits[bits] for bits in others}
+    return [linear_scheme(named, recipe.weights.form, replace(usual, bits=bits)) for bits, named in targets.items()]
 
 
 def patterns(modules: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ def add_quantize(verbs: Verbs) -> None:
         "turn a Hugging Face model into a rotated 4-bit checkpoint",
         "rotquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --calibration notes.txt\n"
         "  rotquant quantize ./model -o out --recipe rtn               no calibration text needed\n"
+        "  rotquant quantize ./model -o out --scheme auto              8-bit activations where they pay most\n"
         "  rotquant quantize ./model -o out --set kv.bits=16           a recipe with one key changed\n"
         "  rotquant quantize ./model -o out --resume                   go on after Ctrl-C or a crash",
         more="Works layer by layer: memory stays near that of two layers and the vocabulary's tables, whatever their"
@@ -26,6 +27,12 @@ def add_quantize(verbs: Verbs) -> None:
     add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: README)")
     add("-o", "--output", metavar="OUT", required=True, help="folder to write; must not exist, except to --resume")
     add("--recipe", default="best", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
+    add("--scheme", choices=["w4a4kv4", "w4a8kv4", "auto"],
+        help="bits of weights, activations and KV cache, with any recipe (default: what the recipe says); auto: 4-bit"
+        " activations, but 8-bit ones where 4 bits do most damage, found by measuring. `rotquant doctor` says which"
+        " pays on this machine")  # fmt: skip
+    add("--budget", metavar="N|P%", help="of --scheme auto: at most so many of the (layer, site) pairs, or so large a"
+        " share of them, get 8 bits (default: 25%%)")  # fmt: skip
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
     add("--samples", type=positive, metavar="N", help="calibration windows (default: the recipe's)")
     add("--seq-len", type=positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")
@@ -60,6 +67,8 @@ def _quantize(args: argparse.Namespace) -> int:
         resume=args.resume,
         settings=[*args.settings, *([] if args.effort is None else [f"choose.effort={args.effort}"])],
         max_memory=args.max_memory,
+        scheme=args.scheme,
+        budget=args.budget,
     )
     folder = shlex.quote(str(output))
     print(

@@ -72,7 +72,7 @@ class LayerParameters(nn.Module):
 
     def transforms(self) -> LayerTransforms:
         """The transforms as they are now, with gradients; clips are left to `clip`."""
-        now = LayerTransforms(**{name: getattr(self.start, name) for name in ("r2", "order")}, inputs={})
+        now = LayerTransforms(**{name: getattr(self.start, name) for name in ("r2", "order", "bits")}, inputs={})
         for name in ("s_attn", "s_mlp", "s_ov", "s_ud", "s_qk"):
             setattr(now, name, self.scales[name].exp() if name in self.scales else getattr(self.start, name))
         if self.r2 is not None:
@@ -162,8 +162,8 @@ class QuantizedLayer:
                 y = x
                 for stage in transforms.inputs.get(site, []):
                     y = reference.online_stage(y, *stage)
-                act = self.recipe.activations
-                seen = x, site, fake_quantize(y, act.rows, self.parameters.clip(site, act.clip))
+                rows = self.parameters.start.rows(site, self.recipe.activations.rows)
+                seen = x, site, fake_quantize(y, rows, self.parameters.clip(site, rows.clip))
             return nn.functional.linear(seen[2], tensors[f"{name}.weight"], bias_of(tensors, name))
 
         return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)

@@ -50,7 +50,8 @@ class TunedLayer(nn.Module):
         learns: Sequence[str], dtype: torch.dtype, compute: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.decoder, self.rows, self.dtype, self.compute = decoder, recipe.activations.rows, dtype, compute
+        self.decoder, self.dtype, self.compute = decoder, dtype, compute
+        self.rows = {site: transforms.rows(site, recipe.activations.rows) for site in decoder.kind.sites}
         kind, form, self.kv = decoder.kind, recipe.weights.form, recipe.kv.form(r3, transforms.clips)
         self.stages, self.start = transforms.inputs, transforms.clips
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
@@ -76,7 +77,7 @@ class TunedLayer(nn.Module):
             self.clips = nn.ParameterDict()
 
     def _ratios(self) -> dict[str, float]:
-        known = {site: self.start.get(site, self.rows.clip) for site in self.decoder.kind.sites}
+        known = {site: rows.clip for site, rows in self.rows.items()}
         return known | ({"key": self.kv.k_clip, "value": self.kv.v_clip} if self.kv else {})
 
     def _clipped(self, name: str, rows: RowFormat) -> tuple[RowFormat, Tensor | None]:
@@ -118,7 +119,7 @@ class TunedLayer(nn.Module):
         return self.branch[name].to(self.compute)
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
-        rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows))
+        rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
         return rounded.to(self.compute)
 
     def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

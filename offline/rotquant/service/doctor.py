@@ -125,6 +125,16 @@ def _gpus(report: Report) -> dict[str, str]:
     return facts or {"CUDA": "none"}
 
 
+def _schemes(report: Report) -> dict[str, str]:
+    """Which `quantize --scheme` is the one to serve here."""
+    import torch
+
+    from rotquant.recipes.schemes import pays_on_cpu, pays_on_gpu
+
+    gpus = {f"cuda:{i}": torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return {"cpu": pays_on_cpu(_cpu(report)["instructions"])} | {n: pays_on_gpu(*known) for n, known in gpus.items()}
+
+
 def _kernels(report: Report) -> dict[str, str]:
     import torch
 
@@ -222,6 +232,7 @@ SECTIONS: dict[str, Callable[[Report], dict[str, str]]] = {
     "versions": _versions,
     "cpu": _cpu,
     "gpu": _gpus,
+    "scheme that pays": _schemes,
     "kernels": _kernels,
     "serving": _serving,
     "resources": _resources,

@@ -13,19 +13,21 @@ A method is a point in this space: which of these are there, and how their value
     inputs         for each site (`models.Layer.sites`) the chain of online stages before its linears; R4 is the one
                    before down
     clips          activation clip of each site, clips of keys and values
+    bits           of the activations of each site that has others than the recipe says
     weight_clips   by linear: for each weight scale the share of the range that it covers
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rotquant_kernels import Stage
+from rotquant_kernels.formats import RowFormat
 
 
 class Rotation(Protocol):
@@ -51,12 +53,22 @@ class LayerTransforms:
     order: Tensor | None = None  # int64 [intermediate]
     inputs: dict[str, list[Stage]] = field(default_factory=dict)
     clips: dict[str, float] = field(default_factory=dict)  # by site, and "key", "value"
+    bits: dict[str, int] = field(default_factory=dict)  # by site
     weight_clips: dict[str, Tensor] = field(default_factory=dict)  # [N, groups] each
 
     def norm_scale(self, site: str) -> Tensor | None:
         """S_n of a site that reads a norm."""
         found: Tensor | None = {"attn": self.s_attn, "mlp": self.s_mlp}[site]
         return found
+
+    def rows(self, site: str, usual: RowFormat) -> RowFormat:
+        """What the activations of a site are rounded to, `usual` where nothing is said of it."""
+        return replace(usual, bits=self.bits.get(site, usual.bits)).clipped(self.clips.get(site))
+
+    def widened(self, sites: Iterable[str]) -> LayerTransforms:
+        """The same with 8-bit activations at some sites: their ranges are whole, since clips pay at few bits alone."""
+        wide = list(sites)
+        return replace(self, bits=self.bits | dict.fromkeys(wide, 8), clips=self.clips | dict.fromkeys(wide, 1.0))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it as a flat dict, for a file; `from_tensors` is the inverse."""
@@ -67,6 +79,7 @@ class LayerTransforms:
                 found[f"inputs.{site}.{i}.{stage.kind}.{stage.block}"] = tensor
         for name, clip in self.clips.items():
             found[f"clips.{name}"] = torch.tensor(clip, dtype=torch.float64)
+        found |= {f"bits.{site}": torch.tensor(bits) for site, bits in self.bits.items()}
         found |= {f"weight_clips.{name}": ratio for name, ratio in self.weight_clips.items()}
         return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
@@ -77,6 +90,8 @@ class LayerTransforms:
             part, _, rest = name.partition(".")
             if part == "clips":
                 made.clips[rest] = tensors[name].item()
+            elif part == "bits":
+                made.bits[rest] = int(tensors[name])
             elif part == "weight_clips":
                 made.weight_clips[rest] = tensors[name]
             elif part == "inputs":

@@ -80,12 +80,7 @@ class LayerQuantizer:
 
     def passed(self, chain: Tensor) -> Tensor:
         """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
-        served, output = self.served, self.kind.attention.output
-
-        def layer(on: int, _: int, h: Tensor) -> Tensor:
-            return served[on].behind_mlp(served[on].write(output, h, served[on].attention(h)))
-
-        return self.devices.map(layer, chain, out=torch.empty_like(chain))
+        return self.devices.map(lambda on, _, h: self.served[on].layer(h), chain, out=torch.empty_like(chain))
 
     def _stages(self, place: torch.device) -> dict[str, list[Stage]]:
         """The online stages of each site as they will be served: tensors as the checkpoint stores them."""
@@ -213,7 +208,7 @@ class LayerQuantizer:
 
     def _rows(self, site: str) -> RowFormat:
         """What the rows of a site are rounded to."""
-        return self.recipe.activations.rows.clipped(self.layer.clips.get(site))
+        return self.layer.rows(site, self.recipe.activations.rows)
 
     def _quantize(
         self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]

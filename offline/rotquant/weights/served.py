@@ -59,6 +59,10 @@ class ServedLayer:
         """The residual stream behind the layer, from that behind attention."""
         return self.decoder.add(h, self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear))
 
+    def layer(self, h: Tensor) -> Tensor:
+        """The whole layer, h to h', once all its linears are quantized."""
+        return self.decoder.layer(self.tensors, h, self.linear, self.cache)
+
     def write(self, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual stream after a linear has written what it makes of x."""
         return self.decoder.add(h, self.linear(name, x))

@@ -25,6 +25,7 @@ from source_models import file_hashes, source_model
 
 EVERYTHING = (
     "tune={steps: 6, gain_lr: 0.02}", "weights.group_size=16", "weights.rank=4", "rotations.r2=hadamard",
+    "activations.budget=2",
     "online={attn: [shift, greedy], o: [heads], mlp: [kronecker], down: [shift], block: 8}",
 )  # fmt: skip
 WINDOWS = {"samples": 4, "seq_len": 32}

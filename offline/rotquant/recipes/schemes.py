@@ -1,0 +1,61 @@
+"""The precision dial: `rotquant quantize --scheme`, as settings of a recipe.
+
+w4a4kv4   4-bit weights, activations and KV cache
+w4a8kv4   8-bit activations, of which no range is clipped
+auto      4-bit activations, and 8-bit ones at the sites where 4 bits do most damage, as many as --budget allows:
+          a share of the model's (layer, site) pairs, "25%", or a number of them, "12"
+"""
+
+from __future__ import annotations
+
+from rotquant.errors import RotQuantError
+
+BUDGET = "25%"
+SCHEMES: dict[str, dict[str, str]] = {
+    "w4a4kv4": {"weights.bits": "4", "activations.bits": "4", "activations.budget": "0", "kv.bits": "4"},
+    "w4a8kv4": {
+        "weights.bits": "4", "activations.bits": "8", "activations.clip": "1.0", "activations.budget": "0",
+        "kv.bits": "4",
+    },
+    "auto": {"weights.bits": "4", "activations.bits": "4", "activations.budget": BUDGET, "kv.bits": "4"},
+}  # fmt: skip
+
+
+def scheme_settings(scheme: str | None, budget: str | None) -> list[str]:
+    """`key=value` settings of a recipe; none without a scheme.
+
+    Raises:
+        RotQuantError: no such scheme, or a budget without something to spend it on.
+    """
+    if scheme is not None and scheme not in SCHEMES:
+        raise RotQuantError(f"--scheme {scheme}: take {', '.join(SCHEMES)}")
+    if budget is not None and scheme != "auto":
+        raise RotQuantError(f"--budget {budget}: it goes with --scheme auto, which spends it")
+    chosen = SCHEMES[scheme] if scheme else {}
+    return [f"{key}={value}" for key, value in (chosen | ({"activations.budget": budget} if budget else {})).items()]
+
+
+# ---- what pays where --------------------------------------------------------------------------------
+
+INT4_CORES = ((8, 0), (8, 6), (8, 9))  # of GPUs that multiply 4-bit integers faster than 8-bit ones
+SPEED = (
+    "8-bit activations cost no speed where the kernels multiply in int8 anyway: on CPUs (measured with AVX-512 VNNI)"
+    " and on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with ROTQUANT_CUDA_LINEAR=humming"
+)
+
+
+def pays_on_cpu(instructions: str) -> str:
+    """Which scheme to take on a CPU, by its instructions as `rotquant doctor` lists them."""
+    if "avx512_vnni" in instructions.split():
+        return "w4a8kv4: as fast as w4a4kv4 here, and more accurate (auto, w4a4kv4: no faster)"
+    return "w4a8kv4: both multiply in int8; their speeds were measured with AVX-512 VNNI alone"
+
+
+def pays_on_gpu(major: int, minor: int) -> str:
+    """Which scheme to take on a GPU, by its compute capability."""
+    if (major, minor) in INT4_CORES:
+        return (
+            "w4a4kv4 or auto with ROTQUANT_CUDA_LINEAR=humming and activations.symmetric=true, which uses int4 tensor"
+            " cores; else w4a8kv4, as fast as w4a4kv4 in int8"
+        )
+    return "w4a8kv4: no int4 tensor cores here, so that 4-bit activations are multiplied in int8, no faster"

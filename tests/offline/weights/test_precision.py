@@ -1,0 +1,214 @@
+"""The precision dial: fixed schemes, and sites at 8 bits that measuring chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import rotquant
+from rotquant.checkpoint.format import CheckpointFormat
+from rotquant.checkpoint.quant_linear import QuantLinear
+from rotquant.errors import RotQuantError
+from rotquant.pipeline import Settings, prepare, quantize
+from rotquant.recipe import Activations
+from rotquant.recipes import load_recipe, names
+from rotquant.recipes.schemes import SCHEMES, pays_on_cpu, pays_on_gpu, scheme_settings
+from rotquant.transforms.space import LayerTransforms
+from rotquant.weights.layerwise import LayerQuantizer
+from rotquant.weights.precision import DamageMeter
+from source_models import HELDOUT, file_hashes, source_model
+
+QUICK: dict[str, Any] = {"calibration": str(HELDOUT), "samples": 3, "seq_len": 32}
+LAYERS, SITES = 3, 4
+IDS = torch.arange(5, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in whose layer 1 one channel before down is huge: at 4 bits little is left of the others."""
+    folder = source_model(tmp_path_factory.mktemp("precision") / "model", "llama", layers=LAYERS, shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7] *= 300
+    tensors["model.layers.1.mlp.down_proj.weight"][:, 7] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def bits(folder: Path) -> dict[str, int]:
+    """Activation bits of every linear, by what comes after `model.layers.`."""
+    config = json.loads((folder / "config.json").read_text())
+    form = CheckpointFormat(config["quantization_config"], config["rotquant"], 32)
+    parts = {"self_attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+    found = {}
+    for layer in range(LAYERS):
+        for name in (f"{layer}.{block}.{part}_proj" for block, of in parts.items() for part in of):
+            linear = form.linear(f"model.layers.{name}")
+            assert linear is not None
+            found[name] = linear.rows.bits
+    return found
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return rotquant.load(folder)(IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One site at 8 bits; without R4, which would spread the channel."""
+    out = tmp_path_factory.mktemp("precision") / "one"
+    return quantize(str(model), out, recipe="rtn", scheme="auto", budget="1", **QUICK)
+
+
+def test_the_site_that_was_made_bad_is_the_one_that_gets_8_bits(model: Path, one: Path) -> None:
+    found = bits(one)
+    assert [name for name, width in found.items() if width == 8] == ["1.mlp.down_proj"]
+    card = (one / "README.md").read_text()
+    assert f"at 1 of {LAYERS * SITES} sites" in card
+    assert "`down` of layers 1 |" in card
+    assert "W4A4KV4 (A8 at some sites)" in card
+
+
+def test_the_ops_of_a_mixed_checkpoint_get_the_bits_of_its_config(one: Path) -> None:
+    """The ops of each layer get the bits of config.json, and 8 bits at the bad site bring the output nearer."""
+    model, seen = rotquant.load(one), []
+    modules = {id(m): name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    for module in model.modules():
+        if id(module) in modules:
+            module.register_forward_hook(lambda m, *_: seen.append((modules[id(m)], m.format.rows.bits)))
+    model(torch.arange(5, 20)[None])
+    assert dict(seen) == {f"model.layers.{name}": width for name, width in bits(one).items()}
+
+
+def test_eight_bits_at_the_bad_site_are_worth_something(model: Path, one: Path, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(model)(IDS).logits
+    four, eight = (
+        quantize(str(model), tmp_path / scheme, recipe="rtn", scheme=scheme, **QUICK)
+        for scheme in ("w4a4kv4", "w4a8kv4")
+    )
+    assert set(bits(four).values()) == {4}
+    assert set(bits(eight).values()) == {8}
+    away = [float((logits(folder) - expected).norm() / expected.norm()) for folder in (four, one, eight)]
+    assert away == sorted(away, reverse=True)
+    assert away[1] < 0.9 * away[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12), ("0.5%", 0)]
+)
+def test_the_budget_is_kept(budget: str, wide: int) -> None:
+    activations = Activations(budget=budget)
+    assert activations.wide(LAYERS * SITES) == wide
+    assert activations.mixed is (budget != "0")
+
+
+def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of the sites, portable: groups of the plain schema alone say it. What shares an input shares its bits,
+    and its weights are fitted to inputs of these bits."""
+    fitted, moments = [], LayerQuantizer._moments
+
+    def seen(self: LayerQuantizer, site: str, *args: Any) -> Any:
+        fitted.append(self.served[0].rows(site).bits)
+        return moments(self, site, *args)
+
+    monkeypatch.setattr(LayerQuantizer, "_moments", seen)
+    source = source_model(tmp_path / "model", "llama", layers=LAYERS, initializer_range=0.02)
+    out = quantize(
+        str(source), tmp_path / "out", recipe="quarot", scheme="auto", budget="50%", profile="portable", **QUICK
+    )
+    found = bits(out)
+    firsts = [name for name in found if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
+    assert fitted == [found[name] for name in firsts]
+    assert sum(found[name] == 8 for name in firsts) == LAYERS * SITES // 2
+    for layer in range(LAYERS):
+        assert len({found[f"{layer}.self_attn.{part}_proj"] for part in "qkv"}) == 1
+        assert found[f"{layer}.mlp.gate_proj"] == found[f"{layer}.mlp.up_proj"]
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    for name, width in found.items():
+        assert theirs.get_submodule(f"model.layers.{name}").quantization_scheme.input_activations.num_bits == width
+    with torch.inference_mode():
+        expected = theirs(IDS).logits
+    assert (logits(out) - expected).norm() / expected.norm() < 0.05
+
+
+def test_all_sites_at_8_bits_are_one_group(model: Path, tmp_path: Path) -> None:
+    out = quantize(str(model), tmp_path / "out", recipe="rtn", scheme="auto", budget="100%", **QUICK)
+    assert set(bits(out).values()) == {8}
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["Linear"]]
+
+
+def test_a_run_that_was_stopped_while_measuring_gives_the_same_bytes(
+    model: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, measured = DamageMeter._layer, []
+
+    def stopped(self: DamageMeter, index: int, chain: torch.Tensor) -> Any:
+        measured.append(index)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return measure(self, index, chain)
+
+    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
+    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(DamageMeter, "_layer", stopped)
+    settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", **QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(model), tmp_path / "one", **settings)
+    out = quantize(str(model), tmp_path / "one", resume=True, **settings)
+    assert measured == [0, 1, 2, 2]
+    assert file_hashes(out) == file_hashes(one)
+
+
+@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_recipe_takes_every_scheme(recipe: str, scheme: str) -> None:
+    activations = load_recipe(recipe, scheme_settings(scheme, None)).activations
+    assert (activations.bits, activations.wide(100)) == {"w4a4kv4": (4, 0), "w4a8kv4": (8, 0), "auto": (4, 25)}[scheme]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "budget", "line"),
+    [
+        ("auto", "150%", "budget 150% is more than all sites"),
+        ("auto", "-3", "activations.budget"),
+        ("auto", "many", "activations.budget"),
+        ("w4a8kv4", "3", "goes with --scheme auto"),
+        (None, "3", "goes with --scheme auto"),
+        ("w2a2", None, "take w4a4kv4, w4a8kv4, auto"),
+    ],
+)
+def test_bad_budgets_are_refused_in_one_line(scheme: str | None, budget: str | None, line: str, tmp_path: Path) -> None:
+    with pytest.raises(RotQuantError, match=line) as refused:
+        quantize("nowhere", tmp_path / "out", scheme=scheme, budget=budget)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_budget_needs_sites_that_have_less(model: Path) -> None:
+    settings = ["activations.bits=8", "activations.budget=3"]
+    with pytest.raises(RotQuantError, match="all have 8 bits as it is"):
+        prepare(str(model), Settings("rtn", settings))
+
+
+def test_bits_of_a_site_survive_the_journal() -> None:
+    layer = LayerTransforms(clips={"o": 0.8, "down": 0.7}).widened(["down"])
+    read = LayerTransforms.from_tensors(layer.tensors())
+    assert (read.bits, read.clips) == ({"down": 8}, {"o": 0.8, "down": 1.0})
+    usual = Activations(clip=0.9).rows
+    assert [(read.rows(s, usual).bits, read.rows(s, usual).clip) for s in ("attn", "o", "down")] == [
+        (4, 0.9), (4, 0.8), (8, 1.0),
+    ]  # fmt: skip
+
+
+def test_what_pays_is_said_of_each_machine() -> None:
+    assert pays_on_cpu("avx2 avx512f avx512_vnni").startswith("w4a8kv4")
+    assert "were measured" in pays_on_cpu("asimddp i8mm")
+    assert "humming" in pays_on_gpu(8, 9)
+    assert pays_on_gpu(9, 0).startswith("w4a8kv4")
