@@ -18,30 +18,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from rotquant.choose.options import Choose, changed
 from rotquant.common.faults import first_error
 from rotquant.common.numbers import Ratio, is_power_of_two
+from rotquant.common.part import Part
 from rotquant.errors import RotQuantError
+from rotquant.learn.options import Learning, Tuning
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
-
-# What can learn what. procrustes alternates between a target for each row (`learn.targets`) and the rotation that comes
-# nearest to all of them; the others take steps of a gradient (`learn.objectives`) on the orthogonal matrices.
-PROCRUSTES: tuple[str, ...] = ("quantization_error", "clip", "corner")
-GRADIENT: tuple[str, ...] = ("quantization_error", "whip", "kurtosis")
-SERVES: dict[str, tuple[str, ...]] = {"procrustes": PROCRUSTES} | dict.fromkeys(("qr", "adam"), GRADIENT)
-
 
 # A share of all sites, or a number of them.
 Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%|\d{1,6})$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Rotations(_Part):
+class Rotations(Part):
     """Where the rotations start; `learn` moves R1 and R2. R1 and R2 are folded into the weights, R3 and R4 run online.
 
     klt: eigenvectors (of the weights that read the residual stream for R1, of o_proj for R2, as OSTQuant) times a
@@ -55,7 +46,7 @@ class Rotations(_Part):
     walsh_block: int = Field(default=128, ge=2, description="size of the blocks of r1: walsh")
 
 
-class Scales(_Part):
+class Scales(Part):
     """Channel factors, each none or smooth: max|X|^alpha / max|W|^(1 - alpha). Learning starts from them, or from 1."""
 
     norms: Literal["none", "smooth"] = "none"
@@ -73,7 +64,7 @@ class Scales(_Part):
 OnlineWord = Literal["kronecker", "greedy", "shift"]
 
 
-class OnlineStages(_Part):
+class OnlineStages(Part):
     """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for."""
 
     attn: list[OnlineWord] = []
@@ -97,75 +88,7 @@ class OnlineStages(_Part):
         return self
 
 
-class Surrogate(_Part):
-    """R1 and R2 from samples of what they rotate, by an objective of the rotated rows alone."""
-
-    targets: Annotated[list[Literal["r1", "r2"]], Field(min_length=1)] = ["r1"]
-    objective: Literal["quantization_error", "clip", "corner", "whip", "kurtosis"] = "quantization_error"
-    optimiser: Literal["procrustes", "qr", "adam"] = "procrustes"
-    steps: int = Field(default=100, ge=1)
-    polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
-    lr: float = Field(default=0.01, gt=0)
-    massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
-    rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
-    windows: int | None = Field(default=None, ge=1, description="calibration windows that R1's rows come from, or all")
-
-    @model_validator(mode="after")
-    def _pair(self) -> Surrogate:
-        """An optimiser that serves the objective."""
-        if self.objective not in SERVES[self.optimiser]:
-            fitting = " or ".join(name for name, objectives in SERVES.items() if self.objective in objectives)
-            raise ValueError(f"optimiser {self.optimiser} cannot learn objective {self.objective}: take {fitting}")
-        return self
-
-
-class Blockwise(_Part):
-    """AdamW on one decoder layer at a time: its output, fake-quantized, is to equal the full-precision one."""
-
-    learns: list[Literal["s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip", "weight_clip", "r2", "online"]] = [
-        "s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip",
-    ]  # fmt: skip
-    epochs: int = Field(default=5, ge=1)
-    batch: int = Field(default=4, ge=1)
-    lr: float = Field(default=5e-3, gt=0)
-    clip_lr: float = Field(default=5e-2, gt=0)
-    rotation_lr: float = Field(default=1e-2, gt=0, description="of r2, radians a step")
-    samples: int = Field(default=128, ge=1)
-    weight_bits: Literal[4, 8, 16] | None = Field(
-        default=None, description="while learning; null: weights.bits; 16 leaves the weights to GPTQ"
-    )
-
-
-class EndToEnd(_Part):
-    """Gradients of a loss of the logits through the whole fake-quantized model."""
-
-    objective: Literal["cross_entropy", "kl_top"] = "kl_top"
-    learns: list[Literal["r1", "r2", "s_norms", "s_ov", "s_ud", "s_qk", "act_clip", "kv_clip", "online"]] = ["r1", "r2"]
-    optimiser: Literal["cayley", "adam"] = Field(default="adam", description="of the rotations")
-    steps: int = Field(default=100, ge=1)
-    batch: int = Field(default=8, ge=1)
-    lr: float = Field(default=1e-2, gt=0, description="of the rotations")
-    scale_lr: float = Field(default=2e-3, gt=0)
-    top: int = Field(default=1000, ge=1, description="kl_top: how many of the teacher's tokens")
-    weight_bits: Literal[4, 8, 16] | None = Field(default=16, description="as of blockwise")
-
-
-class Learning(_Part):
-    surrogate: Surrogate | None = None
-    blockwise: Blockwise | None = None
-    end_to_end: EndToEnd | None = None
-
-    def without_clips(self) -> Learning:
-        """The same for a checkpoint that can hold no clip ratio and no online matrix."""
-
-        def fewer(part: Any) -> Any:
-            kept = [name for name in part.learns if name not in ("act_clip", "kv_clip", "online")] if part else []
-            return part.model_copy(update={"learns": kept}) if kept else None
-
-        return self.model_copy(update={"blockwise": fewer(self.blockwise), "end_to_end": fewer(self.end_to_end)})
-
-
-class Weights(_Part):
+class Weights(Part):
     bits: Literal[4, 8] = 4
     group_size: int = Field(default=0, ge=0, description="inputs that share a scale; 0: one scale per output channel")
     method: Literal["rtn", "gptq"] = "rtn"
@@ -190,25 +113,7 @@ class Weights(_Part):
         return WeightFormat(self.bits, self.group_size)
 
 
-class Tuning(_Part):
-    """Distillation: Adam on the KL of the original's logits to the quantized model's, over the calibration windows."""
-
-    learns: Annotated[list[Literal["scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
-        "scales", "gains", "clips", "branch",
-    ]  # fmt: skip
-    steps: int = Field(default=100, ge=1)
-    batch: int = Field(default=2, ge=1, description="windows a step")
-    scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
-    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch")
-    clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
-
-    def without_clips(self) -> Tuning | None:
-        """The same for a checkpoint that can hold no clip ratio; None where nothing else is tuned."""
-        kept = [name for name in self.learns if name != "clips"]
-        return self.model_copy(update={"learns": kept}) if kept else None
-
-
-class Activations(_Part):
+class Activations(Part):
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     clip: Ratio = 1.0
@@ -239,7 +144,7 @@ class Activations(_Part):
         return self
 
 
-class KVCache(_Part):
+class KVCache(Part):
     bits: Literal[4, 16] = 4
     symmetric: bool = False
     key_clip: Ratio = 0.95
@@ -258,7 +163,7 @@ class KVCache(_Part):
         return RowFormat(4, self.symmetric, self.value_clip)
 
 
-class LMHead(_Part):
+class LMHead(Part):
     bits: Literal[8, 16] = 16
 
     @property
@@ -272,7 +177,7 @@ class LMHead(_Part):
         return RowFormat(self.bits)
 
 
-class Calibration(_Part):
+class Calibration(Part):
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
 
@@ -280,7 +185,7 @@ class Calibration(_Part):
 OPEN = ("rotations", "scales", "online", "learn", "weights", "activations", "kv")  # what candidates may change
 
 
-class Recipe(_Part):
+class Recipe(Part):
     name: str
     description: str
     paper: str = ""

@@ -17,9 +17,10 @@ from rotquant.basis.turn_adapter import turn_folder
 from rotquant.checkpoint.journal import Slot
 from rotquant.errors import RotQuantError
 from rotquant.learn import plan
+from rotquant.learn.options import SERVES, Surrogate
 from rotquant.learn.rotations import surrogate
 from rotquant.pipeline import quantize
-from rotquant.recipe import SERVES, Activations, KVCache, Surrogate
+from rotquant.recipe import Activations, KVCache
 from rotquant.recipes import load_recipe, shipped
 from rotquant.text import read_tokenizer, windows
 from source_models import HELDOUT, KINDS, all_candidates, file_hashes, source_model

@@ -14,6 +14,7 @@ rotquant.errors
 rotquant.common
 rotquant.data
 rotquant.text
+rotquant.learn.options          rotquant.choose.options
 rotquant.recipe
 rotquant.recipes
 rotquant.transforms
@@ -23,8 +24,10 @@ rotquant.checkpoint
 rotquant.weights
 rotquant.basis
 rotquant.gate
-rotquant.learn
 rotquant.resources
+rotquant.learn
+rotquant.choose
+rotquant.run
 rotquant.pipeline
 rotquant.measure
 rotquant.service

@@ -26,7 +26,7 @@ from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Learner, forward_mixture
+from rotquant.learn.stream import Job, forward_mixture
 from rotquant.models import Architecture
 from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
@@ -133,7 +133,7 @@ class Judge:
         linear = decoder.float_linear(tensors)
         return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
 
-    def __call__(self, job: Learner, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
+    def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
 
         Args:
@@ -160,7 +160,7 @@ class Judge:
         return every if len(every) == 1 else every[turn::2]
 
     def _served(
-        self, job: Learner, stretch: range, matrix: Tensor | None, judged: Tensor, slots: Callable[[str], Slot],
+        self, job: Job, stretch: range, matrix: Tensor | None, judged: Tensor, slots: Callable[[str], Slot],
         progress: Progress,
     ) -> Tensor:  # fmt: skip
         """The judged windows float32 [n, T', hidden] behind a stretch whose layers are quantized for it."""
@@ -200,7 +200,7 @@ class Judge:
             yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
 
 
-def basis(job: Learner, size: int) -> Tensor | None:
+def basis(job: Job, size: int) -> Tensor | None:
     """R1 as a matrix, float32 [hidden, hidden]."""
     r1 = job.transforms.r1
     return None if r1 is None else r1.rows(torch.eye(size, dtype=torch.float64)).float()

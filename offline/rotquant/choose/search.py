@@ -27,7 +27,7 @@ from rotquant.choose.options import Changes
 from rotquant.common.progress import Progress, clock, say
 from rotquant.errors import RotQuantError
 from rotquant.learn import plan
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.recipe import Recipe
 
 MARGIN = 2.0
@@ -45,7 +45,7 @@ class Search:
     """
 
     base: Recipe
-    begin: Callable[[Recipe], Learner]
+    begin: Callable[[Recipe], Job]
     aside: Tensor
     journal: Journal
 
@@ -96,7 +96,7 @@ class Search:
         trial = compared(name, changes, kl, before)
         return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
 
-    def _kl(self, name: str, job: Learner, turn: int = 0) -> Tensor:
+    def _kl(self, name: str, job: Job, turn: int = 0) -> Tensor:
         """KL float32 [judged tokens] with a recipe, from the journal where it is known."""
         step = f"trial {turn} {digest(job.recipe.model_dump(exclude=UNSEEN))}"
         if known := self.journal.kept(step):

@@ -16,18 +16,18 @@ from torch import Tensor
 from rotquant.checkpoint.journal import Slot
 from rotquant.common import metrics
 from rotquant.learn.initial import generator
+from rotquant.learn.options import Blockwise
 from rotquant.learn.orthogonal import StiefelAdam
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.models import Tensors
 from rotquant.models.decoder import Decoder
-from rotquant.recipe import Blockwise
 from rotquant.transforms.space import LayerTransforms
 
 
 def quantized_layer(
-    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int | None
+    job: Job, decoder: Decoder, tensors: Tensors, start: LayerTransforms, learns: list[str], weight_bits: int | None
 ) -> QuantizedLayer:
     """The layer with its quantizers, `start` being where the learned parts of its transforms begin.
 
@@ -42,7 +42,7 @@ def quantized_layer(
 
 
 def learn_blockwise(
-    job: Learner, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor,
+    job: Job, decoder: Decoder, tensors: Tensors, start: LayerTransforms, inputs: Tensor, wanted: Tensor,
     index: int, slot: Slot, report: Callable[[float, str], object],
 ) -> LayerTransforms:  # fmt: skip
     """Learns what `recipe.learn.blockwise.learns` names.

@@ -18,12 +18,12 @@ from rotquant.common.progress import Progress
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
 from rotquant.learn.initial import generator
+from rotquant.learn.options import EndToEnd
 from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.models.decoder import rms_norm
 from rotquant.models.expert_tensors import each, whole
-from rotquant.recipe import EndToEnd
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_r1
 
@@ -31,7 +31,7 @@ from rotquant.transforms.fold import fold_r1
 class QuantizedModel:
     """The whole model with quantization that gradients pass through; R1 is a parameter where it is learned."""
 
-    def __init__(self, job: Learner, options: EndToEnd) -> None:
+    def __init__(self, job: Job, options: EndToEnd) -> None:
         self.job, self.decoders, arch, source = job, job.decoders(), job.arch, job.source
         rotation = job.transforms.r1
         eye, self.r1 = torch.eye(arch.hidden_size, dtype=torch.float64), None
@@ -76,7 +76,7 @@ class QuantizedModel:
         return self.logits(h @ self.r1.T if self.r1 is not None else h)  # the head is not quantized
 
 
-def learn_end_to_end(job: Learner, slot: Slot | None = None) -> None:
+def learn_end_to_end(job: Job, slot: Slot | None = None) -> None:
     """Learns what `recipe.learn.end_to_end.learns` names, and puts it into job.transforms; snapshots go to the slot."""
     options = job.recipe.learn.end_to_end
     assert options is not None

@@ -15,12 +15,12 @@ from torch import Tensor
 from rotquant.checkpoint.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
+from rotquant.learn.options import Blockwise
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
-from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.learn.stream import Capture, Job, forward
 from rotquant.models import Tensors
-from rotquant.recipe import Blockwise
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import smooth_scale
@@ -42,7 +42,7 @@ class LayerLearner:
             that is layer 0.
     """
 
-    def __init__(self, job: Learner, entering: Tensor | None = None) -> None:
+    def __init__(self, job: Job, entering: Tensor | None = None) -> None:
         self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
         samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
@@ -72,7 +72,7 @@ class SampleLearner:
         tensors: of the layer, R1 folded.
     """
 
-    def __init__(self, job: Learner, index: int, tensors: Tensors, seen: Capture) -> None:
+    def __init__(self, job: Job, index: int, tensors: Tensors, seen: Capture) -> None:
         self.job, self.index, self.recipe, self.tensors = job, index, job.recipe, tensors
         self.kind = job.arch.kinds[index]
         self.x = {site: seen.rows(site) for site in (*self.kind.sites, "v")}

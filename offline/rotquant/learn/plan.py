@@ -13,14 +13,14 @@ from rotquant.common.progress import Progress
 from rotquant.learn.end_to_end import learn_end_to_end
 from rotquant.learn.layers import LayerLearner
 from rotquant.learn.rotations import R1_STEPS, learn_r1
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.space import LayerTransforms
 
 R1, END_TO_END = "learn r1", "learn end to end"  # steps of the journal, beside those of the layers
 
 
-def learn(job: Learner, journal: Journal | Scope) -> None:
+def learn(job: Job, journal: Journal | Scope) -> None:
     """Completes job.transforms as job.recipe says."""
     learn_residual(job, journal)
     if job.recipe.learns_layers:
@@ -34,7 +34,7 @@ def learn(job: Learner, journal: Journal | Scope) -> None:
         restore(job, known)
 
 
-def learn_whole(job: Learner, journal: Journal | Scope) -> None:
+def learn_whole(job: Job, journal: Journal | Scope) -> None:
     """The part of `learn` that no layer has for itself: R1, or everything where it is learned end to end."""
     if job.recipe.learn.end_to_end:
         learn(job, journal)
@@ -42,7 +42,7 @@ def learn_whole(job: Learner, journal: Journal | Scope) -> None:
         learn_residual(job, journal)
 
 
-def learn_residual(job: Learner, journal: Journal | Scope) -> None:
+def learn_residual(job: Job, journal: Journal | Scope) -> None:
     """R1, which belongs to no layer."""
     if not job.recipe.learns_r1:
         return
@@ -53,7 +53,7 @@ def learn_residual(job: Learner, journal: Journal | Scope) -> None:
     job.transforms.r1 = Dense(known["r1"])
 
 
-def learn_layers(job: Learner, journal: Journal | Scope) -> None:
+def learn_layers(job: Job, journal: Journal | Scope) -> None:
     learner = LayerLearner(job)
     with Progress("learning: layer", job.arch.layers) as progress:
         for index in range(job.arch.layers):
@@ -67,12 +67,12 @@ def learn_layers(job: Learner, journal: Journal | Scope) -> None:
             progress.step()
 
 
-def all_tensors(job: Learner) -> dict[str, Tensor]:
+def all_tensors(job: Job) -> dict[str, Tensor]:
     found = {f"layers.{i}.{k}": t for i, layer in enumerate(job.transforms.layers) for k, t in layer.tensors().items()}
     return found | ({"r1": job.transforms.r1.matrix} if isinstance(job.transforms.r1, Dense) else {})
 
 
-def restore(job: Learner, tensors: dict[str, Tensor]) -> None:
+def restore(job: Job, tensors: dict[str, Tensor]) -> None:
     """Inverse of `all_tensors`."""
     if "r1" in tensors:
         job.transforms.r1 = Dense(tensors["r1"])

@@ -16,10 +16,10 @@ from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.common.progress import Progress
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.initial import generator
+from rotquant.learn.options import Surrogate
 from rotquant.learn.steps import ALONE, Loop
-from rotquant.learn.stream import Capture, Learner, forward
+from rotquant.learn.stream import Capture, Job, forward
 from rotquant.models.architecture import Attention
-from rotquant.recipe import Surrogate
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.klt import covariance, equal_variances
@@ -29,7 +29,7 @@ BATCH = 2048
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
-def learn_r1(job: Learner, journal: Journal | Scope) -> dict[str, Tensor]:
+def learn_r1(job: Job, journal: Journal | Scope) -> dict[str, Tensor]:
     """R1 as a matrix, {"r1": float64 [hidden, hidden]}, and sets it. What is found on the way is kept as R1_STEPS."""
     options = job.recipe.learn.surrogate
     eye = torch.eye(job.arch.hidden_size, dtype=torch.float64)
@@ -49,7 +49,7 @@ def learn_r1(job: Learner, journal: Journal | Scope) -> dict[str, Tensor]:
     return {"r1": r1}
 
 
-def residual_rows(job: Learner, options: Surrogate, journal: Journal | Scope) -> Tensor:
+def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Tensor:
     """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
     if kept := journal.kept(ROWS):
         return kept["rows"]
@@ -67,7 +67,7 @@ def residual_rows(job: Learner, options: Surrogate, journal: Journal | Scope) ->
     return rows
 
 
-def reading_covariance(job: Learner) -> Tensor:
+def reading_covariance(job: Job) -> Tensor:
     """Covariance of all weight rows that read the residual stream, gains folded (OSTQuant's start of R1)."""
 
     def rows() -> Iterator[Tensor]:
@@ -127,7 +127,7 @@ def gradient_objective(options: Surrogate, quantizer: RowFormat) -> orthogonal.O
     return found[options.objective]
 
 
-def learn_r2(job: Learner, index: int, values: Tensor, output: Tensor) -> Tensor:
+def learn_r2(job: Job, index: int, values: Tensor, output: Tensor) -> Tensor:
     """R2 of a layer, float64 [kv_heads, d, d], from rows of its values [n, kv_heads * d] (S_ov folded).
 
     Args:

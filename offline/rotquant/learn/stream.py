@@ -21,7 +21,7 @@ from rotquant.transforms.space import Transforms
 
 
 @dataclass
-class Learner:
+class Job:
     """What learning works on; `transforms` is completed step by step."""
 
     recipe: Recipe
@@ -99,7 +99,7 @@ class Capture:
 
 
 @torch.no_grad()
-def forward(job: Learner, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
+def forward(job: Job, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
     if isinstance(decoder.kind.mlp, Experts):
         return forward_mixture(job.devices, decoder, decoder.kind.mlp, tensors, chain, seen)

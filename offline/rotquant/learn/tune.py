@@ -20,12 +20,12 @@ from rotquant.checkpoint.journal import Slot
 from rotquant.common.progress import Progress
 from rotquant.learn.distill import divergence
 from rotquant.learn.initial import generator
+from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
 from rotquant.models.decoder import Linear, bias_of, rms_norm
-from rotquant.recipe import Tuning
 from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
@@ -36,7 +36,7 @@ CLIPS, NORM = "clips.", "norm"  # in what `tune` returns: of a layer; the final 
 class ServedModel:
     """The student: embeddings and head in full precision, as they are served."""
 
-    def __init__(self, job: Learner, quantized: list[Tensors], options: Tuning) -> None:
+    def __init__(self, job: Job, quantized: list[Tensors], options: Tuning) -> None:
         self.job, arch, names = job, job.arch, job.arch.names
         self.compute = product_dtype(job.dtype, job.device)
         fold, source = Fold(arch, job.transforms), job.source
@@ -78,7 +78,7 @@ class ServedModel:
         return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
 
 
-def tune(job: Learner, quantized: list[Tensors], slot: Slot | None = None) -> Tensors:
+def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None) -> Tensors:
     """Tunes what `recipe.tune.learns` names.
 
     Args:
@@ -120,7 +120,7 @@ def layer_of(tuned: Tensors, index: int) -> tuple[Tensors, dict[str, float]]:
 
 
 @torch.no_grad()
-def targets(job: Learner, compute: torch.dtype) -> Tensor:
+def targets(job: Job, compute: torch.dtype) -> Tensor:
     """What the original's head reads, in the basis of the folded head: [samples, T, hidden], on the CPU."""
     arch, names = job.arch, job.arch.names
     chain = job.source.get(names.embedding)[job.tokens].float() * arch.embedding_scale

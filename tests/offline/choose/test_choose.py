@@ -19,8 +19,9 @@ from rotquant.choose.search import Search
 from rotquant.errors import RotQuantError
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
-from rotquant.pipeline import Settings, prepare, quantize
+from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe, shipped
+from rotquant.run import Settings, prepare
 from rotquant.text import calibration_tokens, read_tokenizer
 from source_models import HELDOUT, file_hashes, source_model
 

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from rotquant.common.devices import Devices
 from rotquant.learn.end_to_end import QuantizedModel, loss_of
-from rotquant.learn.stream import Learner
+from rotquant.learn.stream import Job
 from rotquant.models import read_architecture
-from rotquant.pipeline import Settings, prepare
 from rotquant.recipes import load_recipe
 from rotquant.resources import end_to_end
+from rotquant.run import Settings, prepare
 from source_models import source_model
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -33,10 +33,10 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def job_of(folder: Path, recipe: str, device: str) -> Learner:
+def job_of(folder: Path, recipe: str, device: str) -> Job:
     run = prepare(str(folder), Settings(recipe, samples=2, seq_len=32, device="cpu"))
     assert run.calibrated
-    return Learner(
+    return Job(
         run.recipe, run.arch, run.source, run.calibrated.tokens, run.transforms, run.dtype, 0, Devices(device), 1
     )
 

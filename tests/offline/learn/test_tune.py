@@ -19,7 +19,8 @@ from rotquant.learn.steps import Steps
 from rotquant.learn.tuned_layer import Rounded
 from rotquant.measure.evaluate import load_any
 from rotquant.models import read_config
-from rotquant.pipeline import Settings, prepare, quantize
+from rotquant.pipeline import quantize
+from rotquant.run import Settings, prepare
 from rotquant_kernels.formats import RowFormat
 from source_models import file_hashes, source_model
 

@@ -15,10 +15,11 @@ import rotquant
 from rotquant.checkpoint.format import CheckpointFormat
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.errors import RotQuantError
-from rotquant.pipeline import Settings, prepare, quantize
+from rotquant.pipeline import quantize
 from rotquant.recipe import Activations
 from rotquant.recipes import load_recipe, names
 from rotquant.recipes.schemes import SCHEMES, pays_on_cpu, pays_on_gpu, scheme_settings
+from rotquant.run import Settings, prepare
 from rotquant.transforms.space import LayerTransforms
 from rotquant.weights.layerwise import LayerQuantizer
 from rotquant.weights.precision import DamageMeter

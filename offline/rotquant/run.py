@@ -1,0 +1,200 @@
+"""What a run is: what is asked for, what decides its result, and everything that can be checked before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotquant.checkpoint import writer
+from rotquant.checkpoint.format import FORMAT_VERSION
+from rotquant.checkpoint.hub import fetch
+from rotquant.checkpoint.original import read_original
+from rotquant.checkpoint.source import DTYPES, Source
+from rotquant.choose.choice import Choice
+from rotquant.choose.judge import judged_windows
+from rotquant.common.devices import Devices
+from rotquant.common.progress import say
+from rotquant.errors import RotQuantError
+from rotquant.learn.initial import initial_transforms
+from rotquant.learn.stream import Job
+from rotquant.models import Architecture
+from rotquant.recipe import Recipe
+from rotquant.recipes import load_recipe
+from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
+from rotquant.transforms.fold import Fold
+from rotquant.transforms.space import Transforms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, beside the model; see `quantize`."""
+
+    recipe: str = "best"
+    settings: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    profile: str = "full"
+    tp_max: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the result of a run."""
+
+    model: Path
+    source: Source
+    arch: Architecture
+    recipe: Recipe
+    profile: str
+    transforms: Transforms  # before `learn_transforms` those that need no learning
+    calibrated: Calibrated | None
+    dtype: torch.dtype
+    devices: Devices
+    seed: int
+    tp_max: int
+    choice: Choice | None = None  # among the recipe's candidates, where it has some; `recipe` is then what was chosen
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Calibration samples and their tokens."""
+        return tuple(self.calibrated.tokens.shape) if self.calibrated else (0, 0)
+
+    @property
+    def fold(self) -> Fold:
+        return Fold(self.arch, self.transforms)
+
+    def shard(self, number: int) -> str:
+        """Name of a shard: 1 the embeddings, then one a layer, the last one the head."""
+        return f"model-{number:05d}-of-{self.arch.layers + 2:05d}.safetensors"
+
+
+def prepare(model: str, asked: Settings) -> Run:
+    """Reads and checks everything that can be checked before any work is done."""
+    devices = Devices(asked.device)
+    if asked.profile not in ("full", "portable"):
+        raise RotQuantError(f"--profile {asked.profile}: take full or portable")
+    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
+    folder = fetch(model)
+    arch, source = read_original(folder)
+    check_shapes(recipe, arch)
+    recipe = for_mixture(recipe, arch)
+    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
+    calibrated = None
+    if recipe.needs_calibration:
+        length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
+        count = asked.samples or recipe.calibration.samples
+        aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
+        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed, aside)
+        if len(calibrated.tokens) < count:
+            say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
+        if aside and calibrated.aside is None:
+            say(f"calibration text gives no window to choose by: recipe {recipe.name} stays at its base")
+    dtype = DTYPES[source.dtypes[arch.names.embedding]]
+    return Run(
+        folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
+    )
+
+
+def check_shapes(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses groups and ranks that a weight of the model cannot have."""
+    size, rank = recipe.weights.group_size, recipe.weights.rank
+    for name, shape in arch.linears():
+        if shape[1] % 8 or (size and shape[1] % size):
+            what = f"weights.group_size {size}" if size else "8, the codes of one int32 word"
+            raise RotQuantError(f"config.json: the {shape[1]} inputs of {name}.weight are not divisible by {what}")
+        if rank > min(shape):
+            raise RotQuantError(
+                f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
+            )
+
+
+def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
+    """The recipe without candidates that experts do not run: more before them than R4, or beside them a branch.
+
+    Raises:
+        RotQuantError: the recipe itself asks for one.
+    """
+    if not arch.mixtures:
+        return recipe
+    off = {
+        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.up": "none", "scales.order": "false",
+        "tune": "null",
+    }  # fmt: skip
+    asked = {
+        "weights.rank": recipe.weights.rank > 0,
+        "online.mlp": bool(recipe.online.of("mlp")),
+        "online.down": bool(recipe.online.of("down")),
+        "scales.up": recipe.scales.up != "none",
+        "scales.order": recipe.scales.order,
+        "tune": recipe.tune is not None,
+    }
+    if found := next((key for key, there in asked.items() if there), None):
+        raise RotQuantError(
+            f"recipe {recipe.name}: {found} is not supported in a mixture of experts, each of which has other inputs:"
+            f" use --set {found}={off[found]}, or a recipe without it, such as best or quarot"
+        )
+    return recipe.without_choices_of(list(off))
+
+
+def fingerprint(run: Run, digest: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to give the same bytes."""
+    calibrated = run.calibrated
+    return {
+        "rotquant": version("rotquant"),
+        "torch": torch.__version__,
+        "format_version": FORMAT_VERSION,
+        "model": digest,
+        "recipe": run.recipe.model_dump(),
+        "profile": run.profile,
+        "tp_max": run.tp_max,
+        "seed": run.seed,
+        "device": run.devices.names,
+        "calibration": [calibrated.sha256, *calibrated.tokens.shape] if calibrated else None,
+    }
+
+
+def finished(run: Run, output: Path, digest: str) -> bool:
+    """True where the output folder is what this run would make."""
+    try:
+        found = json.loads((output / "config.json").read_text())["rotquant"]
+        made = found["profile"], found["provenance"]
+        if "choice" in made[1]:
+            run = with_choice(run, Choice.from_dict(made[1]["choice"]))
+    except (OSError, ValueError, KeyError, TypeError, RotQuantError):
+        return False
+    return made == (run.profile, json.loads(json.dumps(provenance(run, digest))))
+
+
+def provenance(run: Run, digest: str) -> dict[str, Any]:
+    found = writer.provenance(run.recipe, run.seed, run.tp_max, digest, run.calibrated)
+    return found | ({"choice": run.choice.as_dict()} if run.choice else {})
+
+
+def begin(run: Run, recipe: Recipe) -> Job:
+    """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
+    recipe = recipe.for_profile(run.profile).check_learning()
+    check_shapes(recipe, run.arch)
+    return learner(replace(run, recipe=recipe, transforms=initial_transforms(recipe, run.arch, run.tp_max, run.seed)))
+
+
+def with_choice(run: Run, choice: Choice) -> Run:
+    job = begin(run, choice.apply(run.recipe))
+    return replace(run, recipe=job.recipe, transforms=job.transforms, choice=choice)
+
+
+def learner(run: Run) -> Job:
+    assert run.calibrated is not None
+    return Job(
+        recipe=run.recipe, arch=run.arch, source=run.source, tokens=run.calibrated.tokens,
+        transforms=deepcopy(run.transforms), dtype=run.dtype, seed=run.seed, devices=run.devices, tp_max=run.tp_max,
+    )  # fmt: skip
