@@ -18,7 +18,7 @@ from rotquant.data import DATA
 from rotquant.service.smollm2 import smollm2
 from rotquant_kernels.native import cache_root
 
-BATCH, TOKENS, SEED = 16, 160, 0
+BATCH, TOKENS, SEED = 64, 128, 0
 PROMPTS = """
 Which river is the longest in Africa?
 What is the capital of Japan?

@@ -149,6 +149,7 @@ def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch):
     whole, expected = run(tmp_path / "whole"), list(passes)
     assert len({step for step, _ in expected}) == 5  # R1 by gradients and by alternation, two layers, end to end
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
+    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", float("inf"))
     passes.clear()
     stops, cut = True, tmp_path / "cut"
     for _ in expected:

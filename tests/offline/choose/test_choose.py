@@ -60,7 +60,7 @@ def test_what_helps_is_taken_and_what_hurts_is_left(model: Path, tmp_path: Path)
     assert "weights.rank 4096 is above" in raises["note"]
     assert made["choice"]["again"]["taken"]
     assert made["choice"]["again"]["kl"] != helps["kl"]
-    assert made["recipe"]["activations"] == {"bits": 8, "symmetric": True, "clip": 0.9}
+    assert made["recipe"]["activations"] == {"bits": 8, "symmetric": True, "clip": 0.9, "budget": "0"}
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
     card = (out / "README.md").read_text()
