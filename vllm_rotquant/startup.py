@@ -49,7 +49,8 @@ class Startup:
         collected, holders = self.collector, self.collector.holders
         assert holders is not None
         holders.stop()
-        model = holders.outermost(last)
+        # A model that vLLM builds from transformers' modules stood before its layers were there to be watched.
+        model = compat.outermost(last) or holders.outermost(last)
         readings = [] if collected.dummy else reading_rows(holders.around(), collected.settings)
         if self.when_loaded is not None:
             self.when_loaded(model)

@@ -74,6 +74,7 @@ from vllm_rotquant.compat.ranks import (
 )
 from vllm_rotquant.compat.reloads import (
     can_be_reloaded,
+    outermost,
     stays_out_of_reloads,
     watch_reloads,
 )
@@ -152,6 +153,7 @@ __all__ = [
     "opaque_pages",
     "origin",
     "origin_of",
+    "outermost",
     "own_config",
     "pipeline_stage",
     "ranks_of_model",

@@ -26,8 +26,13 @@ def stays_out_of_reloads(module: torch.nn.Module) -> None:
 
 
 def can_be_reloaded(model: torch.nn.Module) -> bool:
-    """Whether vLLM has noted the model's modules, which it does before it loads them."""
+    """Whether vLLM knows how to load a model anew."""
     return model in LAYERWISE_INFO
+
+
+def outermost(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model that a module is part of: vLLM notes all modules of one, it first, before it loads them."""
+    return next((model for model in LAYERWISE_INFO if any(part is module for part in model.modules())), None)
 
 
 def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> None:

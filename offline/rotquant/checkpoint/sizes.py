@@ -26,7 +26,8 @@ def check_sizes(config: Any, source: Source) -> Architecture:
     where = f"{source.folder}/config.json"
     heads = config.num_attention_heads
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-    mixture = ("num_experts", "num_experts_per_tok") if hasattr(config, "num_experts_per_tok") else ()
+    experts = hasattr(config, "num_experts_per_tok") and getattr(config, "num_local_experts", None) != 0
+    mixture = ("num_experts", "num_experts_per_tok") if experts else ()
     for field in (*sizes, "num_key_value_heads", "max_position_embeddings", *mixture):
         value = getattr(config, field, None)
         if type(value) is not int or value < 1:

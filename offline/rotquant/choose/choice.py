@@ -78,8 +78,8 @@ class Choice:
             "## Chosen for this model\n\n"
             f"KL to full precision with {self.layers} layers quantized, on {self.judged} tokens that nothing learned"
             f" from (calibration of a trial: {self.calibrated} tokens). Each candidate was tried on top of those taken"
-            " before it, and taken where it lowers the KL by more than twice the error of the difference. All of it"
-            " together then had to win against the base once more, on other windows, or the base would stand.\n\n"
+            " before it, and taken where it lowers the KL. All of it together then had to win against the base once"
+            " more, on other windows, by more than twice the error of the difference, or the base would stand.\n\n"
             "| candidate | KL | difference | its error | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
         )
 

@@ -1,9 +1,9 @@
 """Which candidates a model is quantized with: greedy, one after the other, by the KL that each trial measures.
 
 The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
-the KL by more than MARGIN times the standard error of the difference. Then all that was taken has to win against the
-base once more, judged on other windows: he who tries much finds something. Where it does not, or nothing was taken, the
-base stands as it is.
+the KL: a wrong pick within the error of the measurement costs little, a part left out costs what it is worth. Then all
+that was taken has to win against the base once more, judged on other windows, by more than MARGIN standard errors of
+the difference: he who tries much finds something. Where it does not, or nothing was taken, the base stands as it is.
 
 What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
 later trials and the run itself. So is each trial's result: a killed run repeats none.
@@ -30,7 +30,7 @@ from rotquant.learn import plan
 from rotquant.learn.stream import Job
 from rotquant.recipe import Recipe
 
-MARGIN = 2.0
+MARGIN = 2
 UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head"}  # by a trial
 R1_KEYS = ("r1", "walsh_block")
 
@@ -79,7 +79,7 @@ class Search:
         before = self._kl(AGAIN, self.begin(self.base), turn=1)
         self.number += 1
         kl = self._kl(AGAIN, self.begin(recipe), turn=1)
-        trial = compared(AGAIN, {}, kl, before)
+        trial = compared(AGAIN, {}, kl, before, MARGIN)
         self._report(trial)
         return trial
 
@@ -121,10 +121,10 @@ class Search:
         say(f"{line} · {clock(spent)} · eta {clock(spent / self.number * left)}")
 
 
-def compared(name: str, changes: Changes, kl: Tensor, before: Tensor) -> Trial:
-    """A trial from the KL [judged tokens] of each side."""
+def compared(name: str, changes: Changes, kl: Tensor, before: Tensor, margin: float = 0) -> Trial:
+    """A trial from the KL [judged tokens] of each side; it has to win by more than `margin` errors."""
     difference, error = (kl - before).mean().item(), error_of(kl - before)
-    taken = difference < -MARGIN * error  # never where anything is not a number
+    taken = difference < -margin * error  # never where anything is not a number
     return Trial(name, changes, kl.mean().item(), difference, error, taken)
 
 

@@ -64,14 +64,18 @@ class Devices:
 
         def threaded(i: int) -> T:
             with torch.set_grad_enabled(gradients):  # the mode is each thread's own
-                return self._run(work, i, range(bounds[i], bounds[i + 1]), stores, stop)
+                try:
+                    return self._run(work, i, range(bounds[i], bounds[i + 1]), stores, stop)
+                except BaseException:
+                    stop.set()
+                    raise
 
         with ThreadPoolExecutor(len(busy)) as pool:
             futures = [pool.submit(threaded, i) for i in busy]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
-                stop.set()  # nothing is left to stop, unless one failed or Ctrl-C came
+                stop.set()  # Ctrl-C, which comes to this thread
         failed = [future for future in futures if future.exception() not in (None, _STOPPED)]
         return [future.result() for future in (failed or futures)]
 
