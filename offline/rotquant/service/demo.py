@@ -213,7 +213,7 @@ def how_to_ask(server: Server, subject: Subject) -> str:
 SMOLLM2 = Subject(
     NAME,
     real,
-    DATA / "prose-calibration.txt",
+    DATA / "chat-calibration.txt",
     DATA / "prose-heldout.txt",
     (("chat", "What is the capital of France?"), ("chat", "Why is the sky blue?")),
 )
