@@ -3,8 +3,8 @@
     python tools/write_chat_text.py [--out FILE]
 
 Calibration text should look like the use, and the use of a chat model is conversations in its template. These are its
-own (sampled at temperature 0.7), so that no other text is needed, behind as much prose. The demo's questions are not among
-them.
+own (sampled at temperature 0.7), so that no other text is needed, behind as much prose. The demo's questions are not
+among them.
 """
 
 from __future__ import annotations
