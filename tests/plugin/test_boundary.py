@@ -21,6 +21,8 @@ from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import source_model
 
+pytestmark = pytest.mark.vllm
+
 PROMPTS = prompts((5, 17, 30))
 EIGHT = ["weights.method=rtn", "weights.bits=8", "activations.bits=8"]  # close to the original, so that bases show
 Child = Callable[..., Any]

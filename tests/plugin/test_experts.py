@@ -24,6 +24,8 @@ from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import source_model
 
+pytestmark = pytest.mark.vllm
+
 PROMPTS = prompts((33, 7, 60))
 DOWN = "model.layers.1.mlp.experts.2.down_proj"
 

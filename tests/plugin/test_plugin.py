@@ -45,6 +45,8 @@ from served_adapters import read_as_served, serve_with
 from source_models import source_model
 from vllm_rotquant.rotation import StoredInput, check_shard
 
+pytestmark = pytest.mark.vllm
+
 BASE = Spec()
 WIDE = (  # activations of 8 bits
     *(f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")),

@@ -19,6 +19,8 @@ import vllm_serving as serving
 from checkpoints import Spec, prompts, write_checkpoint
 from rotquant.errors import RotQuantError
 
+pytestmark = pytest.mark.vllm
+
 BASE = Spec()
 TOKENS = prompts((33,))[0]
 

@@ -19,6 +19,8 @@ import vllm_serving as serving
 from checkpoints import Spec, edited, write_checkpoint
 from rotquant.errors import RotQuantError
 
+pytestmark = pytest.mark.vllm
+
 Child = Callable[..., Any]
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "head_dim": 16, "r4_block": 32}
 

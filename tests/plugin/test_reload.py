@@ -18,6 +18,8 @@ import vllm_serving as serving
 from checkpoints import Spec, edited, prompts, without, write_checkpoint
 from online_extras import everything
 
+pytestmark = pytest.mark.vllm
+
 PROMPTS = prompts((7, 33))
 SPECS = {
     # A stored R4, low rank, shifts, an int8 lm_head; then biases, and norms that quantize, as on a GPU.

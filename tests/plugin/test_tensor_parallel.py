@@ -21,6 +21,8 @@ from pathlib import Path
 
 from vllm_serving import serve
 
+pytestmark = pytest.mark.vllm
+
 if __name__ == "__main__":  # ranks are started by importing this file again
     folder, ranks, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     served = serve(folder, prompts, tensor_parallel_size=ranks, max_model_len=320, max_tokens=1)

@@ -14,6 +14,8 @@ import pytest
 import rotquant
 from source_models import HELDOUT
 
+pytestmark = pytest.mark.vllm
+
 TASK = """
 task: heldout
 dataset_path: json

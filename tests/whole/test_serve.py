@@ -16,6 +16,8 @@ import rotquant
 from prompts import PROMPTS
 from rotquant.service.server import Server
 
+pytestmark = pytest.mark.vllm
+
 
 def get(server, path):
     return urllib.request.urlopen(server.url + path, timeout=60).read()
