@@ -15,12 +15,14 @@ from transformers import AutoConfig
 
 from rotquant.checkpoint import writer
 from rotquant.checkpoint.companions import copy_companions
+from rotquant.checkpoint.schemes import linear_scheme
 from rotquant.checkpoint.source import INDEX, save_tensors, save_text
 from rotquant.data import DATA
 from rotquant.learn.initial import initial_transforms
 from rotquant.models import Names, expected_shapes, read_architecture, read_config
 from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
+from rotquant_kernels.formats import WeightFormat
 from serve_models import CHEAP, COMMON, LAYER, SHAPES
 
 LLAMA_3_8B = {
@@ -52,7 +54,7 @@ def write_config(shape: str, checkpoint: str, folder: Path) -> None:
         )
         return
     config = json.loads((folder / "config.json").read_text())
-    weights = writer.scheme(["Linear"], 4, 0, chosen.activations) | {"input_activations": None}
+    weights = linear_scheme(["Linear"], WeightFormat(4), chosen.activations.rows) | {"input_activations": None}
     config["tie_word_embeddings"] = False
     config["quantization_config"] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
