@@ -29,13 +29,8 @@ def is_for(header: Path, tier: str) -> bool:
 
 def complaint(header: Path, tier: str, flags: list[str]) -> str:
     """What the compiler says about a file that includes nothing but a header."""
-    includes = [f"-I{build.SOURCES}"]
-    if "torch/" in header.read_text():
-        includes += [
-            "-isystem",
-            str(build.torch_folder() / "include"),
-            f"-DTORCH_TARGET_VERSION={build.TARGET_VERSION}",
-        ]
+    torch = ["-isystem", str(build.torch_folder() / "include"), f"-DTORCH_TARGET_VERSION={build.TARGET_VERSION}"]
+    includes = [f"-I{build.SOURCES}", *torch]
     defines = [f"-DRQ_{tier.upper()}", "-DRQ_TIER=alone", f"-DRQ_TABLE=tier_{tier}", f'-DRQ_NAME="{tier}"']
     done = subprocess.run(
         [build.compiler(), "-std=c++20", "-fsyntax-only", *flags, *includes, *defines, "-x", "c++", "-"],
