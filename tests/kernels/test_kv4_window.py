@@ -20,7 +20,7 @@ WINDOWS = st.one_of(st.integers(1, 40), st.integers(100, 300))
 def test_attention_adds_little_to_the_error_of_four_bits(
     tier, seed, sequences, group, head, page, dtype, symmetric, window  # noqa: F811
 ):  # fmt: skip
-    """Decode steps, prefills longer than the window, chunks behind a cached context, of pages half of which are gone."""
+    """Decode steps, prefills longer than the window, chunks behind a cached context; pages that are gone."""
     lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
     whole = make_batch(lens, steps, 1, group, head[0], page, head[1], symmetric, dtype, seed)
     batch = whole.windowed(window)
@@ -76,5 +76,5 @@ def test_the_specification_skips_pages(monkeypatch):
 
 def test_wrong_windows_are_named():
     batch = make_batch([20], [3])
-    with pytest.raises(RuntimeError, match="rotquant: .*window"):
+    with pytest.raises(RuntimeError, match=r"rotquant: .*window"):
         batch._replace(window=-1).attend()

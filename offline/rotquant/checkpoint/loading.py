@@ -108,6 +108,7 @@ def kv4_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, through the ops that serve: K and V go to pages of 4 bits and are read there.
@@ -118,6 +119,7 @@ def kv4_attention(
     Args:
         query: [B, heads, T, d]; key, value: [B, kv_heads, L, d].
         attention_mask: additive [B, 1, T, L], causal, with padding on one side or none; None if all is visible.
+        sliding_window: positions that a query sees at most, which the mask must say as well.
     Returns:
         [B, T, heads, d] in query's dtype, 0 for padding; no attention weights.
     Raises:
@@ -130,16 +132,16 @@ def kv4_attention(
     out = torch.zeros(batch, steps, heads, dim, dtype=query.dtype, device=query.device)
     scale = dim**-0.5 if scaling is None else scaling
     for b in range(batch):
-        first, last = visible_range(attention_mask, b, steps, key.shape[2])
+        first, last = visible_range(attention_mask, b, steps, key.shape[2], sliding_window)
         skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
         rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
         q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
-        out[b, rows] = attend_pages(q, k, v, scale, kv)
+        out[b, rows] = attend_pages(q, k, v, scale, kv, sliding_window)
     return out, None
 
 
-def visible_range(mask: Tensor | None, b: int, steps: int, length: int) -> tuple[int, int]:
-    """First position of sequence b that is no padding, and the one after the last; the mask must be causal there."""
+def visible_range(mask: Tensor | None, b: int, steps: int, length: int, window: int | None = None) -> tuple[int, int]:
+    """First position of sequence b that any query sees, and the one after the last; the mask must be causal there."""
     if mask is None:
         if steps > 1:
             raise RotQuantError("attention over a 4-bit KV cache is causal: an attention mask is needed")
@@ -150,12 +152,20 @@ def visible_range(mask: Tensor | None, b: int, steps: int, length: int) -> tuple
     positions = torch.arange(length - steps, length, device=mask.device)[:, None]
     columns = torch.arange(length, device=mask.device)
     real = ((positions >= first) & (positions < last))[:, 0]
-    if not torch.equal(visible[real], ((columns >= first) & (columns <= positions))[real]):
-        raise RotQuantError("attention over a 4-bit KV cache runs causal masks with padding on one side only")
+    expected = (columns >= first) & (columns <= positions)
+    if window is not None:
+        expected &= columns > positions - window
+    if not torch.equal(visible[real], expected[real]):
+        raise RotQuantError(
+            "attention over a 4-bit KV cache runs causal masks with padding on one side only"
+            + (f", here with a window of {window} positions" if window else "")
+        )
     return first, last
 
 
-def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
+def attend_pages(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None = None
+) -> Tensor:
     """Causal attention of one sequence by the served ops.
 
     Args:
@@ -171,7 +181,7 @@ def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KV
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv)
+    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv, window)
     return out
 
 

@@ -76,7 +76,8 @@ def test_attention_adds_little_to_the_error_of_four_bits(
 
 @few(4)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 12)), min_size=1, max_size=2), HEADS, PAGES,
-       st.booleans(), st.sampled_from([1, 17, 100, 130]), st.sampled_from([(8, 1), (8, 4), (64, 1), (64, 4)]))  # fmt: skip
+       st.booleans(), st.sampled_from([1, 17, 100, 130]),
+       st.sampled_from([(8, 1), (8, 4), (64, 1), (64, 4)]))  # fmt: skip
 def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, plan):
     """Pages that are gone among it; a window that is ignored, or one token too long, gives NaN."""
     planned(*plan)

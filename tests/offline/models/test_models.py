@@ -157,10 +157,3 @@ def test_queries_that_vllm_would_not_scale_are_noticed(
     bare = edited(out, tmp_path / "bare", lambda config: config.pop("llama_4_scaling"))
     with pytest.raises(RotQuantError, match=r"read some field of config\.json differently"):
         child(serving.serve, bare, [[1, 2, 3]], max_tokens=1)
-
-
-def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
-    source = source_model(tmp_path / "long", "phi3", sliding_window=512)
-    assert json.loads((made(tmp_path, source, "rtn") / "config.json").read_text())["sliding_window"] is None
-    with pytest.raises(RotQuantError, match="sliding_window is 511, which the 4-bit KV cache does not support"):
-        read_architecture(source_model(tmp_path / "short", "phi3", sliding_window=511))
