@@ -9,10 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import rotquant
 import vllm_serving as serving
@@ -20,8 +22,11 @@ from checkpoints import Spec, model_config, prompts, write_checkpoint
 from float_model import expected_logprobs
 from rotquant.errors import RotQuantError
 from rotquant.models import describe
+from rotquant_kernels import calls
 from rotquant_kernels.formats import KVFormat
+from vllm_rotquant.window_proof import window_distance
 from vllm_rotquant.windows import Windows
+from vllm_rotquant.witness import limit
 
 pytestmark = pytest.mark.vllm
 
@@ -152,3 +157,39 @@ def test_a_layer_runs_the_window_that_transformers_reads() -> None:
     short = Windows(arch, longest=WINDOW)  # no context is cut
     assert short.of(first, None, ours=False) is short.of(first, WINDOW, ours=True) is None
     assert Windows(None, longest=256).of("layers.0.attention", 32, ours=True) == 32  # a model that is not known
+
+
+class Step(NamedTuple):
+    query_start: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+
+class Implementation:
+    """`KV4Impl` as far as the proof calls it."""
+
+    def __init__(self, kv: KVFormat, window: int) -> None:
+        self.kv, self.window = kv, window
+
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        calls.kv_write(key, value, cache, slots, self.kv)
+
+    def forward(
+        self, layer: Any, query: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: Step, out: Tensor
+    ) -> Tensor:
+        calls.kv_attention(query, cache, *step, out, 0.1, self.kv, self.window)
+        return out
+
+
+@pytest.mark.parametrize("window", [1, 17, 100, 2047, 131072])
+def test_the_proof_sees_one_token_too_many_or_too_few(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    layer, kv = torch.nn.Module(), KVFormat(symmetric=False, k_clip=0.95, v_clip=0.9, rotate=64)
+    layer.register_buffer("anything", torch.ones(1))
+    layer.__dict__ |= {"num_heads": 6, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
+    layer.__dict__ |= {"quant_method": SimpleNamespace(format=kv), "impl": Implementation(kv, window)}
+    most = limit(torch.float32, 4)
+    assert window_distance(layer, Step) < 0.6 * most
+    run = calls.kv_attention
+    for by in (1, -1)[: 1 if window == 1 else 2]:
+        monkeypatch.setattr(calls, "kv_attention", lambda *given, by=by: run(*given[:-1], given[-1] + by))
+        assert not window_distance(layer, Step) < 5 * most  # NaN where it is one too many
