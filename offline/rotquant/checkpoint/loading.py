@@ -72,7 +72,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
             module.prepare()
     for index, kind in enumerate(arch.kinds):
         name = arch.layer_prefix(index) + kind.attention.module
-        model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
+        attention: Any = model.get_submodule(name)
+        attention.rotquant_kv, attention.rotquant_window = checkpoint.attention(name), kind.attention.window
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -108,7 +109,6 @@ def kv4_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, through the ops that serve: K and V go to pages of 4 bits and are read there.
@@ -118,8 +118,8 @@ def kv4_attention(
 
     Args:
         query: [B, heads, T, d]; key, value: [B, kv_heads, L, d].
-        attention_mask: additive [B, 1, T, L], causal, with padding on one side or none; None if all is visible.
-        sliding_window: positions that a query sees at most, which the mask must say as well.
+        attention_mask: additive [B, 1, T, L], causal, with the layer's window, with padding on one side or none; None
+            if all is visible.
     Returns:
         [B, T, heads, d] in query's dtype, 0 for padding; no attention weights.
     Raises:
@@ -128,15 +128,16 @@ def kv4_attention(
     if softcap is not None or s_aux is not None:
         raise RotQuantError("attention with a soft cap or sinks does not run on a 4-bit KV cache")
     kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
+    window: int | None = module.rotquant_window  # type: ignore[assignment]
     batch, heads, steps, dim = query.shape
     out = torch.zeros(batch, steps, heads, dim, dtype=query.dtype, device=query.device)
     scale = dim**-0.5 if scaling is None else scaling
     for b in range(batch):
-        first, last = visible_range(attention_mask, b, steps, key.shape[2], sliding_window)
+        first, last = visible_range(attention_mask, b, steps, key.shape[2], window)
         skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
         rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
         q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
-        out[b, rows] = attend_pages(q, k, v, scale, kv, sliding_window)
+        out[b, rows] = attend_pages(q, k, v, scale, kv, window)
     return out, None
 
 

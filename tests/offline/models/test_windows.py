@@ -106,7 +106,7 @@ def test_attention_that_tokens_get_ends_with_the_window(tmp_path: Path) -> None:
     assert torch.allclose(received, torch.ones(9))
 
 
-@pytest.mark.parametrize("name", ["Qwen2", "Ministral"])
+@pytest.mark.parametrize("name", ["Qwen2", "Ministral", "Qwen2-MoE"])
 def test_a_loaded_checkpoint_attends_and_generates_within_its_windows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
