@@ -70,8 +70,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-    for index, kind in enumerate(arch.kinds):
-        name = arch.layer_prefix(index) + kind.attention.module
+    for name in arch.attentions:
         model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):

@@ -91,7 +91,7 @@ def uses_sliding_window(config: PreTrainedConfig) -> bool:
     """True where some layer attends to a window only: also by a default that config.json does not show."""
     kinds = getattr(config, "layer_types", None) or []
     short = states_window(config) and config.sliding_window < config.max_position_embeddings
-    return short or any(kind != "full_attention" for kind in kinds)
+    return short or any(kind not in ("full_attention", "linear_attention") for kind in kinds)
 
 
 def states_window(config: PreTrainedConfig) -> bool:
