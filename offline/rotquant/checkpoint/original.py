@@ -104,6 +104,9 @@ def original_model(source: Source) -> Iterator[PreTrainedModel]:
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
             _Widened(module)
+        for child in module.children():
+            if isinstance(child, nn.Conv1d):  # linear attention takes its weight and runs another function on it
+                _Widened(child, while_running=module)
     with torch.no_grad():
         yield model
 
@@ -119,19 +122,20 @@ def _unround(model: PreTrainedModel, source: Source) -> None:
 
 
 class _Widened:
-    """Makes a module's own parameters float32 while it runs."""
+    """Makes a module's own parameters float32 while it runs, or another does that reads them."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, while_running: nn.Module | None = None) -> None:
+        self.module, runs = module, while_running or module
         self.stored: dict[str, torch.Tensor] = {}
-        module.register_forward_pre_hook(self.widen)
-        module.register_forward_hook(self.restore, always_call=True)
+        runs.register_forward_pre_hook(self.widen)
+        runs.register_forward_hook(self.restore, always_call=True)
 
-    def widen(self, module: nn.Module, _: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
+    def widen(self, *_: Any) -> None:
+        for name, parameter in self.module.named_parameters(recurse=False):
             self.stored[name] = parameter.data
             parameter.data = parameter.data.float()
 
-    def restore(self, module: nn.Module, *_: Any) -> None:
+    def restore(self, *_: Any) -> None:
         for name, tensor in self.stored.items():
-            getattr(module, name).data = tensor
+            getattr(self.module, name).data = tensor
         self.stored.clear()
