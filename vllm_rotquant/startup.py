@@ -51,7 +51,9 @@ class Startup:
         holders.stop()
         # A model that vLLM builds from transformers' modules stood before its layers were there to be watched.
         model = compat.outermost(last) or holders.outermost(last)
-        readings = [] if collected.dummy else reading_rows(holders.around(), collected.settings)
+        around = holders.around()
+        collected.recurrent = sum(map(compat.is_recurrent, around))
+        readings = [] if collected.dummy else reading_rows(around, collected.settings)
         if self.when_loaded is not None:
             self.when_loaded(model)
         if not collected.lora:

@@ -1,7 +1,7 @@
 """A recipe as a model can take it, where the model lacks what the recipe rotates.
 
 R2 rotates an attention's values, and the output linear takes it back: exact where nothing but the mixing of tokens is
-between them. Behind a gate, and in linear attention, each channel has a factor of its own, so there R2 becomes an online
+between them. Behind a gate, and in linear attention, each channel has a factor of its own. There R2 becomes an online
 Hadamard in front of the output linears, behind the gate; what would learn R2 has nothing to learn.
 """
 

@@ -26,8 +26,8 @@ def generator(seed: int, name: str) -> torch.Generator:
 def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: int) -> Transforms:
     """R1 to R4 as the recipe starts them; "klt" starts as "hadamard" and waits for `learn`.
 
-    R3 is over the whole head; other Hadamards and R4 in the largest power-of-two block that divides intermediate_size / tp_max, of experts
-    and layers without them alike.
+    R3 is over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max, of experts
+    and layers without them alike; other Hadamards as `block_at` says.
 
     Raises:
         RotQuantError: head size that is not a power of two, or tp_max that does not divide.

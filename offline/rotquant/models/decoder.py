@@ -73,15 +73,13 @@ class Decoder:
         return mixed if gate is None else mixed * gate.sigmoid()
 
     def query_and_gate(self, y: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        """Queries [..., T, heads, d], and the gate [..., T, heads * d] where there is one, from y of the query linear."""
+        """Queries [..., T, heads, d], and the gate [..., T, heads * d] where there is one, of the query linear's y."""
         if not attention.gated:
             return y.unflatten(-1, (-1, attention.head_dim)), None
         query, gate = y.unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
         return query, gate.flatten(-2)
 
-    def behind_rope(
-        self, tensors: Tensors, query: Tensor, key: Tensor, attention: Attention
-    ) -> tuple[Tensor, Tensor]:
+    def behind_rope(self, tensors: Tensors, query: Tensor, key: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
         """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind norms and RoPE, float32.
 
         Args:

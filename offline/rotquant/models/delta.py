@@ -110,12 +110,10 @@ def delta_attention(block: DeltaNet, tensors: dict[str, Tensor], x: Tensor, line
 
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """silu of a causal convolution over time of each channel, x [B, T, C]; weight [C, 1, tokens], the last the present."""
+    """silu of a causal convolution over time of each channel of x [B, T, C]; weight [C, 1, tokens], now the last."""
     channels, _, width = weight.shape
-    y = torch.nn.functional.conv1d(
-        x.mT.to(weight.dtype), weight, padding=width - 1, groups=channels
-    )[..., : x.shape[1]]  # fmt: skip
-    return torch.nn.functional.silu(y).mT.to(x.dtype)
+    y = torch.nn.functional.conv1d(x.mT.to(weight.dtype), weight, padding=width - 1, groups=channels)
+    return torch.nn.functional.silu(y[..., : x.shape[1]]).mT.to(x.dtype)
 
 
 def gated_norm(y: Tensor, z: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Stands in for torchvision, which vLLM imports beside its vision models and no text needs.
 
-The wheels that PyPI has are built for CUDA, and their import fails beside a CPU torch. Every module and every name below
+Most wheels of it are built for CUDA, and their import fails beside a CPU torch. Every module and every name below
 `torchvision` can be imported here; whatever calls one fails.
 """
 
