@@ -252,7 +252,7 @@ def tune_layers(run: Run, journal: Journal) -> Transforms:
 
 
 def write_head(run: Run, journal: Journal) -> None:
-    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so."""
+    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so; what is copied."""
     if journal.done("head"):
         return
     names = run.arch.names
@@ -268,6 +268,9 @@ def write_head(run: Run, journal: Journal) -> None:
         tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
+    if copied := run.source.beginning(run.arch.beside):
+        say(f"copied as they are: {len(copied)} tensors that begin with {' or '.join(run.arch.beside)}")
+        tensors |= {name: run.source.get(name) for name in copied}
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
 
 

@@ -232,7 +232,7 @@ def _fill(model: PreTrainedModel, arch: Architecture, source: Source, device: to
     for name, file in source.files.items():
         owner, leaf = _slot(modules, name)
         if owner is None:
-            if not name.endswith("rotary_emb.inv_freq"):
+            if not name.endswith("rotary_emb.inv_freq") and not (arch.beside and name.startswith(arch.beside)):
                 raise RotQuantError(f"{file}: tensor {name} is not part of this model; without it the result is wrong")
             continue
         tensor = source.get(name)

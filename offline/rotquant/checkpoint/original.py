@@ -46,7 +46,7 @@ def read_original(folder: Path) -> tuple[Architecture, Source]:
     shapes = stored_shapes(arch, expected_shapes(arch.config), source.files)
     if not arch.tied:
         shapes[names.head] = (arch.vocab_size, arch.hidden_size)
-    source.check(shapes)
+    source.check(shapes, source.beginning(arch.beside))
     if (folder / "adapter_config.json").exists():
         raise RotQuantError(f"{folder}/adapter_config.json: the folder holds an adapter too; merge it, or move it away")
     check_generation(folder)

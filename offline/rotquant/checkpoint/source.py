@@ -105,6 +105,10 @@ class Source:
             raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 
+    def beginning(self, prefixes: tuple[str, ...]) -> list[str]:
+        """Names of the tensors that begin with one of these."""
+        return [name for name in self.files if name.startswith(prefixes)] if prefixes else []
+
     def layer(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of a layer, by their names less the prefix."""
         names = [n for n in self.files if n.startswith(prefix) and not n.endswith("rotary_emb.inv_freq")]

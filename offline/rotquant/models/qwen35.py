@@ -50,7 +50,8 @@ def describe(config: PreTrainedConfig) -> Architecture:
         raise ValueError(f"mrope_section {sections} does not sum to {gated.rotary // 2}, the pairs that are turned")
     full = layer(config, gated, offset=1.0)
     linear = replace(full, attention=delta(config))
-    return model(config, [full if kind == "full_attention" else linear for kind in config.layer_types])
+    layers = [full if kind == "full_attention" else linear for kind in config.layer_types]
+    return model(config, layers, beside=("mtp.",))
 
 
 def sections(value: Any) -> str | None:
