@@ -267,7 +267,8 @@ def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, 
     _expect(file, name, "shape", list(tensor.shape), list(wanted.shape))
     if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
         raise RotQuantError(f"{file}: tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
-    tensor = tensor.to(device=device, dtype=wanted.dtype)
+    precise = leaf == "A_log" and tensor.dtype == torch.float32  # of linear attention, exponentiated: as vLLM has it
+    tensor = tensor.to(device=device, dtype=torch.float32 if precise else wanted.dtype)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(wanted, nn.Parameter) else tensor)
 
 
