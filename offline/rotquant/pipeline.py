@@ -268,6 +268,10 @@ def write_head(run: Run, journal: Journal) -> None:
         tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
+    if left := run.source.beginning(run.arch.left):
+        say(
+            f"left out, the result is a model of text: {len(left)} tensors that begin with {' or '.join(run.arch.left)}"
+        )
     if copied := run.source.beginning(run.arch.beside):
         say(f"copied as they are: {len(copied)} tensors that begin with {' or '.join(run.arch.beside)}")
         tensors |= {name: run.source.get(name) for name in copied}

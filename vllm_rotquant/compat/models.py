@@ -51,7 +51,8 @@ def norm_before(layer: Any, decoder: Any) -> str | None:
     """Name of the RMSNorm in a decoder layer whose output `layer` reads and nothing else does."""
     if not known(decoder, DECODERS) or getattr(decoder, "ada_rms_norm_t_cond", None) is not None:
         return None
-    attention, mlp = getattr(decoder, "self_attn", None), decoder.mlp
+    attention: Any = getattr(decoder, "self_attn", None)
+    mlp = decoder.mlp
     if known(attention, ATTENTIONS) and attention.qkv_proj is layer:
         name = "input_layernorm"
     elif known(mlp, MLPS) and mlp.gate_up_proj is layer:

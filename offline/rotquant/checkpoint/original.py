@@ -23,7 +23,8 @@ from rotquant.checkpoint.layers import stored_shapes
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, Names, expected_shapes, read_architecture
+from rotquant.models import Architecture, Names, expected_shapes, read_architecture, read_config
+from rotquant.models.text_half import has_text_half
 from rotquant.text import check_tokenizer
 
 
@@ -46,7 +47,7 @@ def read_original(folder: Path) -> tuple[Architecture, Source]:
     shapes = stored_shapes(arch, expected_shapes(arch.config), source.files)
     if not arch.tied:
         shapes[names.head] = (arch.vocab_size, arch.hidden_size)
-    source.check(shapes, source.beginning(arch.beside))
+    source.check(shapes, source.beginning(arch.beside + arch.left))
     if (folder / "adapter_config.json").exists():
         raise RotQuantError(f"{folder}/adapter_config.json: the folder holds an adapter too; merge it, or move it away")
     check_generation(folder)
@@ -73,9 +74,10 @@ def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTraine
     Source(folder)  # names the file that is damaged, which transformers does not
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    half = {"config": read_config(folder)} if has_text_half(read_object(folder / "config.json")) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
+            folder, **half, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
             trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     except Exception as error:  # of many kinds

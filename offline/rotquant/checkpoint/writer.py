@@ -20,6 +20,7 @@ from rotquant.checkpoint.schemes import kv_scheme, linear_scheme
 from rotquant.checkpoint.source import INDEX, save_text
 from rotquant.checkpoint.stored import stored_stage
 from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.text_half import text_half
 from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
@@ -194,7 +195,7 @@ def write_config(
     source: Path, folder: Path, arch: Architecture, quantization: dict[str, Any], ext: dict[str, Any]
 ) -> None:
     """config.json; read back through `CheckpointFormat`, so that nothing is written that cannot be served."""
-    config = json.loads((source / "config.json").read_text())
+    config = text_half(json.loads((source / "config.json").read_text()))
     config.pop("auto_map", None)  # code of the original, which neither runs nor travels
     config |= arch.served
     config["tie_word_embeddings"] = False

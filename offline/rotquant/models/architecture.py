@@ -363,6 +363,7 @@ class Architecture:
     logits_divisor: float = 1.0
     names: Names = Names()
     beside: tuple[str, ...] = ()  # how tensors begin that are no part of what is quantized, and are copied
+    left: tuple[str, ...] = ()  # and that are left out
     served: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint's config.json says for vLLM besides
 
     @property

@@ -1,7 +1,7 @@
 """Qwen3.5 (dense): three layers of linear attention, then one of gated attention, and so on.
 
 A Qwen3 whose files hold norm gains less 1, whose attention is gated and turns a quarter of each head. The MTP head
-(`mtp.`) and, in files of the model with a vision tower, that tower are no part of what is quantized.
+(`mtp.`) is copied; of a model with a vision tower (`text_half`) that is left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
     full = layer(config, gated, offset=1.0)
     linear = replace(full, attention=delta(config))
     layers = [full if kind == "full_attention" else linear for kind in config.layer_types]
-    return model(config, layers, beside=("mtp.",))
+    return model(config, layers, beside=("mtp.",), left=("model.visual.",))
 
 
 def sections(value: Any) -> str | None:

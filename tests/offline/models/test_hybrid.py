@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,35 @@ def test_what_is_not_quantized_stays(source: Path, tmp_path: Path) -> None:
         assert made.get(name).dtype == original.get(name).dtype, name
     assert made.shapes["model.layers.0.linear_attn.in_proj_a.weight"] == (4, 96)
     assert rotquant.load(out).model.layers[0].linear_attn.A_log.dtype == torch.float32
+
+
+def test_the_text_half_of_a_model_with_a_vision_tower(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files say `model.language_model.` and keep the text's config inside: the same checkpoint comes out."""
+    whole = shutil.copytree(source, tmp_path / "whole")
+    tensors = {n.replace("model.", "model.language_model.", 1) if n.startswith("model.") else n: t
+               for n, t in load_file(source / "model.safetensors").items()}  # fmt: skip
+    tensors["model.visual.patch_embed.proj.weight"] = torch.ones(4, 4)
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((source / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "tie_word_embeddings": False,
+        "text_config": {name: value for name, value in text.items() if name != "architectures"}, "vision_config": {},
+    }))  # fmt: skip
+    nearest = ["weights.method=rtn"]  # no calibration, whose text each model's own tokenizer would cut
+    alone, half = (
+        quantize(str(folder), tmp_path / f"{folder.name}-out", recipe="quarot", settings=nearest)
+        for folder in (source, whole)
+    )
+    assert "left out, the result is a model of text: 1 tensors that begin with model.visual." in capsys.readouterr().err
+    one, other = Source(alone), Source(half)
+    assert one.files.keys() == other.files.keys()
+    assert [name for name in one.files if not torch.equal(one.get(name), other.get(name))] == []
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (alone, half)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert configs[1]["architectures"] == ["Qwen3_5ForCausalLM"]
+    assert configs[1]["model_type"] == "qwen3_5_text"
 
 
 def test_recipes_become_what_the_model_has(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
