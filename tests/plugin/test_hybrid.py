@@ -18,6 +18,7 @@ import hybrid_serving
 import ranks
 import rotquant
 import vllm_serving as serving
+from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
 
@@ -69,9 +70,23 @@ def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Callable[...
 
 
 def test_a_stage_of_one_kind_of_layer(child: Callable[..., Any], made: Path) -> None:
-    first, second = child(ranks.run, ranks.load_stage, made, "1,1", pipeline=True)
+    first, second = child(ranks.run, ranks.load_stage, made, "1,1", "bfloat16", pipeline=True)
     assert "in_proj_qkvz" in rows(first)
     assert "KV cache: not quantized (no attention on this rank)" in first
     assert "in_proj_qkvz" not in rows(second)
     assert "linear attention" not in second
     assert re.search(r"attention +1 .* KV4", second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "--dtype float32: vLLM's linear attention runs in bfloat16 only on CPUs"),
+        ({"dtype": "bfloat16", "enable_lora": True}, "--enable-lora: vLLM's linear attention runs no adapters on CPUs"),
+    ],
+)
+def test_what_would_end_the_server_at_its_first_request_is_refused(  # last: it leaves vLLM's groups in the process
+    child: Callable[..., Any], made: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RotQuantError, match=message):
+        child(serving.load_only, made, **options)
