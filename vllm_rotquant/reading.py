@@ -111,6 +111,8 @@ class Own:
         self.decoder, attention = decoder, decoder.self_attn
         index = layer_number(decoder)
         kind = describe(config).kinds[index]
+        rope = kind.attends and kind.attends.rope
+        self.entry = {"layer_type": rope} if rope else {}
         self.parts = {name: kind.stored_at(site) for name, site in SITES.items()}
         config = deepcopy(config)
         for field in ("quantization_config", "rotquant"):
@@ -176,7 +178,7 @@ class Own:
                 f"config.json: vLLM has a rotary table of {rows} positions for sequences of up to {positions[-1] + 1} "
                 f"tokens: serve with --max-model-len {rows}"
             )
-        cos_sin = self.rotary(torch.zeros(1), positions[None])
+        cos_sin = self.rotary(torch.zeros(1), positions[None], **self.entry)
         hidden = trial(length, self.hidden, dtype=dtype, device=device, seed=3)
         hidden[1::2] *= TINY
         served = self._served(positions.to(device), hidden)

@@ -21,9 +21,7 @@ class Windows:
                 the server accepts.
         """
         self.longest = longest
-        prefixes = [arch.layer_prefix(index) for index in range(arch.layers)] if arch else []
-        kinds = [kind.attention for kind in arch.kinds] if arch else []
-        self.own = {prefix + kind.module: kind.window for prefix, kind in zip(prefixes, kinds, strict=True)}
+        self.own = {name: kind.window for name, kind in arch.attentions.items()} if arch else {}
 
     def of(self, name: str, given: int | None, *, ours: bool) -> int | None:
         """Positions that a query of this layer sees at most, None for all.

@@ -75,7 +75,8 @@ class Folded:
     def __init__(self, source: Source, arch: Architecture, fold: Fold, tokens: Tensor) -> None:
         self.source, self.arch, self.fold = source, arch, fold
         self.decoders = decoders(arch, len(tokens))
-        self.hidden = fold.embedding(source.get(arch.names.embedding)[tokens]).float() * arch.embedding_scale
+        rows = source.get(arch.names.embedding)[tokens]
+        self.hidden = fold.embedding(rows).float() * arch.embedding_factor(rows.dtype)
 
     def step(self, index: int, chosen: Tensor | None = None) -> Tensor:
         """float32 [T, hidden] after layer `index`; chosen: the original's experts of each token, int64 [T, top_k]."""

@@ -186,7 +186,7 @@ def write_embedding(run: Run, journal: Journal) -> None:
     name = run.arch.names.embedding
     weight = by_rows(run.source.get(name), lambda rows: run.fold.embedding(rows).to(run.dtype))
     if run.calibrated and run.recipe.weights.needs_inputs:
-        chain = weight[run.calibrated.tokens] * run.arch.embedding_scale
+        chain = weight[run.calibrated.tokens] * run.arch.embedding_factor(run.dtype)
         journal.save_chain(0, chain, chain[:1].to(torch.float32, copy=True) if run.arch.mixtures else None)
     journal.finish("embedding", run.shard(1), {name: weight})
 

@@ -126,7 +126,7 @@ def check_shapes(recipe: Recipe, arch: Architecture) -> None:
 def check_windows(recipe: Recipe, arch: Architecture) -> None:
     """Refuses windows of single layers that nobody would give them where the KV cache is vLLM's own."""
     (name,) = arch.config.architectures or [""]
-    found = {kind.attention.window for kind in arch.kinds}
+    found = {own.window for own in arch.attentions.values()}
     if recipe.kv.bits != 4 and len(found) > 1 and KNOWN_BY_CLASS[name].windows_of_plugin:
         raise RotQuantError(
             f"config.json: layer_types: vLLM's {name} gives no window to single layers. The plugin does, with a 4-bit"

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -119,6 +121,18 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         MixtralConfig,
         MixtralForCausalLM,
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 112},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "hidden_size": 128, "query_pre_attn_scalar": 20, "sliding_window": 24, "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0, "bos_token_id": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            },
+        },
     ),
     "qwen3_5": (  # vLLM's linear attention on CPUs takes heads of 64 and up
         Qwen3_5TextConfig,

@@ -12,10 +12,18 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 # Models whose forward is known. An MLP runs down_proj(act_fn(gate_up_proj(x))). A decoder layer passes the output of
 # input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
-# else reads them.
+# else reads them. (Gemma's norm in front of its MLP has another name; no norm of a Gemma is a plain RMSNorm.)
 MODELS = "vllm.model_executor.models."
-MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP", "qwen2_moe.Qwen2MoeMLP")
+MLPS = (
+    "gemma3.Gemma3MLP",
+    "granite.GraniteMLP",
+    "llama.LlamaMLP",
+    "mistral.MistralMLP",
+    "qwen2.Qwen2MLP",
+    "qwen2_moe.Qwen2MoeMLP",
+)
 ATTENTIONS = (
+    "gemma3.Gemma3Attention",
     "granite.GraniteAttention",
     "llama.LlamaAttention",
     "mistral.MistralAttention",
@@ -26,6 +34,7 @@ ATTENTIONS = (
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 MIXED = ("qwen3_5.Qwen3_5DecoderLayer",)  # those of models with two kinds of layer; other arguments
 DECODERS = (
+    "gemma3.Gemma3DecoderLayer",
     "granite.GraniteDecoderLayer",
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",

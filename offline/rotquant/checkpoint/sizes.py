@@ -12,6 +12,7 @@ from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, Layer, describe
 from rotquant.models.delta import DeltaNet
+from rotquant.models.registry import KNOWN_BY_CLASS
 
 
 def check_sizes(config: Any, source: Source) -> Architecture:
@@ -37,11 +38,13 @@ def check_sizes(config: Any, source: Source) -> Architecture:
         raise RotQuantError(f"{where}: num_key_value_heads is {config.num_key_value_heads}, with {heads} heads")
     arch = describe(config, where)
     check_shapes(where, arch, source)
-    if config.hidden_act != "silu":
-        raise RotQuantError(f"{where}: hidden_act is {config.hidden_act!r}, supported is 'silu'")
+    known = KNOWN_BY_CLASS[config.architectures[0]]
+    if (activation := getattr(config, known.activation[0])) != known.activation[1]:
+        raise RotQuantError(f"{where}: {known.activation[0]} is {activation!r}, supported is {known.activation[1]!r}")
     if config.return_dict is not True:
         raise RotQuantError(f"{where}: return_dict is {config.return_dict!r}, expected true")
-    check_rope(where, config.rope_parameters)
+    for entry in config.rope_parameters.values() if known.rope_by_layer else (config.rope_parameters,):
+        check_rope(where, entry)
     eps = config.rms_norm_eps
     if not isinstance(eps, float) or not 0 < eps < 1 or not math.isfinite(eps):
         raise RotQuantError(f"{where}: rms_norm_eps is {eps!r}, expected a small positive number")

@@ -121,7 +121,8 @@ class Judge:
         return found | {"judged": judged}
 
     def _embedded(self, windows: Tensor) -> Tensor:
-        return self.model.source.get(self.arch.names.embedding)[windows].float() * self.arch.embedding_scale
+        rows = self.model.source.get(self.arch.names.embedding)[windows]
+        return rows.float() * self.arch.embedding_factor(rows.dtype)
 
     def _layer(self, index: int, chain: Tensor) -> Tensor:
         """The chain float32 [n, T, hidden] after a layer in full precision."""

@@ -51,7 +51,7 @@ class QuantizedModel:
             self.tensors.append(whole(each(job.read(index), lambda tensor: tensor.float().to(job.device))))
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        return self.embedding[tokens] * self.job.arch.embedding_scale
+        return self.embedding[tokens] * self.job.arch.embedding_factor(self.job.dtype)
 
     def logits(self, h: Tensor) -> Tensor:
         """Of the residual stream behind the last layer, in the model's own basis."""

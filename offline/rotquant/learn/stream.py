@@ -45,7 +45,7 @@ class Job:
     def embedded(self, samples: int) -> Tensor:
         """What enters layer 0 of so many windows, spread over all: float32 [samples, T, hidden], R1's basis, CPU."""
         tokens = self.tokens[torch.arange(samples) * len(self.tokens) // samples]
-        h = self.source.get(self.arch.names.embedding)[tokens].float() * self.arch.embedding_scale
+        h = self.source.get(self.arch.names.embedding)[tokens].float() * self.arch.embedding_factor(self.dtype)
         return self.transforms.r1.rows(h) if self.transforms.r1 else h
 
     def read(self, index: int) -> Tensors:

@@ -59,7 +59,7 @@ class ServedModel:
     def __call__(self, tokens: Tensor) -> Tensor:
         """What the head reads, float32 [n, hidden], of tokens [B, T]."""
         arch = self.job.arch
-        h = self.embedding[tokens].float() * arch.embedding_scale
+        h = self.embedding[tokens].float() * arch.embedding_factor(self.job.dtype)
         for layer in self.layers:
             h = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
         return (rms_norm(h, self.gain, arch.eps) / arch.logits_divisor).flatten(0, 1)
@@ -124,7 +124,7 @@ def layer_of(tuned: Tensors, index: int) -> tuple[Tensors, dict[str, float]]:
 def targets(job: Job, compute: torch.dtype) -> Tensor:
     """What the original's head reads, in the basis of the folded head: [samples, T, hidden], on the CPU."""
     arch, names = job.arch, job.arch.names
-    chain = job.source.get(names.embedding)[job.tokens].float() * arch.embedding_scale
+    chain = job.source.get(names.embedding)[job.tokens].float() * arch.embedding_factor(job.dtype)
     with Progress("tuning: original's layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             tensors = {name: t.to(job.device) for name, t in job.read(index).items()}

@@ -69,7 +69,7 @@ class TunedLayer(nn.Module):
                     self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
         self.fixed |= {name: tensors[name] for name in kind.attention.kept}
         self.fixed |= {f"{n}.weight": tensors[f"{n}.weight"].float() for n in kind.attention.full_precision}
-        for norm in (*kind.norms.values(), *kind.attention.head_norms):
+        for norm in kind.every_norm:
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
         for name, ratio in self._ratios().items():
             self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())

@@ -13,6 +13,9 @@ to the stream with one linear. In it stand the pairs that scale and rotate into 
 Linears are named as modules of transformers' model, less the layer's prefix. A checkpoint may hold several in one
 tensor (`Layer.fused`): they are split when a layer is read and put together again when it is written, so everything in
 between sees single linears. So it is with norms of which files hold the gain less 1 (`Layer.offset`).
+
+What a block writes may pass a norm of its own (`Layer.output_norms`). Then the residual stream does not rotate: an RMS
+survives R1, rms(u R) = rms(u), and the gain behind it does not, diag(g) R ≠ R diag(g).
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ class Attention:
     position_scale: PositionScale | None = None
     window: int | None = None  # positions that a query sees at most, its own and those before it
     gated: bool = False
+    rope: str | None = None  # the entry of `rope_parameters` that holds here, where kinds of layer have their own
 
     @property
     def qk_factors(self) -> int:
@@ -196,8 +200,10 @@ class Experts:
 class Layer:
     """One decoder layer: h += residual o(attention(norm h)); h += residual mlp(norm h).
 
+    `output_norms`: of a linear that writes to the stream, the norm behind it: h += residual norm(o(...)).
+
     `fused`: name of a linear in the checkpoint -> the linears that its tensors hold one below the other.
-    `offset`: the gain of a norm of the stream, of queries or of keys is this and what files hold for it.
+    `offset`: the gain of a norm is this and what files hold for it.
     """
 
     attention: Attention | DeltaNet
@@ -207,6 +213,7 @@ class Layer:
     residual: float = 1.0
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     offset: float = 0.0
+    output_norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def attends(self) -> Attention | None:
@@ -256,7 +263,12 @@ class Layer:
     @property
     def gains(self) -> tuple[str, ...]:
         """Tensors of the norms whose gain is `offset` and what files hold."""
-        return tuple(f"{norm}.weight" for norm in (*self.norms.values(), *self.attention.head_norms))
+        return tuple(f"{norm}.weight" for norm in self.every_norm)
+
+    @property
+    def every_norm(self) -> tuple[str, ...]:
+        """Of the stream, of what blocks write to it, of queries and keys."""
+        return (*self.norms.values(), *self.output_norms.values(), *self.attention.head_norms)
 
     def rounded(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """What a tensor that is not quantized is where a checkpoint holds it in `dtype`."""
@@ -353,6 +365,8 @@ class Names:
 class Architecture:
     """A whole model: h = embedding_scale E[token], its layers, logits = W norm(h) / logits_divisor.
 
+    scale_rounded: embedding_scale is a number of the model's dtype.
+
     tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
     """
 
@@ -361,6 +375,7 @@ class Architecture:
     vocab_size: int
     tied: bool
     embedding_scale: float = 1.0
+    scale_rounded: bool = False
     logits_divisor: float = 1.0
     names: Names = Names()
     beside: tuple[str, ...] = ()  # how tensors begin that are no part of what is quantized, and are copied
@@ -384,6 +399,15 @@ class Architecture:
         """By their full names the modules of the layers that attend over keys and values."""
         own = ((self.layer_prefix(index), kind.attends) for index, kind in enumerate(self.kinds))
         return {prefix + attention.module: attention for prefix, attention in own if attention}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether R1 folds."""
+        return not any(kind.output_norms for kind in self.kinds)
+
+    def embedding_factor(self, dtype: torch.dtype) -> float:
+        """`embedding_scale` as a model of that dtype multiplies by it."""
+        return torch.tensor(self.embedding_scale).to(dtype).item() if self.scale_rounded else self.embedding_scale
 
     @property
     def offset(self) -> float:

@@ -143,8 +143,9 @@ def check_fields(where: str, raw: Fields) -> None:
     if raw.get("quantization_config"):
         raise RotQuantError(f"{where}: quantization_config: {OFF['quantization_config'][1]}")
     check_values(where, raw)
-    if raw.get("hidden_act", "silu") != "silu":
-        raise RotQuantError(f"{where}: hidden_act is {short(repr(raw['hidden_act']), 60)}, supported is 'silu'")
+    field, name = known.activation
+    if raw.get(field, name) != name:
+        raise RotQuantError(f"{where}: {field} is {short(repr(raw[field]), 60)}, supported is {name!r}")
     check_windows(where, raw, known)
     for name, value in raw.items():
         if name in known.fields:
@@ -158,7 +159,7 @@ def check_fields(where: str, raw: Fields) -> None:
                 " computes; remove it if it does not"
             )
     check_relations(where, raw, known)
-    check_rope(where, raw, known.rope)
+    check_rope(where, raw, known.rope, by_layer=known.rope_by_layer)
 
 
 def check_windows(where: str, raw: Fields, known: Known) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from rotquant.common.json_files import short
 from rotquant.errors import RotQuantError
 from rotquant.models.config_rules import Rule
+from rotquant.models.windows import FULL, SLIDING
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 # Keys beside rope_type, type and rope_theta; `?` where a key may be left out.
@@ -33,18 +34,22 @@ TYPES: dict[str, tuple[str, ...]] = {
 LEAST = {"factor": 1.0, "rope_theta": 2.0}  # of other keys: above 0
 
 
-def check_rope(where: str, raw: dict[str, Any], more: Mapping[str, Rule]) -> None:
+def check_rope(where: str, raw: dict[str, Any], more: Mapping[str, Rule], *, by_layer: bool = False) -> None:
     """Refuses rotary settings that the two readers take differently.
 
     Args:
         where: the file, for messages; raw: the content of config.json.
         more: keys beside those of the type that the architecture has, and what is expected of them.
+        by_layer: `rope_parameters` has an entry for each kind of layer.
     Raises:
         RotQuantError: naming the field.
     """
     theta = raw.get("rope_theta")
     if "rope_theta" in raw:
         _check_number(where, "rope_theta", theta, LEAST["rope_theta"])
+    if by_layer and isinstance(raw.get("rope_parameters"), dict):
+        _check_entries(where, raw, more)
+        raw = {name: value for name, value in raw.items() if name != "rope_parameters"}
     given = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name) is not None]
     if len(given) == 2 and raw[given[0]] != raw[given[1]]:
         raise RotQuantError(f"{where}: rope_parameters and rope_scaling differ; remove the one that does not hold")
@@ -55,6 +60,23 @@ def check_rope(where: str, raw: dict[str, Any], more: Mapping[str, Rule]) -> Non
         _check_settings(where, name, settings, raw, more)
         if theta is not None and settings.get("rope_theta", theta) != theta:
             raise RotQuantError(f"{where}: rope_theta is {theta}, but {name}.rope_theta is {settings['rope_theta']}")
+
+
+def _check_entries(where: str, raw: dict[str, Any], more: Mapping[str, Rule]) -> None:
+    """Of each kind of layer; what older files say of it beside them must be the same."""
+    entries = raw["rope_parameters"]
+    if raw.get("rope_scaling") is not None:
+        raise RotQuantError(f"{where}: rope_parameters and rope_scaling are both there; remove the one that does not hold")
+    for kind, older in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
+        settings = entries.get(kind)
+        if settings is not None and not isinstance(settings, dict):
+            raise RotQuantError(f"{where}: rope_parameters.{kind} is {short(repr(settings), 60)}, expected is an object")
+        _check_settings(where, f"rope_parameters.{kind}", settings or {}, raw, more)
+        theta = (settings or {}).get("rope_theta")
+        if None not in (theta, raw.get(older)) and theta != raw[older]:
+            raise RotQuantError(f"{where}: {older} is {raw[older]}, but rope_parameters.{kind}.rope_theta is {theta}")
+    if other := entries.keys() - {FULL, SLIDING}:
+        raise RotQuantError(f"{where}: rope_parameters.{short(min(other), 60)} is no kind of layer of this model")
 
 
 def _check_settings(

@@ -23,6 +23,8 @@ class Known:
     always_masks: transformers' class makes a mask of `sliding_window` even if `layer_types` names no layer with it.
     windows_of_plugin: vLLM's class gives no window to single layers, and with a 4-bit KV cache the plugin does.
     attention_layers: what `layer_types` calls layers of attention to everything before.
+    activation: the field that names the MLP's activation, and what it says.
+    rope_by_layer: `rope_parameters` has an entry for each kind of layer; a `rope_scaling` is that of full attention.
     fields: further fields that this architecture knows, and what is expected of them; rope: such among the rotary ones.
     harmless: fields of parts that a supported model of this architecture does not have.
     synonyms: fields that mean one thing, of which readers take one or the other.
@@ -37,6 +39,8 @@ class Known:
     always_masks: bool = False
     windows_of_plugin: bool = False
     attention_layers: tuple[str, ...] = ("full_attention",)
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    rope_by_layer: bool = False
     fields: Mapping[str, Rule] = field(default_factory=dict)
     rope: Mapping[str, Rule] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()

@@ -144,18 +144,24 @@ class Decoder:
         """The residual stream after a block has written to it."""
         return h + written * self.kind.residual
 
+    def write(self, tensors: Tensors, h: Tensor, name: str, written: Tensor) -> Tensor:
+        """The residual stream after a linear has written to it, behind the norm of what it writes where there is one."""
+        norm = self.kind.output_norms.get(name)
+        return self.add(h, self.norm(written, tensors[f"{norm}.weight"]) if norm else written)
+
     def behind_attention(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
         """The residual stream in front of the MLP's norm."""
         attention = self.kind.attention
         x2 = self.attention(tensors, self.norm(h, tensors[f"{attention.norm}.weight"]), linear, cache)
-        return self.add(h, linear(attention.output, x2))
+        return self.write(tensors, h, attention.output, linear(attention.output, x2))
 
     def layer(
         self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None, chosen: Tensor | None = None
     ) -> Tensor:
         """The whole layer, h to h'; chosen: as in `mlp`."""
         h = self.behind_attention(tensors, h, linear, cache)
-        return self.add(h, self.mlp(self.norm(h, tensors[f"{self.kind.mlp.norm}.weight"]), linear, chosen))
+        written = self.mlp(self.norm(h, tensors[f"{self.kind.mlp.norm}.weight"]), linear, chosen)
+        return self.write(tensors, h, self.kind.writes[-1], written)
 
     def float_linear(self, tensors: Tensors, stages: Mapping[str, list[Stage]] | None = None) -> Linear:
         """Linears in the precision of the tensors, behind the online stages of each site."""
@@ -188,8 +194,13 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int 
 
 def decoders(arch: Architecture, positions: int, device: torch.device | str = "cpu") -> list[Decoder]:
     """The decoder of each layer, for sequences of at most `positions` tokens."""
-    cos, sin = (table[0].to(device) for table in rotary(arch.config, positions) or (torch.zeros(1, positions, 0),) * 2)
-    return [Decoder(kind, cos, sin) for kind in arch.kinds]
+    none = (torch.zeros(1, positions, 0),) * 2
+    entries = [kind.attends.rope if kind.attends else None for kind in arch.kinds]
+    tables = {
+        entry: tuple(table[0].to(device) for table in rotary(arch.config, positions, entry) or none)
+        for entry in set(entries)
+    }
+    return [Decoder(kind, *tables[entry]) for kind, entry in zip(arch.kinds, entries, strict=True)]
 
 
 def position_scale(scale: PositionScale, steps: int) -> Tensor:

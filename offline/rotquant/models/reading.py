@@ -91,7 +91,7 @@ def read_architecture(folder: Path) -> Architecture:
     config = read_config(folder)
     found = describe(config, where)
     own = [kind.attends.window if kind.attends else None for kind in found.kinds]
-    return replace(found, served={**found.served, **stated(config, own)})
+    return replace(found, served={**stated(config, own), **found.served})
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -112,13 +112,16 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def rotary(config: PreTrainedConfig, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def rotary(
+    config: PreTrainedConfig, positions: int, entry: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """cos and sin of transformers' own rotary embedding (all its scaling variants), float32 [1, positions, channels].
 
-    None for a model that has none.
+    entry: of `rope_parameters`, where kinds of layer have their own. None for a model that has none.
     """
     found: Any = skeleton(config).get_decoder().rotary_emb
     if found is None:
         return None
     embedding = type(found)(config=config)
-    return embedding(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
+    kind = {"layer_type": entry} if entry else {}
+    return embedding(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None], **kind)

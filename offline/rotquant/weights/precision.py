@@ -85,7 +85,7 @@ class DamageMeter:
     def _embedded(self) -> Tensor:
         """What enters layer 0, [samples, T, hidden]."""
         rows = self.fold.embedding(self.source.get(self.arch.names.embedding)[self.tokens.flatten()])
-        return rows.to(self.dtype).view(*self.tokens.shape, -1) * self.arch.embedding_scale
+        return rows.to(self.dtype).view(*self.tokens.shape, -1) * self.arch.embedding_factor(self.dtype)
 
     def _layer(self, index: int, chain: Tensor) -> tuple[Tensor, Tensor]:
         """The chain behind a layer, and the damage of its sites."""

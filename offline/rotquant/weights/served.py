@@ -57,7 +57,8 @@ class ServedLayer:
 
     def behind_mlp(self, h: Tensor) -> Tensor:
         """The residual stream behind the layer, from that behind attention."""
-        return self.decoder.add(h, self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear))
+        written = self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
+        return self.decoder.write(self.tensors, h, self.decoder.kind.writes[-1], written)
 
     def layer(self, h: Tensor) -> Tensor:
         """The whole layer, h to h', once all its linears are quantized."""
@@ -65,4 +66,4 @@ class ServedLayer:
 
     def write(self, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual stream after a linear has written what it makes of x."""
-        return self.decoder.add(h, self.linear(name, x))
+        return self.decoder.write(self.tensors, h, name, self.linear(name, x))

@@ -54,7 +54,7 @@ def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], t
     still = {"position_embedding_type": None}
     folder = sources[name] if name in sources else source_model(tmp_path / "m", "granite4", **still)
     arch, source = read_architecture(folder), Source(folder)
-    h = source.get(arch.names.embedding)[TOKENS] * arch.embedding_scale
+    h = source.get(arch.names.embedding)[TOKENS] * arch.embedding_factor(torch.float32)
     for index, decoder in enumerate(decoders(arch, len(TOKENS))):
         tensors = decoder.kind.split(source.layer(arch.layer_prefix(index)))
         h = decoder.layer(tensors, h, decoder.float_linear(tensors))
@@ -71,7 +71,8 @@ def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], t
 def test_every_transform_at_once_changes_nothing(sources: dict[str, Path], name: str) -> None:
     arch, random = read_architecture(sources[name]), torch.Generator().manual_seed(2)
     layers = [everything(kind, random) for kind in arch.kinds]
-    transforms = Transforms(Dense(random_orthogonal(arch.hidden_size, random)), 0, layers)
+    r1 = Dense(random_orthogonal(arch.hidden_size, random)) if arch.rotates else None
+    transforms = Transforms(r1, 0, layers)
     assert check_equivalence(Source(sources[name]), arch, Fold(arch, transforms), TOKENS, lambda _: None) < 1e-4
 
 
@@ -114,7 +115,7 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 RECIPES = [
     ("smollm3", "best-online"), ("granite", "smoothrot"), ("granite4", "quarot"), ("phi3", "best-online"),
     ("phi3", "svd"), ("ministral", "quarot"),
-    ("ministral3", "quarot"), ("qwen3_moe", "dfrot"), ("mixtral", "quarot"),
+    ("ministral3", "quarot"), ("gemma3", "quarot"), ("qwen3_moe", "dfrot"), ("mixtral", "quarot"),
 ]  # fmt: skip
 
 

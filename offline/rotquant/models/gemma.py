@@ -1,0 +1,77 @@
+"""Gemma 3, the text model.
+
+Four norms a layer, their gains 1 + w: one in front of attention and of the MLP each, and one behind, on what the block
+writes. So the residual stream does not rotate, and R1 becomes an online Hadamard (`rotquant.fitting`). Embeddings are
+multiplied by the square root of their size, a number of the model's dtype. Layers with a window have another rotary
+base than those that see everything. The MLP's activation is the tanh form of GELU: nothing here depends on which it is,
+but the plugin has no op that begins with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from rotquant.models.architecture import Architecture, Family, GatedMLP, Layer
+from rotquant.models.config_rules import Known, number, one_of, whole
+from rotquant.models.llama import attention, model, windowed
+from rotquant.models.windows import FULL, SLIDING
+
+
+def describe(config: PreTrainedConfig) -> Architecture:
+    heads = attention(
+        config,
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        scale=config.query_pre_attn_scalar**-0.5,
+    )
+    mlp = GatedMLP(
+        norm="pre_feedforward_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+        width=config.intermediate_size,
+        activation=config.hidden_activation,
+    )
+    plain = Layer(
+        heads,
+        mlp,
+        hidden=config.hidden_size,
+        eps=config.rms_norm_eps,
+        offset=1.0,
+        output_norms={heads.output: "post_attention_layernorm", mlp.down: "post_feedforward_layernorm"},
+    )
+    of_kind = {kind: replace(plain, attention=replace(heads, rope=kind)) for kind in (FULL, SLIDING)}
+    return model(
+        config,
+        windowed(config, [of_kind[kind] for kind in config.layer_types], by_layer=True),
+        embedding_scale=config.hidden_size**0.5,
+        scale_rounded=True,
+        served={"layer_types": config.layer_types},  # they choose the rotary base, whatever the windows
+    )
+
+
+DTYPE = one_of("float32", "bfloat16", "torch.float32", "torch.bfloat16")  # vLLM serves no float16 of it
+GEMMA3 = Family(
+    {
+        "Gemma3ForCausalLM": Known(
+            "gemma3_text",
+            attention_bias=(False,),
+            windows="layers",
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            rope_by_layer=True,
+            fields={
+                "query_pre_attn_scalar": number(0, 2**20, above=True),
+                "rope_local_base_freq": number(2, 1e15),
+                "sliding_window_pattern": whole(1, 1024),
+                "_sliding_window_pattern": whole(1, 1024),
+                "hidden_activation": one_of("gelu_pytorch_tanh"),
+                "dtype": DTYPE,
+                "torch_dtype": DTYPE,
+            },
+            harmless=frozenset(("cache_implementation",)),
+        )
+    },
+    describe,
+)
