@@ -42,8 +42,8 @@ def fitted(recipe: Recipe, arch: Architecture) -> Recipe:
     if not arch.rotates:
         if recipe.rotations.r1 != "none":
             say(
-                f"recipe {recipe.name}: a norm stands between what a block of this model writes and the residual stream,"
-                " so that R1 is not folded: Hadamards run online in front of attn and mlp"
+                f"recipe {recipe.name}: a norm stands between what a block of this model writes and the residual"
+                " stream, so that R1 is not folded: Hadamards run online in front of attn and mlp"
             )
             recipe = online(recipe, "r1", "attn", "mlp")
         recipe = unlearned(recipe, "r1")
@@ -85,9 +85,7 @@ def effective(recipe: Recipe) -> Choose:
         return {n: c for n, c in found.items() if unlearned(recipe.with_changes(c), "r1") != recipe}
 
     choose = recipe.choose
-    return choose.model_copy(
-        update={"candidates": kept(choose.candidates), "thorough": kept(choose.thorough)}
-    )
+    return choose.model_copy(update={"candidates": kept(choose.candidates), "thorough": kept(choose.thorough)})
 
 
 def check_chains(recipe: Recipe, arch: Architecture) -> None:

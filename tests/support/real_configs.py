@@ -92,6 +92,16 @@ QWEN35 = {
     },
 }  # fmt: skip
 
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256, "hidden_size": 1152,
+    "hidden_activation": "gelu_pytorch_tanh", "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": 512, "sliding_window_pattern": 6, "cache_implementation": "hybrid", "use_cache": True,
+    "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "attention_dropout": 0.0, "initializer_range": 0.02,
+    "torch_dtype": "bfloat16", "vocab_size": 262144,
+}  # fmt: skip
 CONFIGS: dict[str, Config] = {
     "Llama-2-7b-hf": llama(4096, 11008, 32, 32, 32, _name_or_path="meta-llama/Llama-2-7b-hf", torch_dtype="float16",
                            rope_scaling=None, max_length=4096, pad_token_id=0),
@@ -166,6 +176,10 @@ CONFIGS: dict[str, Config] = {
                                           max_window_layers=21, sliding_window=4096, use_mrope=False,
                                           max_position_embeddings=131072, rope_theta=10000),
     "Qwen3.5-27B, the text alone": QWEN35,
+    "gemma-3-1b-it": GEMMA3,
+    "gemma-3-270m": GEMMA3 | {
+        "_sliding_window_pattern": 6, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "use_bidirectional_attention": False},
     "Qwen3-0.6B": qwen("Qwen3", 1024, 3072, 28, 16, 8, tie_word_embeddings=True, **QWEN3),
     "Qwen3-8B": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3),
     "Qwen3-8B, 128K": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3 | {
@@ -175,14 +189,6 @@ CONFIGS: dict[str, Config] = {
         "layer_types": ["full_attention"] * 36, "max_position_embeddings": 262144}),
 }  # fmt: skip
 
-GEMMA3 = {
-    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256, "hidden_size": 1152,
-    "hidden_activation": "gelu_pytorch_tanh", "intermediate_size": 6912, "max_position_embeddings": 32768,
-    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
-    "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "vocab_size": 262144,
-}  # fmt: skip
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64,
     "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880, "max_position_embeddings": 131072,
@@ -193,7 +199,6 @@ GPT_OSS = {
 }  # fmt: skip
 # Models with windows that are refused, and what the line says.
 REFUSED: dict[str, tuple[Config, str]] = {
-    "gemma-3-1b-it": (GEMMA3, "architectures is ['Gemma3ForCausalLM'], supported are"),
     "gemma-2-2b": (
         GEMMA3 | {
             "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0,

@@ -66,11 +66,15 @@ def _check_entries(where: str, raw: dict[str, Any], more: Mapping[str, Rule]) ->
     """Of each kind of layer; what older files say of it beside them must be the same."""
     entries = raw["rope_parameters"]
     if raw.get("rope_scaling") is not None:
-        raise RotQuantError(f"{where}: rope_parameters and rope_scaling are both there; remove the one that does not hold")
+        raise RotQuantError(
+            f"{where}: rope_parameters and rope_scaling are both there; remove the one that does not hold"
+        )
     for kind, older in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
         settings = entries.get(kind)
         if settings is not None and not isinstance(settings, dict):
-            raise RotQuantError(f"{where}: rope_parameters.{kind} is {short(repr(settings), 60)}, expected is an object")
+            raise RotQuantError(
+                f"{where}: rope_parameters.{kind} is {short(repr(settings), 60)}, expected is an object"
+            )
         _check_settings(where, f"rope_parameters.{kind}", settings or {}, raw, more)
         theta = (settings or {}).get("rope_theta")
         if None not in (theta, raw.get(older)) and theta != raw[older]:

@@ -145,7 +145,7 @@ class Decoder:
         return h + written * self.kind.residual
 
     def write(self, tensors: Tensors, h: Tensor, name: str, written: Tensor) -> Tensor:
-        """The residual stream after a linear has written to it, behind the norm of what it writes where there is one."""
+        """The residual stream after a linear has written to it, through the norm behind it where there is one."""
         norm = self.kind.output_norms.get(name)
         return self.add(h, self.norm(written, tensors[f"{norm}.weight"]) if norm else written)
 

@@ -20,6 +20,8 @@ from rotquant.models.windows import FULL, SLIDING
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
+    if not config.sliding_window:
+        raise ValueError(f"sliding_window is {config.sliding_window}, and transformers makes a mask of it")
     heads = attention(
         config,
         query_norm="self_attn.q_norm",

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from real_configs import CONFIGS, LLAMA31, QWEN35, REFUSED, llama, mistral, qwen
+from real_configs import CONFIGS, GEMMA3, LLAMA31, QWEN35, REFUSED, llama, mistral, qwen
 from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture, rotary
 from rotquant.models.config_fields import HARMLESS, KNOWN, OFF, check_fields
@@ -83,6 +83,14 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (QWEN35, {"attn_output_gate": False}, "attn_output_gate is False, expected is True"),
         (QWEN35, {"attention_bias": True}, "attention_bias is true"),
         (QWEN35, {"layer_types": ["sliding_attention"] * 64}, "layer_types has layers other than"),
+        (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation is 'silu', supported is 'gelu_pytorch_tanh'"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: soft caps are not supported"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: attention in both dir"),
+        (GEMMA3, {"sliding_window": None}, "sliding_window is None, and transformers makes a mask of it"),
+        (GEMMA3, {"torch_dtype": "float16"}, "torch_dtype is 'float16', expected is 'float32' or 'bfloat16'"),
+        (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic"}}}, "sliding_attention.rope_type"),
+        (GEMMA3, {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters.chunked_attention is no kind of la"),
+        (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, "rope_local_base_freq is 10000, but"),
         (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps is 0, expected is a number above 0"),
         (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected is true or false"),
         (LLAMA, {"pad_token_id": 128256}, "pad_token_id 128256 is outside the vocabulary"),

@@ -1,0 +1,97 @@
+"""Norms behind what a block writes: what folds, what does not, and what recipes become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rotquant
+from drawn_transforms import random_orthogonal
+from rotquant.checkpoint.source import Source
+from rotquant.errors import RotQuantError
+from rotquant.fitting import fitted
+from rotquant.gate import check_equivalence
+from rotquant.learn.initial import initial_transforms
+from rotquant.models import read_architecture
+from rotquant.models.harden import harden
+from rotquant.pipeline import quantize
+from rotquant.recipes import load_recipe
+from rotquant.transforms.dense import Dense
+from rotquant.transforms.fold import Fold
+from rotquant.transforms.space import LayerTransforms, Transforms
+from rotquant_kernels import Stage
+from source_models import all_candidates, source_model
+
+TOKENS = torch.arange(3, 83)
+FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of bfloat16, in which the factor of the embeddings is 11.3125 and not 11.3137."""
+    return source_model(tmp_path_factory.mktemp("gemma") / "source", "gemma3", dtype=torch.bfloat16)
+
+
+def test_a_recipe_online_changes_nothing_and_a_rotated_stream_would(source: Path) -> None:
+    arch, random = read_architecture(source), torch.Generator().manual_seed(1)
+    recipe = fitted(load_recipe("quarot"), arch)
+    online = initial_transforms(recipe, arch, 1, 0)
+    assert online.layers[0].inputs == {
+        site: [Stage("hadamard", n)] for site, n in (("attn", 128), ("mlp", 128), ("down", 16))
+    }
+    assert check_equivalence(Source(source), arch, Fold(arch, online), TOKENS, lambda _: None) < 1e-5
+    rotated = Transforms(Dense(random_orthogonal(128, random)), 0, [LayerTransforms() for _ in arch.kinds])
+    with pytest.raises(RotQuantError, match="layer 0 of the folded model differs"):
+        check_equivalence(Source(source), arch, Fold(arch, rotated), TOKENS, lambda _: None)
+
+
+def test_recipes_become_what_the_model_has(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = read_architecture(source)
+    spinquant = fitted(load_recipe("spinquant"), arch)
+    assert "so that R1 is not folded: Hadamards run online in front of attn and mlp" in capsys.readouterr().err
+    assert (spinquant.rotations.r1, spinquant.rotations.r2) == ("none", "hadamard")
+    assert spinquant.learn.end_to_end is not None
+    assert spinquant.learn.end_to_end.learns == ["r2"]
+    assert (spinquant.online.attn, spinquant.online.o, spinquant.online.mlp) == (["hadamard"], [], ["hadamard"])
+    learns = load_recipe("quarot", ["learn.surrogate={targets: [r1], objective: clip}"])
+    assert fitted(learns, arch).learn.surrogate is None
+    best = fitted(load_recipe("best"), arch)
+    assert best.choose is not None
+    assert best.choose.candidates.keys() == load_recipe("best").choose.candidates.keys() - {"learned R1"}  # type: ignore[union-attr]
+    assert fitted(best, arch) == best
+    assert not best.for_profile("portable").online.attn
+    assert fitted(load_recipe("rtn"), arch) == load_recipe("rtn")
+
+
+@pytest.mark.parametrize("recipe", ["quarot", "best-tuned", "flatquant"])
+def test_every_way_of_learning_computes_the_same_function(source: Path, tmp_path: Path, recipe: str) -> None:
+    """Where rounding is fine the checkpoint's logits are the model's; the embedding's factor is that of bfloat16."""
+    short = {"flatquant": ["learn.blockwise.epochs=1"], "best-tuned": ["tune.steps=2"]}
+    settings = [*all_candidates(recipe), *short.get(recipe, []), *FINE]
+    out = quantize(str(source), tmp_path / "out", recipe=recipe, samples=4, seq_len=64, settings=settings)
+    with torch.no_grad():
+        got = rotquant.load(out)(TOKENS[None]).logits.float()
+        expected = AutoModelForCausalLM.from_pretrained(source)(TOKENS[None]).logits.float()
+    assert (got - expected).norm() < 0.1 * expected.norm()
+    config = json.loads((out / "config.json").read_text())
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+def test_a_window_that_holds_every_context_leaves_the_rotary_base(tmp_path: Path) -> None:
+    """`layer_types` of a checkpoint choose the base as well."""
+    arch = read_architecture(source_model(tmp_path / "m", "gemma3", sliding_window=512))
+    assert [kind.attention.window for kind in arch.kinds] == [None, None]  # type: ignore[union-attr]
+    assert arch.served["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+def test_hardening_keeps_the_function(source: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        before = model(TOKENS[None]).logits
+        harden(model)
+        after = model(TOKENS[None]).logits
+    assert (after - before).norm() < 1e-4 * before.norm()
