@@ -120,12 +120,17 @@ def gradients(arch: Architecture, tokens: int) -> int:
 
 def tuned_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
-    return 14 * kind.hidden + 8 * sum(kind.widths) + 8 * kind.attention.numbers
+    return written(kind) + 14 * kind.hidden + 8 * sum(kind.widths) + 8 * kind.attention.numbers
 
 
 def activation_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a layer needs."""
-    return 8 * kind.hidden + 6 * sum(kind.widths) + 4 * kind.attention.numbers
+    return written(kind) + 8 * kind.hidden + 6 * sum(kind.widths) + 4 * kind.attention.numbers
+
+
+def written(kind: Layer) -> int:
+    """Of these the numbers of the norms behind what blocks write."""
+    return 3 * kind.hidden * len(kind.output_norms)
 
 
 def layer_weights(arch: Architecture) -> int:

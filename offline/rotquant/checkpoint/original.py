@@ -23,8 +23,8 @@ from rotquant.checkpoint.layers import stored_shapes
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, Names, expected_shapes, read_architecture, read_config
-from rotquant.models.text_half import has_text_half
+from rotquant.models import Architecture, Names, describe, expected_shapes, read_architecture, read_config
+from rotquant.models.text_half import PREFIXES, has_text_half
 from rotquant.text import check_tokenizer
 
 
@@ -74,7 +74,7 @@ def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTraine
     Source(folder)  # names the file that is damaged, which transformers does not
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    half = {"config": read_config(folder)} if has_text_half(read_object(folder / "config.json")) else {}
+    half, left = _half(folder) if has_text_half(read_object(folder / "config.json")) else ({}, ())
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, **half, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
@@ -88,7 +88,14 @@ def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTraine
     model, info = loaded
     if missing := sorted(map(str, info["missing_keys"])):
         raise RotQuantError(f"{folder}: transformers finds no tensor {missing[0]}, and would draw it at random")
-    return model.eval(), set(map(str, info["unexpected_keys"]))
+    return model.eval(), {name for name in map(str, info["unexpected_keys"]) if not (left and name.startswith(left))}
+
+
+def _half(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How transformers loads the text half of a model alone, and how the tensors begin that it is to leave out."""
+    config = read_config(folder)
+    renamed = {f"^{re.escape(prefix)}": own for prefix, own in PREFIXES.items()}
+    return {"config": config, "key_mapping": renamed}, describe(config).left
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Four norms a layer, their gains 1 + w: one in front of attention and of the MLP 
 writes. So the residual stream does not rotate, and R1 becomes an online Hadamard (`rotquant.fitting`). Embeddings are
 multiplied by the square root of their size, a number of the model's dtype. Layers with a window have another rotary
 base than those that see everything. The MLP's activation is the tanh form of GELU: nothing here depends on which it is,
-but the plugin has no op that begins with it.
+but the plugin has no op that begins with it. Of a model with a vision tower (`text_half`) that is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from rotquant.models.architecture import Architecture, Family, GatedMLP, Layer
 from rotquant.models.config_rules import Known, number, one_of, whole
 from rotquant.models.llama import attention, model, windowed
 from rotquant.models.windows import FULL, SLIDING
+
+LEFT = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
@@ -50,6 +52,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         windowed(config, [of_kind[kind] for kind in config.layer_types], by_layer=True),
         embedding_scale=config.hidden_size**0.5,
         scale_rounded=True,
+        left=LEFT,
         served={"layer_types": config.layer_types},  # they choose the rotary base, whatever the windows
     )
 

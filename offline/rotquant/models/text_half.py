@@ -1,7 +1,7 @@
 """Models of text and images, of which the text half is quantized: their files read as if they held nothing else.
 
 Such a config.json holds that of the text model in `text_config`, and the files call its tensors `model.language_model.`
-where the text model's own say `model.`. What is made of it is a model of text.
+where the text model's own say `model.`, older ones `language_model.model.`. What is made of it is a model of text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 
 Fields = dict[str, Any]
 
-HALVES = {"Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM"}  # class of the whole -> of its text half
-PREFIX, OWN = "model.language_model.", "model."
+HALVES = {  # class of the whole -> of its text half
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+}
+PREFIXES = {"model.language_model.": "model.", "language_model.": ""}  # of the files -> the text model's own
 OF_BOTH = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 
 
@@ -32,4 +35,5 @@ def text_half(raw: Fields) -> Fields:
 
 def own_name(name: str) -> str:
     """What the text half's own files would call a tensor."""
-    return OWN + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
+    found = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    return name if found is None else PREFIXES[found] + name.removeprefix(found)

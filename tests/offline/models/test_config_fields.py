@@ -15,6 +15,7 @@ from rotquant.models.registry import KNOWN_BY_CLASS
 LLAMA, QWEN2, QWEN3 = CONFIGS["Meta-Llama-3-8B"], CONFIGS["Qwen2-7B"], CONFIGS["Qwen3-8B"]
 PHI3 = CONFIGS["Phi-3-mini-4k-instruct"]
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+SECTIONS = QWEN35["rope_parameters"]
 
 
 def read(folder, config):
@@ -86,7 +87,6 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation is 'silu', supported is 'gelu_pytorch_tanh'"),
         (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: soft caps are not supported"),
         (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: attention in both dir"),
-        (GEMMA3, {"sliding_window": None}, "sliding_window is None, and transformers makes a mask of it"),
         (GEMMA3, {"torch_dtype": "float16"}, "torch_dtype is 'float16', expected is 'float32' or 'bfloat16'"),
         (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic"}}}, "sliding_attention.rope_type"),
         (GEMMA3, {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters.chunked_attention is no kind of la"),
@@ -132,15 +132,16 @@ def test_what_would_be_served_differently_is_refused(config, change, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("config", "message"),
     [
-        ({"rope_parameters": QWEN35["rope_parameters"] | {"mrope_section": [11, 11, 9]}}, "does not sum to 32"),
-        ({"linear_num_key_heads": 10}, "linear_num_value_heads 48 is no multiple of linear_num_key_heads"),
+        (QWEN35 | {"rope_parameters": SECTIONS | {"mrope_section": [11, 11, 9]}}, "does not sum to 32"),
+        (QWEN35 | {"linear_num_key_heads": 10}, "linear_num_value_heads 48 is no multiple of linear_num_key_heads"),
+        (GEMMA3 | {"sliding_window": None}, "sliding_window is None, and transformers makes a mask of it"),
     ],
 )  # fmt: skip
-def test_sizes_of_a_hybrid_that_do_not_fit_are_refused(tmp_path, change, message):
+def test_sizes_that_do_not_fit_are_refused(tmp_path, config, message):
     with pytest.raises(RotQuantError, match=message):
-        read(tmp_path, QWEN35 | change)
+        read(tmp_path, config)
 
 
 def test_duplicate_fields_and_numbers_that_are_none(tmp_path):

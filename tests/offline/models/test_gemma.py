@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rotquant
@@ -33,7 +35,7 @@ FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of bfloat16, in which the factor of the embeddings is 11.3125 and not 11.3137."""
-    return source_model(tmp_path_factory.mktemp("gemma") / "source", "gemma3", dtype=torch.bfloat16)
+    return source_model(tmp_path_factory.mktemp("gemma") / "source", "gemma3", dtype=torch.bfloat16, shard_size="1GB")
 
 
 def test_a_recipe_online_changes_nothing_and_a_rotated_stream_would(source: Path) -> None:
@@ -79,6 +81,30 @@ def test_every_way_of_learning_computes_the_same_function(source: Path, tmp_path
     assert (got - expected).norm() < 0.1 * expected.norm()
     config = json.loads((out / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_half_of_a_model_with_a_vision_tower(source: Path, tmp_path: Path, older: bool) -> None:
+    """The same checkpoint comes out, however the files name its tensors."""
+    whole = shutil.copytree(source, tmp_path / "whole")
+    held = load_file(source / "model.safetensors")
+    other = {"vision_tower.post_layernorm.weight": torch.ones(4), "multi_modal_projector.x": torch.ones(4)}
+    first, model = ("language_model.model.", "") if older else ("model.language_model.", "model.")
+    tensors = {first + n.removeprefix("model."): t for n, t in held.items()} | {model + n: t for n, t in other.items()}
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((source / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",
+        "text_config": {name: value for name, value in text.items() if name != "architectures"}, "vision_config": {},
+    }))  # fmt: skip
+    alone, half = (
+        quantize(str(folder), tmp_path / f"{folder.name}-out", recipe="quarot", settings=["weights.method=rtn"])
+        for folder in (source, whole)
+    )
+    one, two = Source(alone), Source(half)
+    assert one.files.keys() == two.files.keys()
+    assert [name for name in one.files if not torch.equal(one.get(name), two.get(name))] == []
+    assert json.loads((half / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
 
 
 def test_a_window_that_holds_every_context_leaves_the_rotary_base(tmp_path: Path) -> None:
