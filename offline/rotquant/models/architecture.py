@@ -70,6 +70,7 @@ class Attention:
     key_norm: str | None = None
     position_scale: PositionScale | None = None
     gated: bool = False
+    window: int | None = None  # positions that a query sees at most, its own and those before it
 
     @property
     def qk_factors(self) -> int:
