@@ -26,12 +26,11 @@ from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Job, forward_mixture
+from rotquant.learn.stream import Job, forward
 from rotquant.models import Architecture
-from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
 from rotquant.models.expert_tensors import each
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.weights.experts import ExpertsQuantizer
 
 SHARE = 10  # one layer in so many is quantized, and at least LEAST
@@ -127,11 +126,7 @@ class Judge:
         """The chain float32 [n, T, hidden] after a layer in full precision."""
         read = read_layer(self.model.source, self.arch, index)
         tensors = each(read, lambda tensor: tensor.float().to(self.device))
-        decoder = self.decoders[index].on(self.device)
-        if isinstance(decoder.kind.mlp, Experts):
-            return forward_mixture(self.model.devices, decoder, decoder.kind.mlp, tensors, chain)
-        linear = decoder.float_linear(tensors)
-        return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
+        return forward(self.model.devices, self.decoders[index].on(self.device), tensors, chain)
 
     def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
@@ -196,7 +191,7 @@ class Judge:
         names, source, device = self.arch.names, self.model.source, self.device
         normed = rms_norm(h.to(device), source.get(names.norm).float().to(device), self.arch.eps)
         head = source.get(names.embedding if self.arch.tied else names.head)
-        for rows in head.split(8192):
+        for rows in head.split(VOCABULARY_ROWS):
             yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
-from rotquant.models.decoder import Decoder, bias_of
+from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
@@ -89,7 +90,7 @@ class TunedLayer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden], float32."""
-        tensors = self.fixed | {f"{name.replace('-', '.')}.weight": gain for name, gain in self.gains.items()}
+        tensors = self.fixed | {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
         seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
 
         def linear(name: str, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class TunedLayer(nn.Module):
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
-        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
+        return self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         """x Wᵀ, float32, the scales as stored."""
@@ -122,31 +123,28 @@ class TunedLayer(nn.Module):
         rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
         return rounded.to(self.compute)
 
-    def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cache(self) -> Cache:
         kv = self.kv
         assert kv is not None
-        if kv.rotate:
-            query, k = hadamard_rows(query, kv.rotate), hadamard_rows(k, kv.rotate)
-        k = Rounded.apply(k, *self._clipped("key", kv.key))
-        return query, k, Rounded.apply(v, *self._clipped("value", kv.value))
+        return kv4_cache(
+            kv,
+            lambda k: Rounded.apply(k, *self._clipped("key", kv.key)),
+            lambda v: Rounded.apply(v, *self._clipped("value", kv.value)),
+            hadamard_rows,
+        )
 
     @torch.no_grad()
     def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
         """`tensors` with what was learned, as the checkpoint stores it, and the clip ratios."""
         out = dict(tensors)
         for name, log_scale in self.scales.items():
-            out[f"{name.replace('-', '.')}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
+            out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
         for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
-            out |= {name.replace("-", ".") + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
+            out |= {dotted(name) + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
 
 CONSTANT = (".bias", ".shift")
-
-
-def key(name: str) -> str:
-    """A tensor's name as a ParameterDict takes it."""
-    return name.replace(".", "-")
 
 
 def transformed(x: Tensor, stages: list[Stage]) -> Tensor:
