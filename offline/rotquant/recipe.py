@@ -62,7 +62,7 @@ class Scales(Part):
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 
-OnlineWord = Literal["kronecker", "greedy", "shift"]
+OnlineWord = Literal["kronecker", "blocks", "greedy", "shift"]
 
 
 class OnlineStages(Part):
@@ -72,7 +72,7 @@ class OnlineStages(Part):
     o: list[OnlineWord | Literal["heads"]] = []
     mlp: list[OnlineWord] = []
     down: list[OnlineWord] = []
-    block: int = Field(default=128, ge=2, description="largest block of greedy, a power of two")
+    block: int = Field(default=128, ge=2, description="largest block of greedy and blocks, a power of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 
     def of(self, site: str) -> list[str]:

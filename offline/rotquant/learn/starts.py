@@ -2,6 +2,7 @@
 
     kronecker  two random Hadamard rotations, as near to each other in size as the width's divisors allow
     heads      the same for the heads of o's input alone: channels within a head stay as they are
+    blocks     random Hadamard rotations of neighbouring channels, at most `block` of them: needs no look at a model
     greedy     RUQuant's or DuQuant's chain (`greedy`)
     shift      the mean of the tokens that are not massive
 
@@ -62,6 +63,10 @@ def heads_start(seen: Seen) -> list[Stage]:
     return [kronecker.stage(seen.rotation(seen.width // seen.head_dim), torch.eye(seen.head_dim))]
 
 
+def blocks_start(seen: Seen) -> list[Stage]:
+    return [kronecker.stage(torch.eye(seen.width // seen.block), seen.rotation(seen.block))]
+
+
 def greedy_start(seen: Seen) -> list[Stage]:
     method, width = seen.options.greedy, seen.width
     made = greedy_stages(seen.x, seen.block, seen.random, method, seen.rows, seen.tp_max)
@@ -77,6 +82,7 @@ def shift_start(seen: Seen) -> list[Stage]:
 STARTS: dict[str, Callable[[Seen], list[Stage]]] = {
     "kronecker": kronecker_start,
     "heads": heads_start,
+    "blocks": blocks_start,
     "greedy": greedy_start,
     "shift": shift_start,
 }

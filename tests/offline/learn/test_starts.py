@@ -12,6 +12,7 @@ from rotquant.recipe import OnlineStages, OnlineWord
 from rotquant.weights.layerwise import stored_stage
 from rotquant_kernels import KINDS
 from rotquant_kernels.formats import RowFormat
+from rotquant_kernels.reference import stage_rows
 
 WIDTH = 48
 
@@ -32,5 +33,10 @@ def test_a_start_can_be_stored(word: str, tp_max: int) -> None:
         assert tensor.dtype == kind.dtype
         assert tensor.shape == kind.shape(stage.block, WIDTH)
         assert kind.fault(tensor, stage.block, WIDTH) == ""
+    if word == "blocks":
+        mixed = stage_rows(torch.eye(WIDTH), *stages[0])
+        apart = torch.block_diag(*torch.ones(6, 8, 8)) == 0
+        assert bool((mixed[apart] == 0).all())
+        assert torch.allclose(mixed[~apart].abs(), torch.tensor(8**-0.5))
     if word in ("dense", "greedy", "shift"):  # what a rank of tp_max can run
         assert all(WIDTH // tp_max % KINDS[stage.kind].span(stage.block, WIDTH) == 0 for stage in stages)
