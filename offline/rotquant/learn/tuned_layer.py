@@ -3,7 +3,7 @@
     scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
-    branch   D and U of the low-rank branch
+    branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others
 
 Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
 
@@ -58,6 +58,7 @@ class TunedLayer(nn.Module):
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
         self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
+        self.units: Tensors = {}
         self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
@@ -66,7 +67,9 @@ class TunedLayer(nn.Module):
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
                 if f"{name}.{part}" in tensors:
-                    self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
+                    factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
+                    self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
+                    self.branch[named] = nn.Parameter(factor / self.units[named])
         norms = (*kind.norms.values(), kind.attention.query_norm, kind.attention.key_norm)
         for norm in filter(None, norms):
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
@@ -117,7 +120,10 @@ class TunedLayer(nn.Module):
         return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
 
     def _low(self, name: str) -> Tensor:
-        return self.branch[name].to(self.compute)
+        return self._factor(name).to(self.compute)
+
+    def _factor(self, name: str) -> Tensor:
+        return self.branch[name] * self.units[name]
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
         rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
@@ -139,8 +145,8 @@ class TunedLayer(nn.Module):
         out = dict(tensors)
         for name, log_scale in self.scales.items():
             out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
-        for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
-            out |= {dotted(name) + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
+        out |= {f"{dotted(name)}.weight": gain.to(self.dtype).cpu() for name, gain in self.gains.items()}
+        out |= {dotted(name): self._factor(name).to(self.dtype).cpu() for name in self.branch}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
 
