@@ -21,7 +21,9 @@ class Windows:
                 the server accepts.
         """
         self.longest = longest
-        self.own = {name: kind.window for name, kind in arch.attentions.items()} if arch else {}
+        prefixes = [arch.layer_prefix(index) for index in range(arch.layers)] if arch else []
+        kinds = [kind.attention for kind in arch.kinds] if arch else []
+        self.own = {prefix + kind.module: kind.window for prefix, kind in zip(prefixes, kinds, strict=True)}
 
     def of(self, name: str, given: int | None, *, ours: bool) -> int | None:
         """Positions that a query of this layer sees at most, None for all.

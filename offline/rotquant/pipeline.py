@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import Source
 from rotquant.choose.choice import Choice
 from rotquant.choose.search import Search, learned
+from rotquant.choose.tuning import aside, judged, too_large
 from rotquant.common.faults import is_disk_full
 from rotquant.common.progress import Progress, say
 from rotquant.errors import RotQuantError
@@ -40,7 +42,7 @@ from rotquant.models import Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipes.schemes import scheme_settings
 from rotquant.resources import check_disk, check_memory
-from rotquant.run import Run, Settings, begin, fingerprint, finished, learner, prepare, provenance, with_choice
+from rotquant.run import Run, Settings, begin, fingerprint, finished, learner, prepare, provenance, tuner, with_choice
 from rotquant.transforms.fold import by_rows
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
@@ -103,13 +105,13 @@ def quantize(
     journal = Journal(output, fingerprint(run, digest), resume)
     try:
         with clear_disk_errors(journal.folder):
-            run = choose(run, journal)
+            run = choose(run, journal, max_memory)
             run = replace(run, transforms=learn_transforms(run, journal))
             pass_gate(run, journal)
             run = replace(run, transforms=widen_sites(run, journal))
             write_embedding(run, journal)
             write_layers(run, journal)
-            run = replace(run, transforms=tune_layers(run, journal))
+            run = tune_layers(run, journal)
             write_head(run, journal)
             write_companions(run, journal, digest)
             journal.publish()
@@ -119,13 +121,16 @@ def quantize(
     return output
 
 
-def choose(run: Run, journal: Journal) -> Run:
+def choose(run: Run, journal: Journal, max_memory: float | None) -> Run:
     """The run with those of its recipe's candidates that its model takes; the gate comes before this work, too."""
-    if not run.recipe.chooses or run.calibrated is None or run.calibrated.aside is None:
+    options = run.recipe.choose
+    if not options or not run.recipe.chooses or run.calibrated is None or run.calibrated.aside is None:
         return run
     if not journal.done("choice"):
         pass_gate(run, journal, "gate of the base")
         found = Search(run.recipe, partial(begin, run), run.calibrated.aside, journal)()
+        if options.tuning:
+            found = replace(found, tuned=too_large(run, options.tuning, max_memory))
         journal.finish("choice", **found.as_dict())
     return with_choice(run, Choice.from_dict(journal.facts("choice")))
 
@@ -227,28 +232,33 @@ def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Te
     journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
 
 
-def tune_layers(run: Run, journal: Journal) -> Transforms:
+def tune_layers(run: Run, journal: Journal) -> Run:
     """Tunes the quantized layers together, if the recipe says so, and writes them.
 
     Returns:
-        the transforms with the tuned clips, and with the tuned gains as S_n: what an adapter reads is divided by them.
+        the run, with the tuned clips, and with the tuned gains as S_n: what an adapter reads is divided by them. All is
+        as it was, and written so, where tuning was on trial and lost.
     """
     if not run.recipe.tune:
-        return run.transforms
-    job, layers, tuned = learner(run), range(run.arch.layers), journal.kept("tune")
+        return run
+    layers, tuned = range(run.arch.layers), journal.kept("tune")
     if tuned is None:
         quantized = [journal.kept(f"layer {index}") or {} for index in layers]
-        tuned = tune(job, quantized, Slot(journal, "tune"))
+        tuned = tune(tuner(run), quantized, Slot(journal, "tune"), aside(run))
         journal.keep("tune", tuned, [Slot.name("tune")])
+    run = judged(run, tuned)
+    transforms = deepcopy(run.transforms)
     for index in layers:
-        tensors, clips = layer_of(tuned, index)
-        kind = run.arch.kinds[index]
-        s_attn, s_mlp = (tensors[f"{block.norm}.weight"].double() for block in (kind.attention, kind.mlp))
-        layer = replace(job.transforms.layers[index], clips=clips, s_attn=s_attn, s_mlp=s_mlp)
-        job.transforms.layers[index] = layer
+        tensors = journal.kept(f"layer {index}") or {}
+        if run.recipe.tune:
+            tensors, clips = layer_of(tuned, index)
+            kind = run.arch.kinds[index]
+            s_attn, s_mlp = (tensors[f"{block.norm}.weight"].double() for block in (kind.attention, kind.mlp))
+            layer = replace(transforms.layers[index], clips=clips, s_attn=s_attn, s_mlp=s_mlp)
+            transforms.layers[index] = layer
         if not journal.done(f"tuned layer {index}"):
             write_layer(run, journal, f"tuned layer {index}", index, tensors)
-    return job.transforms
+    return replace(run, transforms=transforms)
 
 
 def write_head(run: Run, journal: Journal) -> None:

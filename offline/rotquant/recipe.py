@@ -10,6 +10,7 @@ tune         after all else: weight scales, norm gains and clips of the whole qu
 activations  bits, symmetric or asymmetric, clip ratio; per token, dynamic; a budget of sites that get 8 bits
 kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip ratios; per token and head
 lm_head      16 (as it is) or 8 bits
+base         a shipped recipe, from which this one differs by what it says; resolved as the file is read
 choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
 """
 
@@ -218,8 +219,8 @@ class Recipe(Part):
 
     @property
     def chooses(self) -> bool:
-        """True where candidates are tried on the model."""
-        return self.choose is not None and bool(self.choose.tried)
+        """True where candidates, or tuning, are tried on the model."""
+        return self.choose is not None and bool(self.choose.tried or self.choose.tuning)
 
     @property
     def possible(self) -> list[Recipe]:

@@ -32,7 +32,8 @@ LOGITS = 5  # arrays of tokens x vocabulary: student, teacher, softmax, gradient
 def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype, output: Path) -> None:
     """Refuses a checkpoint that the disk cannot hold."""
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
-    copies = 3 if recipe.tune else 1  # of the layers: as GPTQ made them, tuned, and written
+    tunes = recipe.tune or (recipe.choose and recipe.choose.tuning)
+    copies = 3 if tunes else 1  # of the layers: as GPTQ made them, tuned, and written
     need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer_weights(arch) * recipe.weights.bits // 8
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
     home = next(p for p in output.absolute().parents if p.exists())
@@ -63,6 +64,11 @@ def check_memory(recipe: Recipe, arch: Architecture, windows: Windows, dtype: to
     need = PROCESS + most
     if need > allowed * 1e9:
         raise RotQuantError(f"--max-memory {allowed}: {name} needs about {need / 1e9:.1f} GB; {remedy}")
+
+
+def memory_of_tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
+    """Bytes that a run needs while it tunes."""
+    return PROCESS + tuning(recipe, arch, windows, dtype)
 
 
 def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dtype) -> int:
@@ -108,7 +114,7 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
     each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
     kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
-    wanted = windows[0] * windows[1] * arch.hidden_size * (4 + dtype.itemsize)
+    wanted = recipe.tune.steps * tokens * arch.hidden_size * (4 + dtype.itemsize)  # at most
     return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
 
 

@@ -23,7 +23,7 @@ from rotquant.common.devices import Devices
 from rotquant.common.progress import say
 from rotquant.errors import RotQuantError
 from rotquant.fitting import fitted
-from rotquant.learn.initial import initial_transforms
+from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.stream import Job
 from rotquant.models import Architecture
 from rotquant.models.registry import KNOWN_BY_CLASS
@@ -99,7 +99,9 @@ def prepare(model: str, asked: Settings) -> Run:
         length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
         count = asked.samples or recipe.calibration.samples
         aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
-        calibrated = calibration_tokens(asked.calibration, read_tokenizer(folder), count, length, asked.seed, aside)
+        more = max(0, tuned_windows(recipe) - count)
+        tokenizer = read_tokenizer(folder)
+        calibrated = calibration_tokens(asked.calibration, tokenizer, count, length, asked.seed, aside, more)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
         if aside and calibrated.aside is None:
@@ -108,6 +110,12 @@ def prepare(model: str, asked: Settings) -> Run:
     return Run(
         folder, source, arch, recipe, asked.profile, transforms, calibrated, dtype, devices, asked.seed, asked.tp_max
     )
+
+
+def tuned_windows(recipe: Recipe) -> int:
+    """How many windows tuning takes, if the recipe tunes or may: one as good as new each time, where there are many."""
+    tuning = recipe.tune or (recipe.choose and recipe.choose.tuning)
+    return tuning.steps * tuning.batch if tuning else 0
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -126,7 +134,7 @@ def check_shapes(recipe: Recipe, arch: Architecture) -> None:
 def check_windows(recipe: Recipe, arch: Architecture) -> None:
     """Refuses windows of single layers that nobody would give them where the KV cache is vLLM's own."""
     (name,) = arch.config.architectures or [""]
-    found = {own.window for own in arch.attentions.values()}
+    found = {kind.attention.window for kind in arch.kinds}
     if recipe.kv.bits != 4 and len(found) > 1 and KNOWN_BY_CLASS[name].windows_of_plugin:
         raise RotQuantError(
             f"config.json: layer_types: vLLM's {name} gives no window to single layers. The plugin does, with a 4-bit"
@@ -206,6 +214,15 @@ def begin(run: Run, recipe: Recipe) -> Job:
 def with_choice(run: Run, choice: Choice) -> Run:
     job = begin(run, choice.apply(run.recipe))
     return replace(run, recipe=job.recipe, transforms=job.transforms, choice=choice)
+
+
+def tuner(run: Run) -> Job:
+    """The run's work of tuning: as many windows as it takes, those of the calibration and others of its text."""
+    job, calibrated = learner(run), run.calibrated
+    assert calibrated is not None
+    every = job.tokens if calibrated.more is None else torch.cat((job.tokens, calibrated.more))
+    drawn = torch.randperm(len(every), generator=generator(run.seed, "tuned windows"))[: tuned_windows(run.recipe)]
+    return replace(job, tokens=every[drawn])
 
 
 def learner(run: Run) -> Job:

@@ -21,12 +21,14 @@ from rotquant.errors import RotQuantError
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Token windows int64 [samples, seq_len] and where they come from; windows of the same text that nothing learns."""
+    """Token windows int64 [samples, seq_len] and where they come from, and others of the same text [n, seq_len], each
+    window once: `aside`, from which nothing learns, and `more`, for what learns from many."""
 
     tokens: Tensor
     name: str
     sha256: str
-    aside: Tensor | None = None  # [n, seq_len], none of `tokens`
+    aside: Tensor | None = None
+    more: Tensor | None = None
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -186,12 +188,14 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def calibration_tokens(
-    calibration: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, aside: int = 0
-) -> Calibrated:
+    calibration: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, aside: int = 0,
+    more: int = 0,
+) -> Calibrated:  # fmt: skip
     """A random choice of windows, the same for the same text, tokenizer and seed.
 
     aside: windows wanted beside the samples. A short text gives fewer, at most a quarter of its windows where the
         samples would take them all, but one if it has two. A longer one leaves the samples as they are.
+    more: windows wanted beside both, as far as the text has them.
     """
     name, text = read_text(calibration)
     every = windows(text, tokenizer, seq_len, name)
@@ -199,5 +203,7 @@ def calibration_tokens(
     spare = max(len(every) - samples, len(every) // 4, 1) if len(every) > 1 else 0
     kept = order[: min(samples, len(every) - min(aside, spare))]
     others = order[len(kept) :][: min(aside, spare)]
+    rest = order[len(kept) + len(others) :][:more]
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Calibrated(every[kept.sort().values], name, sha256, every[others.sort().values] if len(others) else None)
+    beside = (every[some.sort().values] if len(some) else None for some in (others, rest))
+    return Calibrated(every[kept.sort().values], name, sha256, *beside)

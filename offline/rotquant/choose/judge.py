@@ -26,12 +26,11 @@ from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Job, forward_mixture
+from rotquant.learn.stream import Job, forward
 from rotquant.models import Architecture
-from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
 from rotquant.models.expert_tensors import each
-from rotquant.transforms.fold import Fold
+from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.weights.experts import ExpertsQuantizer
 
 SHARE = 10  # one layer in so many is quantized, and at least LEAST
@@ -44,6 +43,7 @@ TOKENS = 4  # for each input of the widest linear
 LOGIT_ROWS = 512
 RUN = 32  # neighbouring tokens whose KL is not independent; shorter where there are fewer than RUNS of them
 RUNS = 8
+NOTHING = 0.01  # of the mean KL: differences below are rounding
 
 
 def judged_windows(seq_len: int, effort: int) -> int:
@@ -128,11 +128,7 @@ class Judge:
         """The chain float32 [n, T, hidden] after a layer in full precision."""
         read = read_layer(self.model.source, self.arch, index)
         tensors = each(read, lambda tensor: tensor.float().to(self.device))
-        decoder = self.decoders[index].on(self.device)
-        if isinstance(decoder.kind.mlp, Experts):
-            return forward_mixture(self.model.devices, decoder, decoder.kind.mlp, tensors, chain)
-        linear = decoder.float_linear(tensors)
-        return torch.stack([decoder.layer(tensors, h.to(self.device), linear).cpu() for h in chain])
+        return forward(self.model.devices, self.decoders[index].on(self.device), tensors, chain)
 
     def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
@@ -197,7 +193,7 @@ class Judge:
         names, source, device = self.arch.names, self.model.source, self.device
         normed = rms_norm(h.to(device), read_gain(source, self.arch).float().to(device), self.arch.eps)
         head = source.get(names.embedding if self.arch.tied else names.head)
-        for rows in head.split(8192):
+        for rows in head.split(VOCABULARY_ROWS):
             yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
 
 
@@ -205,6 +201,16 @@ def basis(job: Job, size: int) -> Tensor | None:
     """R1 as a matrix, float32 [hidden, hidden]."""
     r1 = job.transforms.r1
     return None if r1 is None else r1.rows(torch.eye(size, dtype=torch.float64)).float()
+
+
+def relative(kl: Tensor, before: Tensor) -> Tensor:
+    """How much lower or higher the KL of each token is, from -2 to 2, of two KLs [n]: 2 (a - b) / (a + b).
+
+    A hundredth of the tokens holds a quarter of the KL. The mean of their differences is mostly chance; this counts
+    every token alike, but for those whose KL is nothing beside the mean.
+    """
+    a, b = (x.double().clamp(min=0) for x in (kl, before))
+    return 2 * (a - b) / (a + b + NOTHING * (a.mean() + b.mean())).clamp(min=1e-30)
 
 
 def error_of(difference: Tensor) -> float:

@@ -7,10 +7,12 @@
         smoothing before R4: {scales.up: smooth}
       thorough:
         no clip: {activations.clip: 1.0}
+      tune: {steps: 32}
 
 The recipe's other sections are the base. A candidate is a name and the keys that it changes; they are tried in their
-order, each on top of the base and the candidates taken before it, so what rests on another comes after it. A key that
-somebody sets by hand is no longer open: candidates that would change it are left out.
+order, each on top of the base and the candidates taken before it, so what rests on another comes after it. Tuning is
+tried last, on the whole quantized model. A key that somebody sets by hand is no longer open: candidates that would
+change it are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rotquant.learn.options import Tuning
+
 Changes = dict[str, Any]  # values by dotted keys of a recipe
+TUNE = "tune"  # a recipe's key
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -30,11 +35,13 @@ class Choose(BaseModel):
     effort: int = Field(
         default=1,
         ge=0,
-        description="0: the base as it is; 1: about the base's own time; more: that many times the layers and tokens,"
-        " and the thorough candidates",
+        description="0: the base as it is; more: that many times the layers, tokens and steps of tuning, and from 2 on"
+        " the thorough candidates",
     )
     candidates: dict[str, Changes]
     thorough: dict[str, Changes] = {}
+    tune: Tuning | None = None
+    memory: float = Field(default=16, gt=0, description="GB: tuning that needs more is not tried")
 
     @model_validator(mode="before")
     @classmethod
@@ -50,6 +57,13 @@ class Choose(BaseModel):
             return {}
         return self.candidates | (self.thorough if self.effort > 1 else {})
 
+    @property
+    def tuning(self) -> Tuning | None:
+        """What this effort tunes by."""
+        if not self.effort or not self.tune:
+            return None
+        return self.tune.model_copy(update={"steps": self.tune.steps * self.effort})
+
     def without(self, keys: Iterable[str]) -> Choose:
         """What is still open where these keys are set by hand."""
         fixed = list(keys)
@@ -57,7 +71,9 @@ class Choose(BaseModel):
         def opened(found: dict[str, Changes]) -> dict[str, Changes]:
             return {n: c for n, c in found.items() if not any(overlap(a, b) for a in c for b in fixed)}
 
-        return self.model_copy(update={"candidates": opened(self.candidates), "thorough": opened(self.thorough)})
+        tune = None if any(overlap(TUNE, key) for key in fixed) else self.tune
+        found = {"candidates": opened(self.candidates), "thorough": opened(self.thorough), "tune": tune}
+        return self.model_copy(update=found)
 
 
 def overlap(first: str, second: str) -> bool:

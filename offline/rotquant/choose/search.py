@@ -1,9 +1,10 @@
 """Which candidates a model is quantized with: greedy, one after the other, by the KL that each trial measures.
 
 The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
-the KL: a wrong pick within the error of the measurement costs little, a part left out costs what it is worth. Then all
-that was taken has to win against the base once more, judged on other windows, by more than MARGIN standard errors of
-the difference: he who tries much finds something. Where it does not, or nothing was taken, the base stands as it is.
+the KL, both its mean and on the typical token (`judge.relative`): a wrong pick within the error of the measurement
+costs little, a part left out costs what it is worth. Then all that was taken has to win against the base once more,
+judged on other windows, by more than MARGIN standard errors of the relative difference: he who tries much finds
+something. The mean alone cannot tell: few tokens hold most of it. Where it does not win, the base stands as it is.
 
 What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
 later trials and the run itself. So is each trial's result: a killed run repeats none.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
 from rotquant.choose.choice import AGAIN, BASE, Choice, Trial
-from rotquant.choose.judge import WINDOW, Judge, Model, calibration, error_of
+from rotquant.choose.judge import WINDOW, Judge, Model, calibration, error_of, relative
 from rotquant.choose.options import Changes
 from rotquant.common.progress import Progress, clock, say
 from rotquant.errors import RotQuantError
@@ -31,7 +32,8 @@ from rotquant.learn.stream import Job
 from rotquant.recipe import Recipe
 
 MARGIN = 2
-UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head"}  # by a trial
+UNSEEN = {"choose", "name", "description", "paper", "deviations", "calibration", "lm_head", "tune"}  # by a trial
+NONE = (None,) * 4  # of what a trial measures
 R1_KEYS = ("r1", "walsh_block")
 
 
@@ -62,7 +64,7 @@ class Search:
     def __call__(self) -> Choice:
         """Tries everything, in its order."""
         kl = self._kl(BASE, self.begin(self.base))
-        trials = [Trial(BASE, {}, kl.mean().item(), None, None, True)]
+        trials = [Trial(BASE, {}, kl.mean().item(), None, None, None, True)]
         self._report(trials[0])
         recipe, model = self.base, self.judge.model
         for name, changes in self.candidates.items():
@@ -89,10 +91,10 @@ class Search:
         try:
             job = self.begin(recipe.with_changes(changes))
             if job.recipe == recipe:
-                return left(None, None, None, note="changes nothing here"), recipe, before
+                return left(*NONE, note="changes nothing here"), recipe, before
             kl = self._kl(name, job)
         except RotQuantError as error:
-            return left(None, None, None, note=f"cannot be: {error}"), recipe, before
+            return left(*NONE, note=f"cannot be: {error}"), recipe, before
         trial = compared(name, changes, kl, before)
         return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
 
@@ -115,7 +117,7 @@ class Search:
         if trial.kl is not None:
             line += f": KL {trial.kl:.4f}"
         if trial.difference is not None:
-            line += f", {trial.difference:+.4f} ± {trial.error:.4f}"
+            line += f", {trial.change}"
         if trial.name != BASE:
             line += f": {trial.verdict}"
         say(f"{line} · {clock(spent)} · eta {clock(spent / self.number * left)}")
@@ -123,9 +125,10 @@ class Search:
 
 def compared(name: str, changes: Changes, kl: Tensor, before: Tensor, margin: float = 0) -> Trial:
     """A trial from the KL [judged tokens] of each side; it has to win by more than `margin` errors."""
-    difference, error = (kl - before).mean().item(), error_of(kl - before)
-    taken = difference < -margin * error  # never where anything is not a number
-    return Trial(name, changes, kl.mean().item(), difference, error, taken)
+    difference, each = (kl - before).mean().item(), relative(kl, before)
+    typical, error = each.mean().item(), error_of(each)
+    taken = difference < 0 and typical < -margin * error  # never where anything is not a number
+    return Trial(name, changes, kl.mean().item(), difference, typical, error, taken)
 
 
 def learned(journal: Journal, recipe: Recipe) -> Scope:

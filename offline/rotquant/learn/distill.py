@@ -28,6 +28,16 @@ def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def token_kl(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    """The loss of each token, float32 [n]."""
+    found = []
+    for x, t in zip(student.split(ROWS), teacher.split(ROWS), strict=True):
+        log_q, log_p = ((rows.to(head.dtype) @ head.mT).float().log_softmax(-1) for rows in (x, t))
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(found)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:

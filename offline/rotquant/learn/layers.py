@@ -58,7 +58,7 @@ class LayerLearner:
         """
         job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
         seen = Capture(decoder.kind, ROWS, len(self.chain), self.chain.shape[1], generator(job.seed, f"layer.{index}"))
-        after = forward(job, decoder, tensors, self.chain, seen)
+        after = forward(job.devices, decoder, tensors, self.chain, seen)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
             layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)

@@ -92,7 +92,7 @@ class Tuning(Part):
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=2, ge=1, description="windows a step")
     scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
-    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch")
+    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch, relative")
     clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
 
     def without_clips(self) -> Tuning | None:

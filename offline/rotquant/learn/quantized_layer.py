@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rotquant.learn.names import dotted, key
 from rotquant.learn.quantizers import fake_quantize, fake_quantize_weight
 from rotquant.models import Layer, Tensors
-from rotquant.models.decoder import Decoder, bias_of
+from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_layer
 from rotquant.transforms.space import LayerTransforms
@@ -98,7 +99,7 @@ class LayerParameters(nn.Module):
         """What was learned, for folding: on the CPU."""
         made = LayerTransforms.from_tensors({k: t.cpu().clone() for k, t in self.transforms().tensors().items()})
         made.clips = self.start.clips | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
-        made.weight_clips = {name.replace("-", "."): clip.sigmoid().cpu() for name, clip in self.weight_clips.items()}
+        made.weight_clips = {dotted(name): clip.sigmoid().cpu() for name, clip in self.weight_clips.items()}
         return made
 
     def groups(self, lr: float, clip_lr: float, rotation_lr: float) -> tuple[list[Group], list[Group]]:
@@ -143,7 +144,7 @@ class QuantizedLayer:
         if "weight_clip" in self.parameters.learns:
             for name, ratio in self.ratios.items():
                 logit = ratio.clamp(max=0.98).logit()
-                self.parameters.weight_clips[name.replace(".", "-")] = nn.Parameter(logit)
+                self.parameters.weight_clips[key(name)] = nn.Parameter(logit)
 
     def __call__(self, base: Tensors, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden]; base: the layer's tensors, R1 folded."""
@@ -167,20 +168,20 @@ class QuantizedLayer:
                 seen = x, site, fake_quantize(y, rows, self.parameters.clip(site, rows.clip))
             return nn.functional.linear(seen[2], tensors[f"{name}.weight"], bias_of(tensors, name))
 
-        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
+        return self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
 
     def _weight(self, name: str, weight: Tensor) -> Tensor:
         if self.weights is None:
             return weight
         learned = self.parameters.weight_clips
-        key = name.replace(".", "-")
-        ratio = learned[key].sigmoid() if key in learned else self.ratios[name]
+        ratio = learned[key(name)].sigmoid() if key(name) in learned else self.ratios[name]
         return fake_quantize_weight(weight, self.weights, ratio, self.dtype)
 
-    def _cache(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cache(self) -> Cache:
         kv, clip = self.kv, self.parameters.clip
         assert kv is not None
-        if kv.rotate:
-            query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
-        key = fake_quantize(key, kv.key, clip("key", kv.k_clip))
-        return query, key, fake_quantize(value, kv.value, clip("value", kv.v_clip))
+        return kv4_cache(
+            kv,
+            lambda k: fake_quantize(k, kv.key, clip("key", kv.k_clip)),
+            lambda v: fake_quantize(v, kv.value, clip("value", kv.v_clip)),
+        )

@@ -59,7 +59,7 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
             seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
-            chain = forward(job, decoder, fold_gains(job.layer(index), kind), chain, seen)
+            chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()
     rows = torch.cat(found)

@@ -99,11 +99,10 @@ class Capture:
 
 
 @torch.no_grad()
-def forward(job: Job, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
+def forward(devices: Devices, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None) -> Tensor:
     """The chain [samples, T, hidden] after a full-precision layer; `seen` samples what its sites see."""
     if isinstance(decoder.kind.mlp, Experts):
-        return forward_mixture(job.devices, decoder, decoder.kind.mlp, tensors, chain, seen)
-    devices = job.devices
+        return _forward_mixture(devices, decoder, decoder.kind.mlp, tensors, chain, seen)
     layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
 
     def layer(on: int, window: int, h: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ def forward(job: Job, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: C
     return devices.map(layer, chain, out=torch.empty_like(chain))
 
 
-def forward_mixture(
+def _forward_mixture(
     devices: Devices, decoder: Decoder, block: Experts, tensors: Tensors, chain: Tensor, seen: Capture | None = None
 ) -> Tensor:
     """`forward` of a layer with experts: each is made once, for the tokens of all windows."""

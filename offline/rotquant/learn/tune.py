@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rotquant.checkpoint.journal import Slot
 from rotquant.checkpoint.layers import read_gain
 from rotquant.common.progress import Progress
-from rotquant.learn.distill import divergence
+from rotquant.learn.distill import divergence, token_kl
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
@@ -31,7 +31,9 @@ from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
 BETAS = (0.9, 0.95)
+AS_STORED = Tuning(learns=["scales"])  # clips as they are, up to 1
 CLIPS, NORM = "clips.", "norm"  # in what `tune` returns: of a layer; the final norm's gain
+BEFORE, AFTER = "before", "after"  # there, too: KL of judged tokens
 
 
 class ServedModel:
@@ -79,18 +81,22 @@ class ServedModel:
         return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
 
 
-def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None) -> Tensors:
+def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None, aside: Tensor | None = None) -> Tensors:
     """Tunes what `recipe.tune.learns` names.
 
     Args:
         quantized: of each layer the tensors that `LayerQuantizer` made; slot: of the snapshots.
+        aside: windows int64 [n, T] to judge by.
     Returns:
-        what `layer_of` reads, and NORM.
+        what `layer_of` reads, and NORM; with windows to judge by the KL of each of their tokens BEFORE and AFTER,
+        float32.
     """
     options = job.recipe.tune
     assert options is not None
+    judge = None if aside is None else Held(job, aside)
+    found = {} if judge is None else {BEFORE: judge(ServedModel(job, quantized, AS_STORED))}
     model = ServedModel(job, quantized, options)
-    wanted = targets(job, model.compute)
+    wanted = targets(job, job.tokens, model.compute)
     windows = order(len(job.tokens), options, generator(job.seed, "tune"))
     steps = Steps(options.steps, [model.optimiser(options)], slot)
     with Progress("tuning: step", options.steps, steps.done, short=True) as progress:
@@ -101,8 +107,24 @@ def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None) -> Tensor
             loss.backward()
             steps.advance()
             progress.step(f"KL {loss.item():.4f}")
-    found = flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
+    found |= {} if judge is None else {AFTER: judge(model)}
+    found |= flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
     return found | {NORM: model.gain.detach().cpu()}
+
+
+class Held:
+    """Windows that nothing learned from, int64 [n, T], and what the original makes of them."""
+
+    def __init__(self, job: Job, windows: Tensor) -> None:
+        self.windows, self.wanted = windows, targets(job, windows, product_dtype(job.dtype, job.device))
+
+    @torch.no_grad()
+    def __call__(self, model: ServedModel) -> Tensor:
+        """KL float32 [n (T - 1)] of each predicted token."""
+        device = model.job.device
+        pairs = zip(self.windows, self.wanted, strict=True)
+        found = [token_kl(model(ids[None].to(device)), t.to(device), model.head)[:-1].cpu() for ids, t in pairs]
+        return torch.cat(found)
 
 
 def flat(layers: list[tuple[Tensors, dict[str, float]]]) -> Tensors:
@@ -121,10 +143,10 @@ def layer_of(tuned: Tensors, index: int) -> tuple[Tensors, dict[str, float]]:
 
 
 @torch.no_grad()
-def targets(job: Job, compute: torch.dtype) -> Tensor:
-    """What the original's head reads, in the basis of the folded head: [samples, T, hidden], on the CPU."""
+def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> Tensor:
+    """What the original's head reads of int64 [n, T], in the folded head's basis: [n, T, hidden], on the CPU."""
     arch, names = job.arch, job.arch.names
-    chain = job.source.get(names.embedding)[job.tokens].float() * arch.embedding_factor(job.dtype)
+    chain = job.source.get(names.embedding)[tokens].float() * arch.embedding_factor(job.dtype)
     with Progress("tuning: original's layer", arch.layers) as progress:
         for index, decoder in enumerate(job.decoders()):
             tensors = {name: t.to(job.device) for name, t in job.read(index).items()}

@@ -3,7 +3,7 @@
     scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
-    branch   D and U of the low-rank branch
+    branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others
 
 Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
-from rotquant.models.decoder import Decoder, bias_of
+from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
@@ -58,6 +59,7 @@ class TunedLayer(nn.Module):
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
         self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
+        self.units: Tensors = {}
         self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
@@ -66,7 +68,9 @@ class TunedLayer(nn.Module):
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
                 if f"{name}.{part}" in tensors:
-                    self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
+                    factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
+                    self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
+                    self.branch[named] = nn.Parameter(factor / self.units[named])
         self.fixed |= {name: tensors[name] for name in kind.attention.kept}
         self.fixed |= {f"{n}.weight": tensors[f"{n}.weight"].float() for n in kind.attention.full_precision}
         for norm in kind.every_norm:
@@ -91,7 +95,7 @@ class TunedLayer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h' of h [..., T, hidden], float32."""
-        tensors = self.fixed | {f"{name.replace('-', '.')}.weight": gain for name, gain in self.gains.items()}
+        tensors = self.fixed | {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
         seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
 
         def linear(name: str, x: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class TunedLayer(nn.Module):
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
-        return self.decoder.layer(tensors, h, linear, self._cache if self.kv else None)
+        return self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         """x Wᵀ, float32, the scales as stored."""
@@ -120,38 +124,38 @@ class TunedLayer(nn.Module):
         return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
 
     def _low(self, name: str) -> Tensor:
-        return self.branch[name].to(self.compute)
+        return self._factor(name).to(self.compute)
+
+    def _factor(self, name: str) -> Tensor:
+        return self.branch[name] * self.units[name]
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
         rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
         return rounded.to(self.compute)
 
-    def _cache(self, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cache(self) -> Cache:
         kv = self.kv
         assert kv is not None
-        if kv.rotate:
-            query, k = hadamard_rows(query, kv.rotate), hadamard_rows(k, kv.rotate)
-        k = Rounded.apply(k, *self._clipped("key", kv.key))
-        return query, k, Rounded.apply(v, *self._clipped("value", kv.value))
+        return kv4_cache(
+            kv,
+            lambda k: Rounded.apply(k, *self._clipped("key", kv.key)),
+            lambda v: Rounded.apply(v, *self._clipped("value", kv.value)),
+            hadamard_rows,
+        )
 
     @torch.no_grad()
     def result(self, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
         """`tensors` with what was learned, as the checkpoint stores it, and the clip ratios."""
         out = dict(tensors)
         for name, log_scale in self.scales.items():
-            out[f"{name.replace('-', '.')}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
-        for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
-            moved = {name.replace("-", ".") + leaf: value for name, value in group.items()}
-            out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
+            out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
+        moved = {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
+        moved |= {dotted(name): self._factor(name) for name in self.branch}
+        out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
 
 CONSTANT = (".bias", ".shift")
-
-
-def key(name: str) -> str:
-    """A tensor's name as a ParameterDict takes it."""
-    return name.replace(".", "-")
 
 
 def transformed(x: Tensor, stages: list[Stage]) -> Tensor:

@@ -5,7 +5,9 @@
 For each predicted token, p the full-precision and q the quantized model's distribution on the same window:
 
     nll = -mean(log q(token)),   perplexity = exp(nll),   KL = mean(sum(p (log p - log q))) in nats,
-    top-1 agreement = share of tokens where argmax p = argmax q.
+    top-1 agreement = share of tokens where argmax p = argmax q,
+    greedy tokens = how many of full precision's CONTINUED greedy tokens come before q's first other choice, mean over
+                    PROMPTS windows' first PROMPT_TOKENS tokens.
 
 Both models run in their own dtype, as they are served; all of the above is float32 (sums over tokens
 float64). Both are in memory, the logits of a few windows at a time.
@@ -36,6 +38,8 @@ from rotquant.errors import RotQuantError
 from rotquant.measure.evaluate import BATCH_TOKENS, LOGIT_ROWS, load_any, safe_exp, text_windows
 from rotquant.measure.online_cost import online_cost
 from rotquant.pipeline import quantize
+
+PROMPTS, PROMPT_TOKENS, CONTINUED = 50, 32, 32
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,29 @@ def measure(
     return Distance(nll, full_nll, kl, agreement, count)
 
 
+@torch.no_grad()
+def greedy_tokens(full: PreTrainedModel, quantized: PreTrainedModel, batch: Tensor) -> float:
+    """How long greedy answers stay the same, see above. The quantized model reads the other's answers: until its first
+    other choice they are its own.
+
+    Args:
+        batch: token windows int64 [n, seq_len], all of which begin with text that is answered.
+    """
+    parts = max(1, -(-PROMPTS // len(batch)))  # of short texts: prompts from within the windows
+    size = batch.shape[1] // parts
+    prompts = batch[:, : parts * size].reshape(-1, size)[:PROMPTS, :PROMPT_TOKENS].to(full.device)
+    answered, cache, last = prompts, None, prompts
+    for _ in range(CONTINUED):
+        found = full(last, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, last = found.past_key_values, found.logits[:, -1:].argmax(-1)
+        answered = torch.cat((answered, last), 1)
+    same = []
+    for ids in answered.split(max(1, BATCH_TOKENS // answered.shape[1])):
+        chosen = quantized(ids.to(quantized.device), use_cache=False).logits[:, prompts.shape[1] - 1 : -1].argmax(-1)
+        same.append((chosen.to(ids.device) == ids[:, prompts.shape[1] :]).long().cumprod(1).sum(1))
+    return torch.cat(same).double().mean().item()
+
+
 def token_sums(full: Tensor, quantized: Tensor, tokens: Tensor) -> Tensor:
     """float64 [4]: -log q, -log p, KL(p || q) and top-1 agreement, each summed over the rows.
 
@@ -109,12 +136,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     quantized = load(checkpoint, device=full.device)
     with Progress(f"{job['label']}: window", len(batch)) as progress:
         distance = measure(full, quantized, batch, progress.step)
-    cost = online_cost(checkpoint)
+    greedy, cost = greedy_tokens(full, quantized, batch), online_cost(checkpoint)
     return asdict(distance) | {
         "perplexity": safe_exp(distance.nll),
         "full_perplexity": safe_exp(distance.full_nll),
         "quantize_seconds": spent.get("seconds"),
         "quantize_peak_gb": spent.get("peak_gb"),
+        "greedy_tokens": greedy,
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.glob("model-*.safetensors")),
         "online_multiply_adds": cost.online,
         "online_share": cost.online / cost.gemm,
     }

@@ -14,8 +14,8 @@ from rotquant.common.progress import clock
 
 Run: TypeAlias = dict[str, Any]
 HEADERS = (
-    "recipe", "perplexity", "KL to full precision, nats", "top-1 agreement", "quantization time", "peak memory",
-    "online multiply-adds a token",
+    "recipe", "perplexity", "KL to full precision, nats", "top-1 agreement", "same greedy tokens, of 32",
+    "quantization time", "peak memory", "size", "online multiply-adds a token",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class Comparison:
             return []
         groups = [[run for run in finished if run["label"] == label] for label in {run["label"]: 0 for run in finished}]
         groups.sort(key=lambda group: median(run["nll"] for run in group))
-        full = ("full precision", number(finished[0]["full_perplexity"]), "0", "100%", "", "", "")
+        full = ("full precision", number(finished[0]["full_perplexity"]), "0", "100%", "32", "", "", "", "")
         return [full, *(row(group) for group in groups)]
 
     def failures(self) -> list[str]:
@@ -70,15 +70,17 @@ def row(runs: Sequence[Run]) -> tuple[str, ...]:
         spread(runs, "perplexity", number),
         spread(runs, "kl", number),
         spread(runs, "agreement", lambda share: f"{share:.1%}"),
+        spread(runs, "greedy_tokens", lambda tokens: f"{tokens:.1f}"),
         spread(runs, "quantize_seconds", clock),
         spread(runs, "quantize_peak_gb", lambda gb: f"{gb:.2f} GB"),
+        spread(runs, "checkpoint_bytes", lambda size: f"{size / 1e6:.0f} MB"),
         f"{online:,} ({share:.2%} of GEMM)" if online else "0",
     )
 
 
 def spread(runs: Sequence[Run], key: str, show: Callable[[float], str]) -> str:
     """Median (lowest to highest); one value where they look the same; ? where a killed run left none."""
-    values = [run[key] for run in runs if run[key] is not None]
+    values = [run[key] for run in runs if run.get(key) is not None]  # older runs lack some
     if not values:
         return "?"
     low, middle, high = show(min(values)), show(median(values)), show(max(values))

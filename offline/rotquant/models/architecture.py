@@ -72,8 +72,8 @@ class Attention:
     query_norm: str | None = None  # RMSNorm of each head behind the projection
     key_norm: str | None = None
     position_scale: PositionScale | None = None
-    window: int | None = None  # positions that a query sees at most, its own and those before it
     gated: bool = False
+    window: int | None = None  # positions that a query sees at most, its own and those before it
     rope: str | None = None  # the entry of `rope_parameters` that holds here, where kinds of layer have their own
 
     @property

@@ -31,6 +31,7 @@ from rotquant_kernels.formats import KVFormat
 
 Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
+Rounding = Callable[[Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -214,12 +215,16 @@ def bias_of(tensors: Tensors, linear: str) -> Tensor | None:
     return sum(found[1:], found[0]) if found else None
 
 
-def kv4_cache(kv: KVFormat) -> Cache:
-    """A 4-bit cache by its format."""
+def kv4_cache(
+    kv: KVFormat, key: Rounding | None = None, value: Rounding | None = None,
+    turned: Callable[[Tensor, int], Tensor] = reference.hadamard,
+) -> Cache:  # fmt: skip
+    """A 4-bit cache by its format; key, value, turned: rounding and Hadamards with gradients, where they are wanted."""
+    of_key, of_value = key or kv.key.fake_quantize, value or kv.value.fake_quantize
 
-    def cache(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cache(query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if kv.rotate:
-            query, key = reference.hadamard(query, kv.rotate), reference.hadamard(key, kv.rotate)
-        return query, kv.key.fake_quantize(key), kv.value.fake_quantize(value)
+            query, k = turned(query, kv.rotate), turned(k, kv.rotate)
+        return query, of_key(k), of_value(v)
 
     return cache

@@ -67,6 +67,11 @@ class DeltaNet:
         return tuple(f"{self.module}.{leaf}" for leaf in ("A_log", "dt_bias", "conv1d.weight", "norm.weight"))
 
     @property
+    def window(self) -> int | None:
+        """Positions that a query sees at most; all, through its state."""
+        return None
+
+    @property
     def channels_of_head(self) -> int:
         return self.value_dim
 

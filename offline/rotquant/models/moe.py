@@ -59,7 +59,7 @@ def qwen(config: PreTrainedConfig, attention: Attention, block: Experts, *, by_l
     served: dict[str, Any] = {
         "mlp_only_layers": [i for i, mixed in enumerate(sparse) if not mixed], "decoder_sparse_step": 1,
     }  # fmt: skip
-    if not any(kind.attends and kind.attends.window for kind in layers):
+    if not any(kind.attention.window for kind in layers):
         served["sliding_window"] = None
     return model(config, layers, served=served)
 

@@ -90,8 +90,7 @@ def read_architecture(folder: Path) -> Architecture:
         check_fields(where, text_half(read_object(folder / "config.json")))
     config = read_config(folder)
     found = describe(config, where)
-    own = [kind.attends.window if kind.attends else None for kind in found.kinds]
-    return replace(found, served={**stated(config, own), **found.served})
+    return replace(found, served={**stated(config, [kind.attention.window for kind in found.kinds]), **found.served})
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from rotquant.errors import RotQuantError
 from rotquant.recipe import Recipe
 
 SHIPPED = Path(__file__).parent
+BASE = "base"  # of a recipe: another's name, from which it differs by what it says
 
 
 def shipped() -> list[tuple[str, str]]:
@@ -42,12 +43,9 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
     if not source.is_file():
         known = ", ".join(names())
         raise RotQuantError(f"unknown recipe {recipe!r}: take one of {known}, or give the path of a .yaml file")
-    try:
-        data = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise RotQuantError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise RotQuantError(f"{where}: a recipe is a YAML mapping")
+    data = _read(source, where)
+    if BASE in data:
+        data = _on_base(data, where)
     for setting in settings:
         _set(data, setting)
     try:
@@ -55,6 +53,38 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RotQuantError(f"{where}: {first_error(error, unknown='no such key')}") from error
     return found.without_choices_of([setting.partition("=")[0].strip() for setting in settings])
+
+
+def _read(source: Path, where: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise RotQuantError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RotQuantError(f"{where}: a recipe is a YAML mapping")
+    return data
+
+
+def _on_base(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The shipped recipe that `base` names, with what differs; only one that has no base itself."""
+    name = data[BASE]
+    if not isinstance(name, str) or name not in names():
+        raise RotQuantError(
+            f"{where}: base: {short(repr(name), 60)} is no shipped recipe: take one of {', '.join(names())}"
+        )
+    base = _read(SHIPPED / f"{name}.yaml", f"recipe {name}")
+    if BASE in base:
+        raise RotQuantError(f"{where}: base: {name} has itself the base {base[BASE]}; name that, and what differs")
+    return _merged(base, {key: value for key, value in data.items() if key != BASE})
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`one` with the values of `other`; mappings that both have are merged alike."""
+    found = dict(one)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
+    return found
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

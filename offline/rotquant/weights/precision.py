@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Slot
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress, say
@@ -26,7 +27,7 @@ from rotquant.models.decoder import decoders
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
-from rotquant.weights.layerwise import LayerQuantizer
+from rotquant.weights.experts import ExpertsQuantizer
 from rotquant_kernels.formats import RowFormat
 
 WINDOWS, STEPS = 2, 512  # calibration windows that are looked at, and tokens of each; twice as many chose the same
@@ -66,7 +67,7 @@ class DamageMeter:
         rounded = recipe.weights.model_copy(update={"method": "rtn", "clip_search": False})
         coarse = recipe.model_copy(update={"weights": rounded})
         computed = decoders(arch, self.tokens.shape[1])
-        self.quantizer = LayerQuantizer(coarse, transforms, computed, dtype, devices)
+        self.quantizer = ExpertsQuantizer(coarse, transforms, computed, dtype, devices)
         self.fold = Fold(arch, transforms)
 
     @torch.no_grad()
@@ -90,8 +91,7 @@ class DamageMeter:
     def _layer(self, index: int, chain: Tensor) -> tuple[Tensor, Tensor]:
         """The chain behind a layer, and the damage of its sites."""
         kind, layer = self.arch.kinds[index], self.transforms.layers[index]
-        read = kind.split(self.source.layer(self.arch.layer_prefix(index)))
-        self.quantizer(index, self.fold.layer(read, index), None)
+        self.quantizer(index, self.fold.layer(read_layer(self.source, self.arch, index), index), None)
         served, wide = self.quantizer.served, layer.widened(kind.sites)
         exact = [replace(one, rows=self._rows(wide)) for one in served]
         alone = {

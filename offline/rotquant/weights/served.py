@@ -55,11 +55,6 @@ class ServedLayer:
         """What down reads, from the residual stream behind attention."""
         return self.decoder.mlp_input(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
 
-    def behind_mlp(self, h: Tensor) -> Tensor:
-        """The residual stream behind the layer, from that behind attention."""
-        written = self.decoder.mlp(self.normed(self.decoder.kind.mlp.norm, h), self.linear)
-        return self.decoder.write(self.tensors, h, self.decoder.kind.writes[-1], written)
-
     def layer(self, h: Tensor) -> Tensor:
         """The whole layer, h to h', once all its linears are quantized."""
         return self.decoder.layer(self.tensors, h, self.linear, self.cache)

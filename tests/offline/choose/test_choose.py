@@ -14,14 +14,14 @@ import yaml
 from rotquant import load
 from rotquant.checkpoint.journal import Journal
 from rotquant.choose import judge
-from rotquant.choose.judge import Judge, error_of, stretches
-from rotquant.choose.search import Search
+from rotquant.choose.judge import Judge, error_of, relative, stretches
+from rotquant.choose.search import Search, compared
 from rotquant.errors import RotQuantError
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
 from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe, shipped
-from rotquant.run import Settings, prepare
+from rotquant.run import Settings, prepare, tuner
 from rotquant.text import calibration_tokens, read_tokenizer
 from source_models import HELDOUT, file_hashes, source_model
 
@@ -32,8 +32,8 @@ RAISES = {"too large a branch": {"weights.rank": 4096}}
 
 
 def recipe(folder: Path, candidates: dict[str, Any], **base: Any) -> str:
-    """quarot with these candidates, as a file."""
-    data = load_recipe("quarot").model_dump(exclude={"choose"}) | base | {"choose": {"candidates": candidates}}
+    """quarot with these candidates, and what else is given, as a file."""
+    data = load_recipe("quarot").model_dump(exclude={"choose"}) | {"choose": {"candidates": candidates}} | base
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False))
     return str(file)
@@ -54,8 +54,9 @@ def test_what_helps_is_taken_and_what_hurts_is_left(model: Path, tmp_path: Path)
     made = provenance(out)
     base, hurts, helps, raises = made["choice"]["trials"]
     assert (base["taken"], hurts["taken"], helps["taken"], raises["taken"]) == (True, False, True, False)
-    assert hurts["difference"] > hurts["error"] > 0
-    assert helps["difference"] < -helps["error"] < 0
+    assert hurts["relative"] > hurts["error"] > 0
+    assert helps["relative"] < -2 * helps["error"] < 0
+    assert helps["difference"] < 0 < hurts["difference"]
     assert helps["kl"] < base["kl"] < hurts["kl"]
     assert "weights.rank 4096 is above" in raises["note"]
     assert made["choice"]["again"]["taken"]
@@ -66,7 +67,8 @@ def test_what_helps_is_taken_and_what_hurts_is_left(model: Path, tmp_path: Path)
     card = (out / "README.md").read_text()
     assert "int8 per token" in card
     for trial, verdict in ((hurts, "left"), (helps, "taken")):
-        assert f"| {trial['name']} | {trial['kl']:.4f} | {trial['difference']:+.4f} |" in card
+        numbers = f"{trial['kl']:.4f} | {trial['difference']:+.4f} | {trial['relative']:+.1%}"
+        assert f"| {trial['name']} | {numbers} |" in card
         assert card.split(trial["name"])[1].split("\n")[0].endswith(f"| {verdict} |")
 
 
@@ -178,6 +180,65 @@ def test_portable_tries_what_it_can_express(model: Path, tmp_path: Path) -> None
     assert nearest["kl"] > 0
 
 
+# ---- tuning, the last of the candidates ----------------------------------------------------------------------------
+
+SLIGHT = ("weights.method=rtn", "weights.clip_search=false", "activations.bits=8", "kv.bits=16")  # tuning takes it back
+
+
+def tuned(model: Path, out: Path, tune: dict[str, Any], *settings: str, **options: Any) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of quarot with tuning on trial, and the trial."""
+    name = recipe(out.parent, {}, choose={"candidates": {}, "tune": tune})
+    made = quantize(str(model), out, recipe=name, settings=[*SLIGHT, *settings], **QUICK, **options)
+    return made, provenance(made)["choice"]["tuned"]
+
+
+def test_tuning_is_taken_where_it_brings_the_model_nearer(model: Path, tmp_path: Path) -> None:
+    """Judged as `compare` would."""
+    out, trial = tuned(model, tmp_path / "out", {"steps": 20})
+    assert trial["taken"]
+    assert trial["relative"] < -2 * trial["error"]
+    made = provenance(out)
+    assert made["recipe"]["tune"]["steps"] == 20
+    calibrated = prepare(str(model), Settings("best", device="cpu", **QUICK)).calibrated
+    assert calibrated is not None
+    assert calibrated.aside is not None
+    assert trial["kl"] == pytest.approx(measure(load_any(model), load(out), calibrated.aside).kl, rel=0.02)
+    assert f"KL {trial['kl']:.4f}" in (out / "README.md").read_text()
+    assert tuned(model, tmp_path / "out", {"steps": 20}, resume=True)[1] == trial
+
+
+@pytest.mark.parametrize(
+    ("tune", "settings", "said"),
+    [({"steps": 2, "scale_lr": 1.0}, (), "left"), ({"steps": 2}, ("choose.memory=0.5",), "not tried: it needs about")],
+)
+def test_without_a_win_it_is_what_it_was(
+    model: Path, tmp_path: Path, tune: dict[str, Any], settings: tuple[str, ...], said: str
+) -> None:
+    out, trial = tuned(model, tmp_path / "out", tune, *settings)
+    assert not trial["taken"]
+    assert said in (out / "README.md").read_text().split("Chosen")[1]
+    assert provenance(out)["recipe"]["tune"] is None
+    plain = file_hashes(quantize(str(model), tmp_path / "plain", recipe="quarot", settings=SLIGHT, **QUICK))
+    found = file_hashes(out)
+    shards = [name for name in plain if name.startswith("model-")]
+    assert [found[name] for name in shards] == [plain[name] for name in shards]
+
+
+def test_tuning_reads_windows_once_where_the_text_has_them(model: Path) -> None:
+    def windows(**changes: Any) -> torch.Tensor:
+        settings = [f"tune={json.dumps({'steps': 8} | changes)}"]
+        run = prepare(str(model), Settings("quarot", settings, device="cpu", **QUICK))
+        assert run.calibrated is not None
+        assert torch.equal(run.calibrated.tokens, plain)
+        return tuner(run).tokens
+
+    found = prepare(str(model), Settings("quarot", device="cpu", **QUICK)).calibrated
+    assert found is not None
+    plain = found.tokens
+    assert len(windows().unique(dim=0)) == 16  # and the calibration is what it is without
+    assert len(windows(batch=1, steps=3).unique(dim=0)) == 3
+
+
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +253,10 @@ def test_what_is_set_by_hand_is_not_chosen() -> None:
     assert every - names("learn.surrogate.steps=20") == {"learned R1"}
     assert every - names("weights={method: rtn}") == {"GPTQ by attention"}
     assert load_recipe("best", ["choose=null"]).choose is None
+    for setting in ("tune=null", "tune.steps=3"):
+        fixed = load_recipe("best", [setting]).choose
+        assert fixed is not None
+        assert fixed.tuning is None
 
 
 def test_effort_adds_the_thorough_ones() -> None:
@@ -200,6 +265,8 @@ def test_effort_adds_the_thorough_ones() -> None:
     assert none.possible == [none]
     assert usual.chooses
     assert len(thorough.possible) > len(usual.possible) > 1
+    tunings = [found.choose.tuning for found in (none, usual, thorough) if found.choose]
+    assert [tuning and tuning.steps for tuning in tunings] == [None, 32, 64]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +289,35 @@ def test_shipped_candidates_change_their_base() -> None:
         found = load_recipe(name)
         for changes in (found.choose.candidates | found.choose.thorough).values() if found.choose else ():
             assert found.with_changes(changes) != found
+
+
+def test_a_recipe_on_a_base(tmp_path: Path) -> None:
+    """What it says replaces the base's, section by section; settings and candidates by hand work as ever."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: best\nname: mine\nchoose: {candidates: {smoothing before R4: null}}")
+    with pytest.raises(RotQuantError, match="smoothing before R4"):
+        load_recipe(str(file))
+    file.write_text("base: best\nname: mine\nkv: {bits: 16}\nchoose: {candidates: {odd: {kv.key_clip: 1.0}}}")
+    mine, best = load_recipe(str(file), ["weights.bits=8"]), load_recipe("best")
+    assert mine.choose is not None
+    assert best.choose is not None
+    assert mine.choose.candidates == best.choose.candidates | {"odd": {"kv.key_clip": 1.0}}
+    wanted = {"kv": {"bits": 16}, "weights": {"bits": 8}}
+    for part in ("rotations", "activations", "kv", "weights", "description"):
+        before, after = (found.model_dump()[part] for found in (best, mine))
+        assert after == (before | wanted.get(part, {}) if isinstance(before, dict) else before)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [("nobody", "base: 'nobody' is no shipped recipe: take one of baseq, best"), ("3", "base: 3 is no shipped"),
+     ("best-online", "base: best-online has itself the base best; name that")],
+)  # fmt: skip
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path, base: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {base}\nname: mine\ndescription: x\n")
+    with pytest.raises(RotQuantError, match=message):
+        load_recipe(str(file))
 
 
 def test_effort_needs_candidates() -> None:
@@ -267,6 +363,22 @@ def test_stretches(layers: int, effort: int) -> None:
     assert found[-1] >= layers // 2
     assert found[-1] < layers
     assert min(layers, 3) <= len(found) <= max(3, layers * effort // 10 + 1)
+
+
+def test_few_tokens_with_most_of_the_kl_do_not_hide_a_win() -> None:
+    """A tenth less on every token, in noise: plain to the relative difference, and lost in that of the means. What
+    lowers most tokens' KL and raises the mean is left."""
+    drawn = torch.Generator().manual_seed(0)
+    before = 0.03 * (1.8 * torch.randn(2048, generator=drawn)).exp()
+    after = 0.9 * before * (0.5 * torch.randn(2048, generator=drawn)).exp()
+    found = relative(after, before)
+    assert found.mean() < -4 * error_of(found)
+    assert (after - before).mean() > -2 * error_of(after - before)
+    worst = torch.where(before > before.quantile(0.995), 3 * before, 0.8 * before)
+    assert relative(worst, before).mean() < 0
+    assert not compared("it", {}, worst, before, 2).taken
+    assert compared("it", {}, 0.9 * before, before, 2).taken
+    assert not compared("it", {}, before * float("nan"), before).taken
 
 
 def test_the_error_of_a_mean() -> None:

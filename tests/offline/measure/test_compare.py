@@ -59,6 +59,29 @@ def test_measure_equals_one_token_after_the_other(tmp_path: Path) -> None:
     assert (same.kl, same.agreement) == (0, 1)
 
 
+@torch.no_grad()
+def test_greedy_tokens_are_those_that_each_model_gives_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny(kv=True, kv_symmetric=False, act_clip=0.9, kv_clip=0.9)
+    full, other = random_model(spec), rotquant.load(write_checkpoint(tmp_path / "out", spec))
+    monkeypatch.setattr(compare_run, "PROMPTS", 12)
+    monkeypatch.setattr(compare_run, "PROMPT_TOKENS", 6)
+    batch = torch.randint(3, VOCAB, (5, 17), generator=torch.Generator().manual_seed(0))
+
+    def answer(model: Any, prompt: torch.Tensor) -> list[int]:
+        ids = prompt[None]
+        for _ in range(compare_run.CONTINUED):
+            ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        return ids[0, len(prompt) :].tolist()
+
+    same = []
+    for prompt in batch[:, :15].reshape(15, 5)[:12]:  # three of each window, which has no more
+        pairs = list(zip(answer(full, prompt), answer(other, prompt), strict=True))
+        same.append(next((i for i, (one, two) in enumerate(pairs) if one != two), len(pairs)))
+    assert len(set(same)) > 2
+    assert compare_run.greedy_tokens(full, other, batch) == pytest.approx(sum(same) / 12)
+    assert compare_run.greedy_tokens(full, full, batch) == compare_run.CONTINUED
+
+
 def test_logits_that_are_not_finite_are_an_error() -> None:
     broken = random_model(tiny())
     with torch.no_grad():
@@ -128,7 +151,7 @@ def fake(calls: list[str], broken: str = "") -> Callable[[dict[str, Any]], dict[
         return {
             "nll": nll, "full_nll": 0.9, "kl": nll / 10, "agreement": 0.5, "tokens": 30, "perplexity": math.exp(nll),
             "full_perplexity": math.exp(0.9), "quantize_seconds": 61.0, "quantize_peak_gb": 0.5,
-            "online_multiply_adds": 0, "online_share": 0.0,
+            "online_multiply_adds": 0, "online_share": 0.0, "greedy_tokens": 20.25, "checkpoint_bytes": 3_400_000,
         }  # fmt: skip
 
     return run_alone
@@ -265,6 +288,8 @@ def test_real_runs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert 0 < run["agreement"] < 1
         assert run["quantize_seconds"] > 0
         assert run["quantize_peak_gb"] > 0.1
+        assert 0 <= run["greedy_tokens"] < compare_run.CONTINUED
+        assert run["checkpoint_bytes"] == sum(f.stat().st_size for f in (out / name).glob("model-*"))
     full = evaluate.evaluate(str(model), HELDOUT, tokens=512, seq_len=128).perplexity
     assert runs["rtn-0"]["full_perplexity"] == pytest.approx(full, rel=1e-5)
     assert runs["rtn-0"]["nll"] == runs["rtn-1"]["nll"]  # nothing random in it
@@ -315,12 +340,11 @@ def test_table_is_sorted_and_shows_the_spread() -> None:
     assert full[:3] == ("full precision", "2.46", "0")
     assert quarot[0] == "quarot"
     assert quarot[1] == "3.019 (2.718 to 3.32)"
-    assert quarot[3:5] == ("50.0%", "1:01")
-    assert quarot[6] == "1,200 (1.23% of GEMM)"
+    assert quarot[3:] == ("50.0%", "20.2", "1:01", "0.50 GB", "3 MB", "1,200 (1.23% of GEMM)")
     assert rtn[1:3] == ("22.2 (20.09 to 24.53)", "0.31 (0.3 to 0.32)")
-    assert (rtn[4], rtn[6]) == ("?", "0")
+    assert (rtn[5], rtn[8]) == ("?", "0")
     lines = comparison.markdown().splitlines()
-    assert all(line.count("|") == 8 for line in lines[:5])
+    assert all(line.count("|") == 10 for line in lines[:5])
     assert lines[-2:] == ["30 tokens; median (lowest to highest) of 3 seeds  ", "bad|one, seed 1: failed: no [luck]  "]
     assert Comparison(runs[-1:]).rows() == []
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import rotquant
 from rotquant.checkpoint.format import CheckpointFormat
+from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.errors import RotQuantError
+from rotquant.models.expert_tensors import ExpertTensors
 from rotquant.pipeline import quantize
 from rotquant.recipe import Activations
 from rotquant.recipes import load_recipe, names
@@ -137,6 +139,25 @@ def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monke
     with torch.inference_mode():
         expected = theirs(IDS).logits
     assert (logits(out) - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_a_mixture_is_measured_as_it_is_quantized(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert at a time in memory, whatever the files call them."""
+    asked: list[int] = []
+    expert = ExpertTensors.expert
+    monkeypatch.setattr(ExpertTensors, "expert", lambda self, index: asked.append(index) or expert(self, index))
+    source = source_model(tmp_path / "model", kind)
+    run = prepare(str(source), Settings("rtn", ["activations.budget=25%"], **QUICK))
+    assert run.calibrated
+    meter = DamageMeter(run.recipe, run.arch, run.source, run.transforms, run.calibrated.tokens, run.dtype, run.devices)
+    damage = meter(Slot(Journal(tmp_path / "out", {}, False), "precision"))
+    assert len(damage) == 2 * SITES
+    assert bool((damage > 0).all())
+    (block, *_) = run.arch.mixtures.values()
+    assert set(asked) == set(range(block.count))  # each was asked for by itself
+    out = quantize(str(source), tmp_path / "out", recipe="rtn", scheme="auto", **QUICK)
+    assert f"at 2 of {2 * SITES} sites" in (out / "README.md").read_text()
 
 
 def test_all_sites_at_8_bits_are_one_group(model: Path, tmp_path: Path) -> None:
