@@ -1,0 +1,49 @@
+"""Gemma 3 served: norms of what blocks write, Hadamards online, windows and rotary bases by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rotquant
+import vllm_serving as serving
+from rotquant.pipeline import quantize
+from source_models import VOCABULARY, source_model
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Callable[..., Any]]:
+    """Runs a function of `vllm_serving` in a child process."""
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+def test_what_is_measured_is_served(child: Callable[..., Any], tmp_path: Path) -> None:
+    """In chunks of 32 tokens, contexts of four windows; all that vLLM reads of config.json as transformers does."""
+    out = quantize(
+        str(source_model(tmp_path / "m", "gemma3")), tmp_path / "out", recipe="quarot", samples=4, seq_len=128
+    )
+    prompts = [torch.randint(VOCABULARY, (96,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
+    served = child(serving.serve, out, prompts, max_tokens=1, max_num_batched_tokens=32, enable_prefix_caching=False)
+    with torch.no_grad():
+        logits = rotquant.load(out)(torch.tensor(prompts)).logits[:, :-1].double()
+    own = logits.log_softmax(-1).gather(2, torch.tensor(prompts)[:, 1:, None]).squeeze(2)
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    lines = served.log[served.log.index("rotquant start-up check") :].splitlines()
+    rows = {" ".join(line.split()) for line in lines if line.startswith("  ")}
+    for start in (
+        "qkv_proj 2", "o_proj 2", "gate_up_proj 2", "down_proj 2", "attention 1 ", "attention, window 24 1 ",
+        "rotary 1", "decoder layer 1",
+    ):  # fmt: skip
+        assert any(row.startswith(start) for row in rows), (start, rows)
+    assert any(row.startswith("qkv_proj") and "hadamard 128" in row for row in rows)
