@@ -94,11 +94,16 @@ FORWARD = {
     "MLPS": {"gate_up_proj", "act_fn", "down_proj"},
     "ATTENTIONS": {"qkv_proj", "attn", "o_proj"},
     "DECODERS": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
-}
+    "SANDWICHES": {
+        "input_layernorm", "self_attn", "post_attention_layernorm", "pre_feedforward_layernorm", "mlp",
+        "post_feedforward_layernorm",
+    },
+}  # fmt: skip
 FORWARD_MAY = {
     "MLPS": {"expert_gate"},  # of a shared expert, behind down_proj
     "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), "use_rope", "_project_qkv_gate"},
     "DECODERS": {"ada_rms_norm_t_cond", "residual_multiplier", *MIXED.split()},
+    "SANDWICHES": set(),
 }
 
 # Methods that vLLM calls without declaring them in the base class: a class of its own that has the same.

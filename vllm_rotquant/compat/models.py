@@ -12,7 +12,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 # Models whose forward is known. An MLP runs down_proj(act_fn(gate_up_proj(x))). A decoder layer passes the output of
 # input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
-# else reads them. (Gemma's norm in front of its MLP has another name; no norm of a Gemma is a plain RMSNorm.)
+# else reads them.
 MODELS = "vllm.model_executor.models."
 MLPS = (
     "gemma3.Gemma3MLP",
@@ -34,7 +34,6 @@ ATTENTIONS = (
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 MIXED = ("qwen3_5.Qwen3_5DecoderLayer",)  # those of models with two kinds of layer; other arguments
 DECODERS = (
-    "gemma3.Gemma3DecoderLayer",
     "granite.GraniteDecoderLayer",
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",
@@ -42,6 +41,8 @@ DECODERS = (
     "qwen3.Qwen3DecoderLayer",
     "qwen3_5.Qwen3_5DecoderLayer",
 )
+# Decoder layers with a norm in front of and behind attention and MLP each, none of which can quantize.
+SANDWICHES = ("gemma3.Gemma3DecoderLayer",)
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
@@ -80,7 +81,7 @@ def final_norm_holder(model: Any) -> Any:
 
 def is_decoder(module: Any) -> bool:
     """Whether a module is a decoder layer that `decoder_output` runs, with what it calls."""
-    if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
+    if not known(module, DECODERS + SANDWICHES) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
         return False
     return known(getattr(module, "self_attn", None), ATTENTIONS) and known(module.mlp, MLPS)
 
