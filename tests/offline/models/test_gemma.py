@@ -18,7 +18,7 @@ from rotquant.errors import RotQuantError
 from rotquant.fitting import fitted
 from rotquant.gate import check_equivalence
 from rotquant.learn.initial import initial_transforms
-from rotquant.models import read_architecture
+from rotquant.models import read_architecture, rotary
 from rotquant.models.harden import harden
 from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe
@@ -105,6 +105,27 @@ def test_the_text_half_of_a_model_with_a_vision_tower(source: Path, tmp_path: Pa
     assert one.files.keys() == two.files.keys()
     assert [name for name in one.files if not torch.equal(one.get(name), two.get(name))] == []
     assert json.loads((half / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+
+
+def test_a_published_model_with_a_vision_tower(tmp_path: Path) -> None:
+    """Its config.json says only what differs from the defaults."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 255999,
+        "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+        "text_config": text, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152, "patch_size": 14},
+    }))  # fmt: skip
+    arch = read_architecture(tmp_path)
+    kinds = [(own.window, own.rope, own.head_dim) for own in arch.attentions.values()]
+    assert kinds == ([(1024, "sliding_attention", 256)] * 5 + [(None, "full_attention", 256)]) * 5 + kinds[:4]
+    assert arch.embedding_factor(torch.bfloat16) == 50.5  # of 50.596
+    local, far = (rotary(arch.config, 9, entry) for entry in ("sliding_attention", "full_attention"))
+    assert local is not None
+    assert far is not None
+    assert torch.allclose(far[0][0, 8, 0], local[0][0, 1, 0])  # positions count an eighth
 
 
 def test_a_window_that_holds_every_context_leaves_the_rotary_base(tmp_path: Path) -> None:
