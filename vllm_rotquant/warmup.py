@@ -21,7 +21,9 @@ def warm_linears(layers: Iterable[Any]) -> None:
     for layer in layers:
         method, device = layer.quant_method, layer.weight_packed.device
         bias = getattr(layer, "bias", None) if method.adds_correction else None  # vLLM gives it to the first rank alone
-        for tokens in backend_of("quantized_linear", device).distinct_tokens():
+        channels, groups = layer.weight_scale.shape
+        backend = backend_of("quantized_linear", device)
+        for tokens in backend.distinct_tokens(method.inputs, channels, groups, device):
             x = torch.zeros(tokens, method.inputs * (2 if method.silu_mul else 1), dtype=method.dtype, device=device)
             if method.norm is None:
                 method.apply(layer, x, bias)

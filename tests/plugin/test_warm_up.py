@@ -3,6 +3,7 @@ compiles anything; a layer that the kernels do not read is refused; the proof do
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rotquant.errors import RotQuantError
 from rotquant_kernels import convention, cuda, ops
 from rotquant_kernels.backends import BACKENDS, REFERENCE
 from rotquant_kernels.backends.triton import Triton
-from rotquant_kernels.cuda import gemm, kv4
+from rotquant_kernels.cuda import kv4, tiles
 from rotquant_kernels.cuda.device import Device
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
@@ -202,6 +203,12 @@ def test_the_few_batches_stand_for_all(group, least):
 
 
 def test_the_few_numbers_of_tokens_stand_for_all():
-    for columns, groups in ((4096, 1), (100, 1), (4096, 32), (96, 3)):
-        warmed = {gemm.tiles(tokens, columns, groups) for tokens in gemm.DISTINCT}
-        assert {gemm.tiles(tokens, columns, groups) for tokens in range(1, 5000)} == warmed
+    def variant(tokens: int, shape: tiles.Shape, device: Device) -> tuple[Any, bool]:
+        cut = tiles.tiles(tokens, shape, device)
+        return cut._replace(splits=0), cut.splits > 1
+
+    for sizes in ((4096, 4096, 1), (14336, 4096, 1), (4096, 128256, 1), (100, 64, 1), (4096, 4096, 32), (96, 512, 3)):
+        shape = tiles.Shape(*sizes)
+        for device in (Device(132, 8, 90), Device(84, 8, 86), Device(148, 16, 100)):
+            warmed = {variant(tokens, shape, device) for tokens in tiles.distinct_tokens(shape, device)}
+            assert {variant(tokens, shape, device) for tokens in range(1, 9000)} == warmed

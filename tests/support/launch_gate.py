@@ -134,8 +134,8 @@ def core() -> Iterator[Launch]:
     yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
     yield "dense 128 before a layer", lambda: turn(1, 4096, "dense", 128)
     yield "norm, 4096 inputs", lambda: norm(1, 4096)
-    yield "linear, 1 token", lambda: linear(1, 4096, 512)
-    yield "linear, 256 tokens", lambda: linear(256, 4096, 512)
+    yield "linear, 1 token", lambda: linear(1, 4096, 512)  # its columns among programs, whose parts are added up
+    yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
     yield "prefill, 1 sequence", lambda: attend(700, 1)
 
@@ -150,7 +150,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
         "gate_up": (model.hidden, 2 * inner, False), "down": (inner, model.hidden, False),
         "lm_head": (model.hidden, -(-model.vocabulary // ranks), False),
     }  # fmt: skip
-    for m in (*BATCHES, 65, 256):
+    for m in (*BATCHES, 65, 256, 4097):
         for layer, (k, n, bias) in layers.items():
             bits = 8 if layer == "lm_head" else 4
             yield f"{where} {layer}, {m} tokens", lambda m=m, k=k, n=n, b=bias, w=bits: linear(m, k, n, w, bias=b)
