@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rotquant_kernels.backends import backend_of
+from vllm_rotquant import steps
 
 
 @torch.inference_mode()
@@ -44,3 +45,6 @@ def warm_attention(layer: Any, page: int, device: torch.device) -> None:
         table = torch.zeros(1, pages, dtype=torch.int32, device=device)
         layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
         layer.impl.attend(query, cache, starts, lens, table, torch.empty_like(query))
+    if layer.impl.dense:
+        for part in steps.parts([1], [1], starts[:2], lens[:1], table, layer.impl.limits(page)._replace(dense=1)):
+            layer.impl.attend_part(query[:1], cache, part, torch.empty_like(query[:1]))

@@ -22,10 +22,10 @@ from rotquant_kernels.cuda.device import Device
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
-from vllm_rotquant import rotation, witness
+from vllm_rotquant import rotation, steps, witness
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.fusion import QuantizingNorm
-from vllm_rotquant.kv_cache import KV4Impl
+from vllm_rotquant.kv_cache import KV4Impl, KV4Metadata
 from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.warmup import warm_attention, warm_linears
 
@@ -96,6 +96,7 @@ class Server:
             method.norm = QuantizingNorm(norm, method.format)
         self.layers["down"].quant_method.silu_mul = True
         self.attention = attention()
+        self.attention.impl.dense = "stand-in", lambda *given: None
         # As vLLM cuts one buffer into layers and blocks.
         self.pages = torch.zeros(9, KV_HEADS, PAGE, kv_token_bytes(DIM, False), dtype=torch.uint8)
 
@@ -120,7 +121,8 @@ class Server:
         table, out = torch.zeros(len(new), -(-longest // PAGE), dtype=torch.int32), torch.empty_like(query)
         impl, slots = self.attention.impl, torch.zeros(tokens + 3, dtype=torch.int64)[3:]  # not aligned
         impl.do_kv_cache_update(None, key, value, self.pages, slots)
-        metadata = SimpleNamespace(query_start=starts, seq_lens=sequences, block_table=table)
+        cut = steps.parts(new, [longest] * len(new), starts, sequences, table, impl.limits(PAGE))
+        metadata = KV4Metadata(starts, sequences, table, cut)
         impl.forward(None, query, key, value, self.pages, metadata, out)
         self.apply("o", out.view(tokens, -1))
         self.apply("down", self.apply("gate_up", norms[1](hidden, hidden)[0]))
@@ -131,9 +133,10 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
     server, chance = Server(), random.Random(1)
     server.warm_up()
     warmed, longest = len(on_the_gpu), 8192
-    # 4 tiles of 3 sorts of linear layers, 2 norms, 3 kinds of rows, writing, attention by 8, 16 and 64 rows, whole and
-    # in parts, and the merge of parts.
-    assert warmed == 4 * 3 + 2 + 3 + 1 + 3 * 2 + 1, [made.name for made in on_the_gpu]
+    # Tiles of 3 sorts of linear layers, in parts too, and the sums of those; 2 norms, 3 kinds of rows, writing,
+    # attention by 8, 16 and 64 rows, whole and in parts, and the merge of parts; gathering, and turning of queries.
+    linears = sum(made.name in ("linear_kernel", "sum_kernel") for made in on_the_gpu)
+    assert warmed == linears + 2 + 3 + 1 + 3 * 2 + 1 + 2, [made.name for made in on_the_gpu]
     for sequences in range(1, 258):  # pure decoding, every size
         server.step([1] * sequences, longest)
     for _ in range(2000):

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from rotquant_kernels.cuda import gemm, kv4, layout, rows
+from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, workspace
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import GPUS, Compiled, stand_in
 
@@ -125,6 +125,22 @@ def attend(
     kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric)
 
 
+def attend_dense(
+    tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
+    page: int = 16, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """A long prefill by way of a workspace; what computes it is not ours."""
+    query = torch.empty(tokens, heads, dim, dtype=dtype)
+    pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
+    starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
+    table = torch.zeros(sequences, -(-tokens // page), dtype=torch.int32)
+    room = workspace.workspace([tokens] * sequences, torch.device("cpu"))
+    kv4_dense.attention(
+        query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, room, tokens,
+        lambda *given: None,
+    )  # fmt: skip
+
+
 def core() -> Iterator[Launch]:
     """One of each kernel in the form that is hardest to compile: a few seconds an architecture."""
     yield "decode, 1 sequence", lambda: attend(1, 1)
@@ -138,6 +154,7 @@ def core() -> Iterator[Launch]:
     yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
     yield "prefill, 1 sequence", lambda: attend(700, 1)
+    yield "prefill by a workspace", lambda: attend_dense(700, 1)
 
 
 def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
@@ -168,6 +185,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
             yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
     for tokens, sequences in ((6, 2), (700, 1), (4096, 16)):
         yield f"{where} {tokens} tokens of {sequences}", lambda t=tokens, s=sequences: attend(t, s, **shape)
+    yield f"{where} prefill by a workspace", lambda: attend_dense(300, 2, **shape)
 
 
 def odd() -> Iterator[Launch]:
@@ -205,6 +223,7 @@ def odd() -> Iterator[Launch]:
     ):  # fmt: skip
         for symmetric in (False, True):
             yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
+            yield f"workspace {shape}", lambda a=shape, s=symmetric: attend_dense(*a, symmetric=s)
     for dim in (16, 64, 80, 96, 256):
         yield f"KV write, heads of {dim}", lambda d=dim: write(1, 1, d, d & -d, 48, True)
 
