@@ -8,8 +8,8 @@ are int4. Its own input kernels do not fit: their scale is absmax / 7, and they 
 
 is its epilogue: one rounding more than the specification's, half a step of bfloat16. So where it is installed and
 nothing else is asked for ("auto"), it runs what gains by it, 4-bit weights and activations on GPUs that multiply int4.
-It takes bfloat16 layers with symmetric activations and one scale a channel (bfloat16 numbers, as checkpoints hold them);
-Triton runs the others. Split sums are off (`use_batch_invariant`): a token's result depends on no other.
+It takes bfloat16 layers with symmetric activations and one scale a channel (bfloat16 numbers, as checkpoints hold
+them); Triton runs the others. Split sums are off (`use_batch_invariant`): a token's result depends on no other.
 """
 
 from __future__ import annotations
@@ -121,13 +121,10 @@ def configuration(layer: Layer, sm: int) -> tuple[Any, str]:
 
 def misfit(layer: Layer, groups: int, low_rank: bool, dtype: torch.dtype, sm: int) -> str:
     """Why Humming cannot run this layer on rows of a dtype, or nothing."""
-    auto = wanted() == "auto"
+    auto, bits = wanted() == "auto", (layer.weight_bits, layer.act_bits)
     for what, wrong in (
         (f"sm_{sm} multiplies no int4", auto and sm not in INT4),
-        (
-            f"W{layer.weight_bits}A{layer.act_bits} gains nothing",
-            auto and (layer.weight_bits, layer.act_bits) != (4, 4),
-        ),
+        (f"W{bits[0]}A{bits[1]} gains nothing", auto and bits != (4, 4)),
         ("activations are asymmetric", not layer.symmetric),
         ("weight scales are by group", groups != 1),
         ("there is a low-rank branch", low_rank),
