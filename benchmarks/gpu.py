@@ -194,7 +194,8 @@ def main() -> int:
         folder = Path(os.environ.get("OUT") or args.output.parent)
         variables = environment(args.vllm_bundle, args.work) | {"ROTQUANT_CPU_TIER": "reference"}
         variables |= {"ROTQUANT_GPU_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {}
-        return 1 if gpu_session.session(args.part, folder, args.budget, variables) else 0
+        budget, patience = (3600, 10) if args.rehearse else (args.budget, 1)  # of a CPU nobody knows the speed
+        return 1 if gpu_session.session(args.part, folder, budget, variables, patience) else 0
     if args.only:
         args.output.write_text(json.dumps(all_steps()[args.only].run()))
         return 0

@@ -93,8 +93,11 @@ def phase(part: str, name: str) -> None:
         print(json.dumps(line)[:300], flush=True)
 
 
-def session(part: str, folder: Path, budget: float, variables: dict[str, str]) -> int:
-    """All phases of a part within `budget` seconds; results in `folder`. Returns how many phases failed."""
+def session(part: str, folder: Path, budget: float, variables: dict[str, str], patience: float = 1) -> int:
+    """All phases of a part within `budget` seconds, each within its limit times `patience`; results in `folder`.
+
+    Returns: how many phases failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines, failed, end = folder / f"gpu-{part}.jsonl", 0, time.time() + budget
     lines.unlink(missing_ok=True)
@@ -105,7 +108,7 @@ def session(part: str, folder: Path, budget: float, variables: dict[str, str]) -
             failed += 1
             continue
         log = folder / f"gpu-{part}-{name.replace(' ', '-')}.log"
-        ended = run_phase(part, name, min(planned.seconds, left), lines, log, variables)
+        ended = run_phase(part, name, min(planned.seconds * patience, left), lines, log, variables)
         write(lines, ended)
         failed += "error" in ended
         (folder / f"gpu-{part}.md").write_text(report(lines))

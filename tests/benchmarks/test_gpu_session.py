@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_phases  # noqa: E402
+import gpu_serve  # noqa: E402
 import gpu_session  # noqa: E402
 
 
@@ -19,24 +19,28 @@ def test_the_limits_of_a_part_fit_the_time_that_a_gpu_is_held():
         assert sum(phase.seconds for phase in phases.values()) <= 340
 
 
-def rehearse(part: str, out: Path) -> list[dict]:
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--part", part, "--rehearse", "--work", out / "work"]
-    done = subprocess.run(command, env=os.environ | {"OUT": str(out)}, capture_output=True, text=True, check=False)
+def test_every_phase_is_entered_and_leaves_lines(tmp_path):
+    """Of part A; part B has the same phases, but for what it serves."""
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--part", "A", "--rehearse", "--work", tmp_path / "work"]
+    done = subprocess.run(command, env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith((out / f"gpu-{part}.md").read_text() + "\n")
-    return [json.loads(line) for line in (out / f"gpu-{part}.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("part", ["A", "B"])
-def test_every_phase_is_entered_and_leaves_lines(tmp_path, part):
-    lines = rehearse(part, tmp_path)
-    for name, phase in gpu_session.PARTS[part].items():
+    assert done.stdout.endswith((tmp_path / "gpu-A.md").read_text() + "\n")
+    lines = [json.loads(line) for line in (tmp_path / "gpu-A.jsonl").read_text().splitlines()]
+    for name in gpu_session.PARTS["A"]:
         own = [line for line in lines if line["phase"] == name]
         assert len(own) >= 2, name
-        assert own[-1]["seconds"] <= phase.seconds
         assert not [line for line in own if "error" in line], own
     assert {line["op"] for line in lines if "op" in line} >= {"int_linear", "kv4_attention"}
     assert any("rotquant W4A4" in line for line in lines)
+
+
+def test_part_b_serves_every_format(monkeypatch):
+    monkeypatch.setattr(gpu_phases, "REHEARSAL", True)
+    named = {name.removeprefix("serve ") for name in gpu_session.PARTS["B"] if name.startswith("serve ")}
+    assert named == set(gpu_serve.FORMATS)
+    said = {name: str(list(gpu_session.PARTS["B"][f"serve {name}"].run())) for name in named}
+    assert all("FULL_DECODE_ONLY" in arguments for arguments in said.values())
+    assert {name for name, arguments in said.items() if "'quantization'" in arguments} == {"fp8", "rotquant"}
 
 
 def test_a_phase_that_is_stopped_costs_itself_alone(tmp_path):

@@ -141,7 +141,9 @@ def linear_kernel(
             acc = tl.zeros([TN, TM], tl.int32)
             for i in range(tl.cdiv(columns, TK)):
                 acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
-            if TM == 128 and RANK == 0:  # half a tile after the other: one at once wants registers for two
+            if (
+                TM == 128 and RANK == 0 and TN == 128
+            ):  # half a tile after the other: one at once wants registers for two
                 half = tile_m.to(tl.int64) * TM + tl.arange(0, TM // 2)
                 first, last = tl.split(tl.permute(tl.reshape(acc, [TN, 2, TM // 2]), (0, 2, 1)))
                 zero = tl.load(zeros + half, half < tokens, 0)
@@ -219,7 +221,8 @@ def product(
         branch = down, None if up is None else up.contiguous(), None if bias is None else bias.contiguous()
         run(
             (codes, scale, zero, words, sums, weight_scale.contiguous(), *branch, out), rank,
-            tiles(tokens, Shape(columns, channels, groups), device_of(codes.device)),
+            # A branch in full precision has no registers for the largest tiles.
+            tiles(min(tokens, 1024) if rank else tokens, Shape(columns, channels, groups), device_of(codes.device)),
             {"BITS": bits, "SYMMETRIC": symmetric, "BIAS": bias is not None},
         )  # fmt: skip
     return out

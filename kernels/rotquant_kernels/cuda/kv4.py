@@ -158,12 +158,15 @@ def attention(
     partial = query.new_empty(parts * padded, dtype=torch.float32)
     state = query.new_empty(2 * parts, dtype=torch.float32)
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
+    # Four programs of parts fit a processor, as many as `plan` makes.
+    options = {"maxnreg": 128} if splits > 1 and rows == 8 and padded <= 128 else {}
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](
         query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
         block_table.stride(0), *strides(out), tokens, sequences, splits, scale * LOG2_E,
         **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, ASSEMBLER=not INTERPRETED,
         num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
+        **options,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](

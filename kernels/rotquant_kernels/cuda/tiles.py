@@ -20,7 +20,7 @@ from rotquant_kernels.cuda import layout
 from rotquant_kernels.cuda.device import Device
 
 TABLE = Path(__file__).with_name("tiles.json")
-LEAST_COLUMNS = 512  # of a part: below, the sum of the parts costs more than they save
+OPERANDS = 3  # times the bytes of its sums that a part of the columns reads at least
 MOST_TOKENS = 4096  # of a product whose columns are split
 CANDIDATES = (1, *(1 + (1 << i) for i in range(13)))  # of numbers of tokens: behind each power of two, MOST_TOKENS too
 
@@ -68,10 +68,14 @@ def tiles(tokens: int, shape: Shape, device: Device) -> Tiles:
     size = layout.multiple(shape.columns, layout.COLUMNS) if shape.groups == 1 else shape.columns // shape.groups
     k = max(k for k in (32, 64, 128, 256) if k <= row["k"] and size % k == 0)
     n, m = row["n"], row["m"]
+    if layout.multiple(shape.channels, layout.CHANNELS) % n:  # no tile reads past the end
+        n = layout.CHANNELS
     splits = 1
     if shape.groups == 1 and tokens <= MOST_TOKENS:  # sums over groups are floats, whose order counts
         programs = -(-shape.channels // n) * -(-tokens // m)
-        splits = min(row["programs"] * device.processors // programs, shape.columns // LEAST_COLUMNS)
+        # Sums are written and read, 8 bytes each; a column of operands is a byte a token and half of one a channel.
+        least = OPERANDS * 8 * n * m // (n // 2 + m)
+        splits = min(row["programs"] * device.processors // programs, shape.columns // least)
     return Tiles(n, m, k, row["warps"], row["stages"], row["registers"], max(splits, 1))
 
 
