@@ -14,14 +14,13 @@ from rotquant.models.harden import harden_folder
 from rotquant.pipeline import quantize
 from source_models import DATA, HELDOUT
 
+pytestmark = pytest.mark.vllm
 SUPPORT = str(Path(vllm_serving.__file__).parent)
 SCRIPT = """
 import json, sys
 from pathlib import Path
 
 from vllm_serving import serve
-
-pytestmark = pytest.mark.vllm
 
 if __name__ == "__main__":  # ranks are started by importing this file again
     folder, ranks, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())

@@ -7,23 +7,25 @@ say that everything works on a model that nobody here made, not how good it can 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import rotquant.service.demo
+from rotquant.checkpoint.loading import load
 from rotquant.errors import RotQuantError
-from rotquant.measure.evaluate import evaluate
+from rotquant.measure.evaluate import model_losses, text_windows, torch_losses, vllm_losses
 from rotquant.pipeline import quantize
 from rotquant.service.server import Server
 from rotquant.service.smollm2 import SHA256, download, smollm2
 from rotquant_kernels.native import cache_root
 
 HELDOUT = rotquant.service.demo.SMOLLM2.heldout
-SCORED: dict[str, Any] = {"tokens": 4096, "seq_len": 512}
 
 
 class Made(NamedTuple):
@@ -50,13 +52,23 @@ def test_it_still_knows_the_capital_of_france(made: Made, tmp_path: Path) -> Non
 
 @pytest.mark.real
 def test_perplexity_and_engines(made: Made) -> None:
-    full, torch, vllm = (
-        evaluate(str(folder), HELDOUT, engine=engine, **SCORED).perplexity
-        for folder, engine in ((made.original, "torch"), (made.out, "torch"), (made.out, "vllm"))
-    )
-    print(full, torch, vllm)
-    assert torch < 1.7 * full  # rounding to nearest without rotations is at hundreds of times
-    assert vllm == pytest.approx(torch, rel=0.005)
+    """vLLM is as near to the torch engine as that is to itself in float32.
+
+    At 4 bits rounding is chaotic over 30 layers: where one code falls the other way, all behind it does. So token by
+    token no two ways to add up floats agree on this model, and 4,096 tokens know the mean of log p to 1% only. What
+    must hold: the engines' difference is noise about 0, and no larger than what another dtype makes of one engine.
+    """
+    windows = text_windows(HELDOUT, made.out, 512, 4096)
+    full = torch_losses(made.original, windows).mean()
+    torch16 = torch_losses(made.out, windows)
+    torch32 = model_losses(load(made.out, dtype=torch.float32), windows)
+    difference = vllm_losses(made.out, windows) - torch16
+    chaos, error = (torch32 - torch16).std(), difference.std() / difference.numel() ** 0.5
+    print(f"full {full:.4f}, torch {torch16.mean():.4f}, float32 {torch32.mean():.4f} ({chaos:.3f} apart)")
+    print(f"vllm {difference.mean():+.4f} +- {error:.4f} ({difference.std():.3f} apart)")
+    assert torch16.mean() < full + math.log(1.7)  # rounding to nearest without rotations is at hundreds of times
+    assert difference.std() < 1.2 * chaos
+    assert abs(difference.mean()) < 4 * error
 
 
 @pytest.mark.real
