@@ -24,6 +24,7 @@ from rotquant_kernels.reference import kv_token_bytes
 LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
+RESIDENT = 3  # programs that a processor holds at once, by the registers of one that takes a part
 MERGED_TOGETHER = 8
 PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
@@ -109,8 +110,8 @@ def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, d
     rows = device.least_rows if average <= 8 else 16 if average <= 16 else PREFILL_ROWS
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
-    wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
-    return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
+    wanted = min(RESIDENT * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
+    return Plan(rows, max(wanted, 1))
 
 
 def distinct_batches(group: int, page: int) -> list[tuple[int, int]]:
@@ -158,15 +159,12 @@ def attention(
     partial = query.new_empty(parts * padded, dtype=torch.float32)
     state = query.new_empty(2 * parts, dtype=torch.float32)
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
-    # Four programs of parts fit a processor, as many as `plan` makes.
-    options = {"maxnreg": 128} if splits > 1 and rows == 8 and padded <= 128 else {}
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](
         query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
         block_table.stride(0), *strides(out), tokens, sequences, splits, scale * LOG2_E,
         **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, ASSEMBLER=not INTERPRETED,
         num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
-        **options,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
