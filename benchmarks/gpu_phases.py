@@ -27,12 +27,17 @@ REHEARSAL = DEVICE == "cpu"
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}  # Llama-3-8B
 SMALL = {"qkv": (256, 384), "o": (256, 256), "gate_up": (256, 512), "down": (768, 256)}
 SLOW_PEERS = ("Humming W4A16", "Marlin W4A16")  # the first compiles with nvcc, the second is Machete's elder
-SWEEP = {"n": (32, 64, 128), "m": (64, 128), "k": (128, 256), "warps": (4, 8), "stages": (3, 4), "registers": (0, 128)}
+SWEPT = (("down", 128), ("o", 64), ("down", 64), ("gate_up", 256), ("o", 128), ("gate_up", 2048), ("down", 16))
 
 
 def late(seconds: float = 3) -> bool:
     """Whether something of so many seconds would end after this phase's deadline."""
-    return time.time() + seconds > float(os.environ.get("ROTQUANT_GPU_DEADLINE", "inf"))
+    return time.time() + seconds > deadline()
+
+
+def deadline() -> float:
+    """Seconds since 1970."""
+    return float(os.environ.get("ROTQUANT_GPU_DEADLINE", "inf"))
 
 
 def shapes() -> dict[str, tuple[int, int]]:
@@ -215,43 +220,42 @@ def times() -> Iterator[Line]:
 def sweep() -> Iterator[Line]:
     """Other cuts of the products that starve first; the best of each is a row for `tiles.json`, beside the results."""
     rows: list[dict[str, int]] = []
-    for name, m in (("down", 128), ("o", 64), ("down", 64), ("o", 128), ("qkv", 64), ("gate_up", 2048), ("down", 16)):
-        if late(8):
-            break
+    for turn, (name, m) in enumerate(SWEPT):
+        share = (deadline() - time.time()) / (len(SWEPT) - turn)
         k, n = shapes()[name]
         best: tuple[float, dict[str, int]] = (float("inf"), {})
-        for line in cuts(name, m):
+        for line in cuts(name, m, time.time() + share):
             yield line
-            if "us" in line and line["us"] < best[0]:
+            if line.get("us", best[0]) < best[0]:
                 best = line["us"], line["cut"]
         if best[1]:
-            rows.append({"tokens": m, "columns": k, "channels": n} | best[1])
+            rows.append({"least_tokens": m // 2 + 1, "tokens": m, "columns": k, "channels": n} | best[1])
             folder = Path(os.environ.get("ROTQUANT_GPU_LINES", "lines")).parent
             (folder / "tiles-found.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def cuts(name: str, m: int) -> Iterator[Line]:
-    """Times of one product cut up in other ways; only those that suit its number of tokens."""
+def cuts(name: str, m: int, end: float) -> Iterator[Line]:
+    """Times of one product cut up in other ways, until `end`; a new cut takes a second to compile."""
     call = product_of(name, m)
     yield {"product": name, "tokens": m, "cut": {}, "us": gpu_kernels.time_us(call)["us"]}
     if REHEARSAL:  # a CPU's product has no tiles
         return
     from rotquant_kernels.cuda import gemm
 
-    real = gemm.tiles
+    real, tile = gemm.tiles, min(max(1 << (m - 1).bit_length(), 16), 128)
     try:
-        for values in product(*SWEEP.values()):
-            cut = dict(zip(SWEEP, values, strict=True))
-            if late(3) or cut["m"] > 2 * m or (cut["registers"] and cut["warps"] == 4):
-                continue
-            for programs in (1, 2, 4):
-                splits = max(programs * 132 // (-(-shapes()[name][1] // cut["n"]) * -(-m // cut["m"])), 1)
-                gemm.tiles = lambda *given, c=cut, s=splits: real(*given)._replace(**c, splits=s)
-                line = {"product": name, "tokens": m, "cut": cut | {"programs": programs}}
-                try:
-                    yield line | {"us": gpu_kernels.time_us(call)["us"]}
-                except Exception as error:  # a cut that does not fit
-                    yield line | {"error": f"{type(error).__name__}: {error}"[:120]}
+        for n, k, stages, programs in product((128, 64, 256, 32), (128, 256), (3, 4), (1, 2)):
+            if time.time() + 2 > min(end, deadline()):
+                return
+            cut = {"n": n, "m": tile, "k": k, "warps": 8 if n * tile >= 8192 else 4, "stages": stages}
+            cut["registers"] = 128 if n * tile == 128 * 128 else 0
+            splits = max(programs * 132 // (-(-shapes()[name][1] // n) * -(-m // tile)), 1)
+            gemm.tiles = lambda *given, c=cut, s=splits: real(*given)._replace(**c, splits=s)
+            line: Line = {"product": name, "tokens": m, "cut": cut | {"programs": programs}}
+            try:
+                yield line | {"us": gpu_kernels.time_us(call)["us"]}
+            except Exception as error:  # a cut that does not fit
+                yield line | {"error": f"{type(error).__name__}: {error}"[:120]}
     finally:
         gemm.tiles = real
 
