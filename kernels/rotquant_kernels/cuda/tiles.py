@@ -12,7 +12,7 @@ architecture's own before those for any; a row without a condition fits all.
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def fits(row: dict[str, int], tokens: int, shape: Shape) -> bool:
     )
 
 
+@lru_cache(maxsize=1 << 14)
 def tiles(tokens: int, shape: Shape, device: Device) -> Tiles:
     """The cut of a product. Its results do not depend on it: parts are sums of integers."""
     rows = table().get(str(device.sm), []) + table()["any"]
