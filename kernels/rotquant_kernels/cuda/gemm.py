@@ -141,9 +141,7 @@ def linear_kernel(
             acc = tl.zeros([TN, TM], tl.int32)
             for i in range(tl.cdiv(columns, TK)):
                 acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
-            if (
-                TM == 128 and RANK == 0 and TN == 128
-            ):  # half a tile after the other: one at once wants registers for two
+            if TM == 128 and RANK == 0:  # half a tile after the other: one at once wants registers for two
                 half = tile_m.to(tl.int64) * TM + tl.arange(0, TM // 2)
                 first, last = tl.split(tl.permute(tl.reshape(acc, [TN, 2, TM // 2]), (0, 2, 1)))
                 zero = tl.load(zeros + half, half < tokens, 0)
