@@ -35,7 +35,7 @@ def gather(
         place, dim, eighth = start + tl.arange(0, TILE), tl.arange(0, PADDED), tl.arange(0, 8)
         shift = eighth % 4 * 8 + eighth // 4 * 4
         key_scale, value_scale, key_zero, value_zero = load_scales(
-            plane, pages, place, end, cache_block, DIM, PAGE, SYMMETRIC
+            plane, pages, place, 0, end, cache_block, DIM, PAGE, SYMMETRIC
         )
         page = tl.load(pages + place // PAGE, mask=place < end, other=0).to(tl.int64)
         at = plane + page * cache_block + place % PAGE // 16 * (8 * DIM) + place % 16 * 4
