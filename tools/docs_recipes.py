@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
+
 from docs_results import ROOT, Compared, minutes, percent, read, table
 
 RECIPES = ROOT / "offline" / "rotquant" / "recipes"
 OURS = ("best", "best-online", "best-tuned")
+SPOKEN = {
+    "r1": "R1", "r2": "R2", "online": "online transforms", "act_clip": "clips", "kv_clip": "KV clips",
+    "weight_clip": "weight clips",
+}  # fmt: skip
 SITES = ("attn", "o", "mlp", "down")
 
 
@@ -27,7 +32,7 @@ def learns(recipe: dict[str, Any]) -> str:
     words = []
     if surrogate := learn.get("surrogate"):
         how = f"{surrogate['objective'].replace('_', ' ')}, {surrogate['optimiser']}"
-        words.append(f"{' and '.join(surrogate.get('targets', ['r1'])).upper()} from samples of activations ({how})")
+        words.append(f"{_names(surrogate.get('targets', ['r1']))} from samples of activations ({how})")
     if layers := learn.get("blockwise"):
         words.append(f"{_names(layers['learns'])}, layer by layer")
     if whole := learn.get("end_to_end"):

@@ -30,7 +30,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 class Compared:
     """The finished runs of one file of `rotquant compare`, by their labels.
 
-    A run with the key `noted` was copied from a page that named no file; it counts only where nothing else has its label.
+    A run with the key `noted` was copied from a page that named no file. It counts only where no other has its label.
     """
 
     groups: dict[str, list[Run]]
@@ -57,7 +57,7 @@ class Compared:
             return ABSENT if label not in self.groups else ""
         text = write(median(found))
         low, high = write(min(found)), write(max(found))
-        return f"{text} ({low} to {high})" if spread and len(found) > 1 else text
+        return f"{text} ({low} to {high})" if spread and low != high else text
 
     @property
     def full(self) -> float:
@@ -98,6 +98,18 @@ def seconds(milliseconds: float) -> str:
 
 def perplexity(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f} ms"
+
+
+def rate(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def four_digits(value: float) -> str:
+    return f"{value:.4f}"
 
 
 def nats(value: float) -> str:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from docs_results import ABSENT, Compared, Served, minutes, nats, percent, perplexity, read, seconds, table
+from docs_results import (
+    ABSENT,
+    Compared,
+    Served,
+    four_digits,
+    milliseconds,
+    minutes,
+    nats,
+    percent,
+    perplexity,
+    rate,
+    read,
+    seconds,
+    table,
+)
 
 REAL = "compare-smollm2"
 BF16, W8A8, W4A4, W4A8 = "bf16", "w8a8", "rotquant-w4a4kv4", "rotquant-w4a8kv4"
@@ -19,8 +33,8 @@ GLANCE = (
     ("round to nearest, `rtn`", "rtn", W4A4, "never: it is what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in a minute, without calibrating for long"),
     ("`best`", "best", W4A4, "W4A4KV4, the usual choice: as fast as `quarot`, closer to the original"),
-    ("`best-online`", "best-online", "", "quality counts more than the last third of speed"),
-    ("any recipe with `--scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, and GPUs from sm_90 on"),
+    ("`best-online`", "best-online", "", "quality counts more than speed: a 16-bit branch runs beside the linears"),
+    ("`quarot --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, and GPUs from sm_90 on"),
 )  # fmt: skip
 
 
@@ -63,8 +77,8 @@ def headline() -> str:
     ours, eight, full = (served.run("1024/32", form, "median_tpot_ms") for form in (W4A4, W8A8, BF16))
     pages = served.server(W4A4, "kv_tokens") / served.server(BF16, "kv_tokens")
     return (
-        f"A token takes {ours:.0f} ms in W4A4KV4, {eight:.0f} ms in vLLM's W8A8 and {full:.0f} ms in bf16. The KV cache holds"
-        f" {pages:.1f} times as many tokens."
+        f"A token takes {ours:.0f} ms in W4A4KV4, {eight:.0f} ms in vLLM's W8A8 and {full:.0f} ms in bf16."
+        f" The KV cache holds {pages:.1f} times as many tokens."
     )
 
 
@@ -86,11 +100,12 @@ def real_model() -> str:
 
 # Labels of compare-llama.json and compare-qwen3.json, in the order of the table.
 TOYS = (
-    "quarot", "gsr", "smoothrot", "rrs", "dfrot", "kurtail", "dartquant", "spinquant (2 windows)", "ostquant (2 windows)",
-    "best", "baseq", "flatquant", "frtq", "svd", "ruquant", "ruquant-ft", "best-online", "rtn",
+    "quarot", "gsr", "smoothrot", "rrs", "dfrot", "kurtail", "dartquant", "spinquant (2 windows)",
+    "ostquant (2 windows)", "best", "baseq", "flatquant", "frtq", "svd", "ruquant", "ruquant-ft", "best-online", "rtn",
 )  # fmt: skip
 PARTS = {
-    "best": "`best`", "no R4": "no R4", "RTN": "weights to nearest instead of GPTQ", "random R1": "R1 a random Hadamard",
+    "best": "`best`", "no R4": "no R4", "RTN": "weights to nearest instead of GPTQ",
+    "random R1": "R1 a random Hadamard",
     "no attention weight": "GPTQ without attention weights", "gradients only": "R1 by gradients only",
     "Procrustes only": "R1 by Procrustes only", "no R2": "no R2", "symmetric activations": "symmetric activations",
     "symmetric KV": "symmetric KV", "KV clips 1": "KV clips 1", "activation clip 1": "activation clip 1",
@@ -118,11 +133,10 @@ def parts() -> str:
     models = [Compared.of(f"compare-{name}") for name in ("llama", "qwen3")]
     rows = []
     for label, name in PARTS.items():
-        cells = [
-            [m.cell(label, "perplexity", perplexity, spread=True), m.cell(label, "kl", lambda v: f"{v:.4f}")]
-            for m in models
-        ]
-        rows.append([name, *cells[0], *cells[1]])
+        cells = [name]
+        for model in models:
+            cells += [model.cell(label, "perplexity", perplexity, spread=True), model.cell(label, "kl", four_digits)]
+        rows.append(cells)
     return table(["", "Llama: perplexity", "KL", "Qwen3: perplexity", "KL"], rows)
 
 
@@ -155,21 +169,22 @@ def engines() -> str:
 def serving() -> str:
     served = Served.of()
     loads = (
-        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", lambda v: f"{v:.0f} ms"),
-        ("128/64 all", "output_throughput", lambda v: f"{v:.1f}"), ("2048/32", "output_throughput", lambda v: f"{v:.1f}"),
-        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", lambda v: f"{v:.0f} ms"),
+        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", milliseconds),
+        ("128/64 all", "output_throughput", rate), ("2048/32", "output_throughput", rate),
+        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", milliseconds),
     )  # fmt: skip
-    rows = [
-        [name, *(write(served.run(load, form, metric)) for load, metric, write in loads), f"{served.server(form, 'kv_tokens'):,.0f}"]
-        for form, name in FORMATS.items()
-    ]  # fmt: skip
+    rows = []
+    for form, name in FORMATS.items():
+        cells = [write(served.run(load, form, metric)) for load, metric, write in loads]
+        rows.append([name, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
     heads = ["format", "1024-token prompt: first token", "one stream: ms a token", "16 x 128/64 at once: tokens/s"]
     heads += ["2 x 2048/32: tokens/s", "one 128/64 a second: first token", "ms a token", "tokens in 1 GiB of KV cache"]
     return table(heads, rows)
 
 
 PEERS = {
-    "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)", "ggml-q4_0": "llama.cpp Q4_0",
+    "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)",
+    "ggml-q4_0": "llama.cpp Q4_0",
 }  # fmt: skip
 
 
