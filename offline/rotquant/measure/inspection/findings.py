@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 Site = dict[str, Any]
@@ -14,6 +14,7 @@ LINEAR = {
 CACHE = {"k": "K cache", "v": "V cache"}
 NAMES = LINEAR | CACHE
 CLEAR = 0.5  # dB
+UNEVEN = 5.0  # peak over RMS
 
 
 def findings(facts: dict[str, Any]) -> list[str]:
@@ -32,9 +33,8 @@ def _activations(sites: list[Site], both: bool) -> str:
     if not both:
         said = f"Activations: the largest number of a token is {_number(peak[1])} times its RMS, on average"
         return f"{said}; {_hardness(peak[1])}."
-    text = (
-        f"Activations: the largest number of a token was {_number(peak[0])} times its RMS and is {_number(peak[1])} now"
-    )
+    was, now = map(_number, peak)
+    text = f"Activations: the largest number of a token was {was} times its RMS, and is now {now}"
     return f"{text}{_noise(*snr)}."
 
 
@@ -53,12 +53,8 @@ def _cache(sites: list[Site], both: bool) -> str:
 
 def _worst(sites: list[Site]) -> str:
     known = [s for s in sites if s["site"] in NAMES and s["after"] and s["after"]["snr"] is not None]
-    if not known:
-        hard = max((s for s in sites if s["site"] in LINEAR), key=lambda s: s["after"]["peak_to_rms"])
-        peak = _number(hard["after"]["peak_to_rms"])
-        return f"Hardest place: {NAMES[hard['site']]} of layer {hard['layer']}, whose peaks are {peak} times the RMS."
     worst = min(known, key=lambda s: s["after"]["snr"])
-    usual = _median([s["after"]["snr"] for s in known])
+    usual = median(s["after"]["snr"] for s in known)
     text = f"Weakest place: {NAMES[worst['site']]} of layer {worst['layer']}, {worst['after']['snr']:.1f} dB"
     return f"{text}; the median place has {usual:.1f} dB."
 
@@ -74,21 +70,14 @@ def _noise(before: float | None, after: float | None) -> str:
 
 
 def _hardness(peak: float | None) -> str:
-    if peak is None:
-        return "unknown"
-    return (
-        "hard to round to 4 bits: Gaussian rows have 3" if peak > 5 else "about as even as Gaussian rows, which have 3"
-    )
+    uneven = peak is not None and peak > UNEVEN
+    return "hard to round to 4 bits: Gaussian rows have 3" if uneven else "about as even as Gaussian rows, which have 3"
 
 
 def _mean(sites: list[Site], names: Iterable[str], when: str, figure: str) -> float | None:
     wanted = set(names)
     known = [s[when][figure] for s in sites if s["site"] in wanted and s[when] and s[when][figure] is not None]
     return fmean(known) if known else None
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _number(value: float | None) -> str:
