@@ -29,7 +29,7 @@ def demo() -> str:
     cache = next(line for line in found if line.startswith("KV cache: "))
     table = next(i for i, line in enumerate(found) if "perplexity on" in line)
     scores = found[table : found.index("", table)]
-    return FENCE.format("\n".join([*answer, "...", cache, "...", *scores]))
+    return FENCE.format("\n".join([*answer, "...", cache, *scores]))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof}

@@ -96,37 +96,40 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), link
-        if page.parent.name == "docs":
+        if page.parent == ROOT / "docs":
             assert target.is_relative_to(ROOT / "docs"), f"{link}: a site of docs/ alone would not have it"
         assert not anchor or anchor in anchors(target), link
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """Command lines of code blocks and code spans that name our own programs, less comments and what pipes follow."""
-    blocks = [body for language, body in FENCE.findall(text) if language in ("", "bash", "sh")]
-    spans = re.findall(r"`((?:rotquant|python) [^`\n]+)`", FENCE.sub("", text))
-    indented = re.findall(r"^ {4}((?:rotquant|python) .+)$", FENCE.sub("", text), re.MULTILINE)
-    for line in [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *spans, *indented]:
-        words = shlex.split(line.partition(" > ")[0], comments=True)
-        while words and "=" in words[0]:  # variables of the environment
-            words = words[1:]
-        if words[:1] == ["rotquant"] or words[:1] == ["python"]:
-            yield words
+def commands(text: str) -> Iterator[tuple[bool, list[str]]]:
+    """Lines that call our own programs, and whether they are whole: in code blocks they are, in a sentence they may
+    leave out what is required."""
+    text = write_docs.BLOCK.sub("", text)
+    blocks = "\n".join(body for language, body in FENCE.findall(text) if language in ("", "bash", "sh"))
+    around = FENCE.sub("", text)
+    indented = re.findall(r"^ {4}((?:rotquant|python) .+)$", around, re.MULTILINE)
+    spans = re.findall(r"`((?:rotquant|python) [^`…\n]+)`", around)
+    whole = [*blocks.replace("\\\n", " ").splitlines(), *indented]
+    for in_block, line in [*((True, line) for line in whole), *((False, span) for span in spans)]:
+        if called := re.match(r"(?:\w+=\S* )*((?:rotquant|python) [^>]+)", line):
+            yield in_block, shlex.split(called[1], comments=True)
 
 
 @page
 def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for program, first, *rest in commands(page.read_text()):
-        if program == "rotquant" or first == "run.py":
-            arguments = [first, *rest] if program == "rotquant" else rest
-            if arguments[0] == "test" or arguments[-1] in ("--help", "--version"):
-                continue
-            try:
-                cli.parser().parse_args(arguments)
-            except SystemExit:
-                pytest.fail(f"rotquant {shlex.join(arguments)}: {capsys.readouterr().err}")
-        elif first.endswith(".py") and "NAME" not in first:
-            assert (ROOT / first).exists(), first
+    for whole, (program, first, *rest) in commands(page.read_text()):
+        if program == "python" and first != "run.py":
+            assert "NAME" in first or not first.endswith(".py") or (ROOT / first).exists(), first
+            continue
+        arguments = [first, *rest] if program == "rotquant" else rest
+        if arguments[0] == "test" or arguments[-1] in ("--help", "--version"):
+            continue
+        try:
+            cli.parser().parse_args(arguments)
+        except SystemExit:
+            said = capsys.readouterr().err
+            abbreviated = not whole and "the following arguments are required" in said
+            assert abbreviated, f"{shlex.join(arguments)}: {said}"
 
 
 @page
@@ -198,4 +201,4 @@ def test_the_site_has_every_page() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert site["docs_dir"] == "docs"
     listed = [name for entry in site["nav"] for name in entry.values()]
-    assert sorted(listed) == sorted(page.name for page in PAGES if page.parent.name == "docs")
+    assert sorted(listed) == sorted(page.name for page in PAGES if page.parent == ROOT / "docs")
