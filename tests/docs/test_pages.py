@@ -18,8 +18,10 @@ from rotquant.checkpoint.extension import Extension
 from rotquant.models.registry import BY_CLASS
 from rotquant.pipeline import quantize
 from rotquant.recipe import Recipe
+from rotquant_kernels import native
 from rotquant_kernels.stages import KINDS
 from source_models import source_model
+from vllm_rotquant.settings import CHOICES
 from vllm_rotquant.versions import SUPPORTED_VLLM
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,14 @@ def test_versions_and_models_are_those_of_the_code() -> None:
     assert f"vLLM {said}" in (ROOT / "README.md").read_text()
     assert f"| vLLM | {said};" in models
     assert {name for name in BY_CLASS if f"`{name}`" not in models} == set()
+
+
+def test_tiers_and_settings_are_those_of_the_code() -> None:
+    kernels, serving = ((ROOT / "docs" / name).read_text() for name in ("kernels.md", "serving.md"))
+    assert [tier for tier in native.TIERS if tier != "auto" and f"| `{tier}` |" not in kernels] == []
+    for name, choices in CHOICES.items():
+        row = next(line for line in serving.splitlines() if line.startswith(f"| `{name}` |"))
+        assert [c for c in choices if isinstance(c, str) and c != "auto" and c not in row] == []
 
 
 # ---- links, code -------------------------------------------------------------------------------------------------
