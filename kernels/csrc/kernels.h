@@ -18,6 +18,7 @@ const Tier RQ_TABLE = {
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,
     RQ_TIER::gemm_panel,
+    RQ_TIER::TILE_ROWS,
     RQ_TIER::add_rows,
     RQ_TIER::kv4_write,
     RQ_TIER::kv4_attend,

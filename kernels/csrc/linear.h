@@ -89,6 +89,11 @@ inline const float* transformed(const Rows& x, int64_t m, const Transform& trans
 
 inline bool worth_threads(int64_t work) { return work > (1 << 16); }
 
+// Rows of one of `blocks` blocks of `rows` rows, in whole tiles; GEMM_ROWS is a multiple of every tier's.
+inline int64_t block_rows(int64_t rows, int64_t blocks, int64_t tile) {
+  return ((rows + blocks - 1) / blocks + tile - 1) / tile * tile;
+}
+
 struct PackedSize {
   int64_t panels, padded, group_bytes, data, bytes;
 };

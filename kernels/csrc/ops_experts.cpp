@@ -49,7 +49,7 @@ Pairs sorted_pairs(const Index* chosen, int64_t tokens, int64_t top_k, const int
 // Quantized rows in memory of their own.
 struct Quantized {
   Quantized(int64_t rows, const Weight& w)
-      : lda(w.padded() * w.groups), groups(w.groups), codes(size_t(rows * lda)), quant(size_t(rows)),
+      : lda(codes_stride(w.padded() * w.groups)), groups(w.groups), codes(size_t(rows * lda)), quant(size_t(rows)),
         sums(size_t(rows * groups)) {}
 
   int64_t lda, groups;
@@ -94,7 +94,7 @@ void multiply(const Stack& stack, const Pairs& pairs, const Quantized& rows, int
   for (int64_t e = 0; e < stack.count; e++) {
     const int64_t begin = pairs.first[size_t(e)], count = pairs.first[size_t(e + 1)] - begin;
     const int64_t blocks = (count + GEMM_ROWS - 1) / GEMM_ROWS;
-    const int64_t height = blocks ? ((count + blocks - 1) / blocks + 5) / 6 * 6 : 0;
+    const int64_t height = blocks ? block_rows(count, blocks, tier().tile_rows) : 0;
     for (int64_t m = 0; m < count; m += height)
       tasks.push_back({e, begin + m, begin + (m + height < count ? m + height : count)});
   }
@@ -104,6 +104,7 @@ void multiply(const Stack& stack, const Pairs& pairs, const Quantized& rows, int
     Gemm g{};
     g.weight = stack.of(task.expert);
     g.codes = rows.codes.data();
+    g.lda = rows.lda;
     g.quant = rows.quant.data();
     g.sums = rows.sums.data();
     g.out = out;

@@ -128,7 +128,7 @@ LowRank low_rank_of(const std::optional<Tensor>& down, const std::optional<Tenso
 
 // What quantize_row and project_row leave for the GEMM, one buffer of the calling thread.
 void quantize_all(const Rows& x, const Transform& transform, const ActFormat& format, Gemm& g) {
-  const int64_t group = x.columns / g.weight.groups, padded = g.weight.padded(), lda = padded * g.weight.groups;
+  const int64_t group = x.columns / g.weight.groups, padded = g.weight.padded(), lda = codes_stride(padded * g.weight.groups);
   const int64_t rank = g.low_rank.rank, m = x.count, groups = g.weight.groups;
   char* memory = (char*)scratch(1, size_t(m * (lda + 8 + int64_t(sizeof(QuantRow)) + 4 * groups + 4 * rank) + 64));
   int8_t* codes = (int8_t*)memory;
@@ -141,6 +141,7 @@ void quantize_all(const Rows& x, const Transform& transform, const ActFormat& fo
     if (rank) tier().project_row(row, x.columns, g.low_rank, down + i * rank);
   });
   g.codes = codes;
+  g.lda = lda;
   g.quant = quant;
   g.sums = sums;
   g.down = down;
@@ -171,8 +172,8 @@ Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   quantize_all(rows, held, act_format(act_bits, act_symmetric, act_clip), g);
 
   const int64_t panels = (g.weight.rows + PANEL - 1) / PANEL, blocks = (g.rows + GEMM_ROWS - 1) / GEMM_ROWS;
-  const int64_t height = blocks ? ((g.rows + blocks - 1) / blocks + 5) / 6 * 6 : 0;
   const Tier& t = tier();
+  const int64_t height = blocks ? block_rows(g.rows, blocks, t.tile_rows) : 0;
   parallel(blocks * panels, worth_threads(g.rows * g.weight.rows * g.weight.columns / 4), [&](int64_t i) {
     const int64_t m0 = i / panels * height, m1 = m0 + height < g.rows ? m0 + height : g.rows;
     if (m0 < m1) t.gemm_panel(g, m0, m1, i % panels, scratch(2, GEMM_SCRATCH));

@@ -42,6 +42,13 @@ constexpr int64_t PANEL = 64;
 constexpr int64_t padded_group(int64_t columns, int64_t groups) { return (columns / groups + 7) / 8 * 8; }
 constexpr int weight_offset(int64_t bits) { return 1 << (bits - 1); }
 
+// Bytes from a row of codes to the next: whole cache lines, and not a multiple of 512, so that the same inputs of 16
+// rows do not fall into the same few sets of a cache.
+constexpr int64_t codes_stride(int64_t bytes) {
+  const int64_t lines = (bytes + 63) / 64 * 64;
+  return lines % 512 == 0 ? lines + 64 : lines;
+}
+
 constexpr int64_t GEMM_ROWS = 192;  // rows of one call of gemm_panel at most
 constexpr int64_t GEMM_SCRATCH = 1 << 18;  // bytes
 
@@ -59,7 +66,8 @@ struct Weight {
 struct Gemm {
   Weight weight;
   LowRank low_rank;
-  const int8_t* codes;  // [M, groups * padded group], zeros in the padding
+  const int8_t* codes;  // [M, lda], of which groups * padded group are set, zeros in the padding
+  int64_t lda;  // codes_stride
   const QuantRow* quant;  // [M]
   const int32_t* sums;  // [M, groups], sum of each row's codes over a group
   const float* down;  // [M, rank], x down
@@ -132,6 +140,7 @@ struct Tier {
   void (*project_row)(const float* row, int64_t n, const LowRank& low_rank, float* out);
   // Panel `panel` (64 channels) of at most GEMM_ROWS rows m0..m1; scratch holds GEMM_SCRATCH bytes.
   void (*gemm_panel)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t panel, void* scratch);
+  int64_t tile_rows;  // of which gemm_panel takes a multiple best
 
   // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out; memory holds 2 n floats.
   void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out,
@@ -145,6 +154,6 @@ struct Tier {
   int64_t kv_scratch;
 };
 
-extern const Tier tier_avx512, tier_avx2, tier_scalar;
+extern const Tier tier_amx, tier_avx512, tier_avx2, tier_scalar;
 
 }  // namespace rotquant

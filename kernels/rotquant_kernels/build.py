@@ -24,9 +24,11 @@ SOURCES = HERE / "csrc" if (HERE / "csrc").exists() else HERE.parent / "csrc"  #
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the first with a stable parallel_for
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 X86 = {
     "tier_avx2.cpp": AVX2,
-    "tier_avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "tier_avx512.cpp": AVX512,
+    "tier_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 NAME = "librotquant_cpu.so"
 LOCK_SECONDS = 600.0  # how long to wait for another process that compiles: ten times what it takes

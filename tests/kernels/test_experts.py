@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from native_tiers import tier  # noqa: F401
+from native_tiers import gemm_tier, tier  # noqa: F401
 from rotquant_kernels import convention, moe_experts, native, ops, prepare_experts
 from rotquant_kernels.backends import REFERENCE
 
@@ -53,7 +53,7 @@ class Mixture:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width", "block", "bits", "groups"), [(0, 48, 16, 4, 1), (1, 48, 0, 4, 1),
                          (5, 64, 64, 8, 1), (70, 48, 16, 4, 2), (500, 32, 8, 4, 1)])  # fmt: skip
-def test_the_native_op_is_the_specification_bit_for_bit(tier, tokens, width, block, bits, groups, dtype):  # noqa: F811
+def test_the_native_op_is_the_specification_bit_for_bit(gemm_tier, tokens, width, block, bits, groups, dtype):  # noqa: F811
     mixture = Mixture(tokens, width, block, bits, groups, dtype)
     for act_bits, symmetric in ((4, False), (8, True)):
         got = mixture.run(moe_experts, act_bits=act_bits, symmetric=symmetric)

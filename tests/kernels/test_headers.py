@@ -10,7 +10,7 @@ import pytest
 from rotquant_kernels import build
 
 HEADERS = sorted(build.SOURCES.glob("*.h"))
-OWN_TIER = {"vec_scalar.h": "scalar", "vec_avx2.h": "avx2", "vec_avx512.h": "avx512"}
+KINDS = ("vec", "tile")  # one header a tier
 
 
 def tiers() -> dict[str, list[str]]:
@@ -22,16 +22,18 @@ def tiers() -> dict[str, list[str]]:
 
 def is_for(header: Path, tier: str) -> bool:
     """Whether a header reads otherwise in a tier than in the others; the scalar one stands for all that do not."""
-    if header.name in OWN_TIER:
-        return OWN_TIER[header.name] == tier
-    return tier == "scalar" or "RQ_AVX" in header.read_text()
+    kind, _, own = header.stem.partition("_")
+    if kind in KINDS and own:
+        return own == tier
+    return tier == "scalar" or any(macro in header.read_text() for macro in ("RQ_AVX", "RQ_AMX"))
 
 
 def complaint(header: Path, tier: str, flags: list[str]) -> str:
     """What the compiler says about a file that includes nothing but a header."""
     torch = ["-isystem", str(build.torch_folder() / "include"), f"-DTORCH_TARGET_VERSION={build.TARGET_VERSION}"]
     includes = [f"-I{build.SOURCES}", *torch]
-    defines = [f"-DRQ_{tier.upper()}", "-DRQ_TIER=alone", f"-DRQ_TABLE=tier_{tier}", f'-DRQ_NAME="{tier}"']
+    isa = ["-DRQ_AVX512", "-DRQ_AMX"] if tier == "amx" else [f"-DRQ_{tier.upper()}"]
+    defines = [*isa, "-DRQ_TIER=alone", f"-DRQ_TABLE=tier_{tier}", f'-DRQ_NAME="{tier}"']
     done = subprocess.run(
         [build.compiler(), "-std=c++20", "-fsyntax-only", *flags, *includes, *defines, "-x", "c++", "-"],
         input=f'#include "{header.name}"\n', capture_output=True, text=True, check=False,

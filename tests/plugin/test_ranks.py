@@ -69,7 +69,7 @@ def test_strictness_travels(child: Any, base: Path) -> None:
         ({}, {"rotquant": {"strickt": False}}, r"--additional-config: rotquant.strickt is not a setting.*strict, cpu_"),
         ({}, {"rotquant": {"strict": "false"}}, r"rotquant.strict is 'false': it can be true, false"),
         ({}, {"rotquant": {"strict": 0}}, r"rotquant.strict is 0: it can be true, false"),
-        ({}, {"rotquant": {"cpu_tier": "sse9"}}, r"rotquant.cpu_tier is 'sse9': it can be auto, avx512"),
+        ({}, {"rotquant": {"cpu_tier": "sse9"}}, r"rotquant.cpu_tier is 'sse9': it can be auto, amx, avx512"),
         ({}, {"rotquant": {"cpu_tier": None}}, r"rotquant.cpu_tier is None"),
         ({}, {"rotquant": {"cuda_linear": ["triton"]}}, r"rotquant.cuda_linear is \['triton'\]"),
         ({}, {"rotquant": "strict"}, r"--additional-config: rotquant is 'strict': it must be an object"),
