@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from docs_results import ROOT
@@ -53,12 +54,12 @@ def topic(module: Path) -> str | None:
 
 def refusals(heading: str) -> list[str]:
     """The lines under a heading, each once, `…` for what is filled in."""
-    found: dict[str, None] = {}
-    for folder in ("offline/rotquant", "vllm_rotquant", "kernels/rotquant_kernels"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            if topic(file) == heading:
-                found |= dict.fromkeys(lines(file))
-    return list(found)
+    return list(dict.fromkeys(line for file in sources() if topic(file) == heading for line in lines(file)))
+
+
+def sources() -> list[Path]:
+    folders = ("offline/rotquant", "vllm_rotquant", "kernels/rotquant_kernels")
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def lines(file: Path) -> Iterator[str]:
@@ -69,13 +70,29 @@ def lines(file: Path) -> Iterator[str]:
                 yield text
 
 
+@cache
+def constants() -> dict[str, str]:
+    """Text that a module gives a name in capitals which no other module gives to something else, by that name."""
+    found: dict[str, set[str]] = {}
+    for file in sources():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                for target in node.targets:
+                    if isinstance(target, ast.Name) and target.id.isupper():
+                        found.setdefault(target.id, set()).add(str(node.value.value))
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+
 def words(node: ast.expr) -> str:
-    """A message as it is written: literals stay, what is filled in becomes `…`."""
+    """A message as it is written: literals and constants stay, what is filled in becomes `…`."""
     if isinstance(node, ast.Constant):
         return " ".join(str(node.value).split())
+    if isinstance(node, ast.FormattedValue):
+        return constants().get(node.value.id, "…") if isinstance(node.value, ast.Name) else "…"
     if isinstance(node, ast.JoinedStr):
-        parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
-        return " ".join("".join(parts).split())
+        return " ".join(
+            "".join(part.value if isinstance(part, ast.Constant) else words(part) for part in node.values).split()
+        )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return words(node.left) + words(node.right)
     return "…"
