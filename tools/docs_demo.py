@@ -22,14 +22,18 @@ def proof() -> str:
 
 
 def demo() -> str:
-    """The first answer, the size of the cache, and the table of perplexities."""
+    """The first answer and the table of perplexities."""
     found = lines()
     asked = next(i for i, line in enumerate(found) if line.startswith("chat: "))
     answer = found[asked : found.index("", asked)]
-    cache = next(line for line in found if line.startswith("KV cache: "))
     table = next(i for i, line in enumerate(found) if "perplexity on" in line)
     scores = found[table : found.index("", table)]
-    return FENCE.format("\n".join([*answer, "...", cache, *scores]))
+    return FENCE.format("\n".join([*answer, "...", *scores]))
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof}
+def quickstart() -> str:
+    """The commands of the quick start and what they printed, shortened (benchmarks/results/quickstart.txt)."""
+    return FENCE.format((RESULTS / "quickstart.txt").read_text(encoding="utf-8").rstrip())
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof, "quickstart": quickstart}
