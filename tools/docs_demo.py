@@ -28,7 +28,7 @@ def demo() -> str:
     answer = found[asked : found.index("", asked)]
     table = next(i for i, line in enumerate(found) if "perplexity on" in line)
     scores = found[table : found.index("", table)]
-    return FENCE.format("\n".join([*answer, "...", *scores]))
+    return FENCE.format("\n".join([*answer, *scores]))
 
 
 def quickstart() -> str:

@@ -28,7 +28,8 @@ def served_loss(checkpoint: Path, ranks: int) -> float:
     """Mean -log p of 765 tokens of held-out text, served by `ranks` ranks."""
     binding = "|".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0))[:ranks])
     environment = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+        "VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     command = [sys.executable, EXAMPLE, checkpoint, "--text", HELDOUT, "--tokens", "768", "--ranks", ranks]
     command = [*map(str, command), "--enforce-eager"]
