@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rotquant.basis.sidecar import Basis
@@ -27,6 +28,7 @@ from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.startup import Startup
 from vllm_rotquant.versions import version
+from vllm_rotquant.windows import Windows
 
 # vLLM writes these two into the dict of a compressed-tensors checkpoint.
 VLLM_KEYS = ("total_num_heads", "total_num_kv_heads")
@@ -54,14 +56,15 @@ class RotQuantConfig(QuantizationConfig):
         self.head_dim = 0
         self.format: CheckpointFormat | None = None
         self.names: Names | None = None
-        self.arch: Architecture | None = None  # of a model with experts
+        self.arch: Architecture | None = None  # once a layer has asked for it, of a model that is known
+        self.windows: Windows | None = None
         self.startup = Startup()
         self.defaults = settings.from_environment()  # of the first process: workers have other variables
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Plain data: `vllm_rotquant.restored` looks at it before anything of rotquant is imported. The start is of one
         # process.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("startup", "format", "names", "arch")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("startup", "format", "names", "arch", "windows")}
         return self.restored, (version(), kept)
 
     @classmethod
@@ -69,7 +72,8 @@ class RotQuantConfig(QuantizationConfig):
         """The config of a pickle; see `vllm_rotquant.restored`."""
         config = cls.__new__(cls)
         config.__dict__ |= state
-        config.startup, config.format, config.names, config.arch = Startup(), None, None, None
+        config.startup, config.format, config.names = Startup(), None, None
+        config.arch, config.windows = None, None
         if config.head_dim:  # vLLM has called `maybe_update_config`
             config._parse()
         return config
@@ -155,9 +159,10 @@ class RotQuantConfig(QuantizationConfig):
             name = self.names.own(prefix.removesuffix(".attn"))
             self.names.built.add(name)
             kv = self.format.attention(name)
+            window = self._windows().of(name, layer.sliding_window, ours=kv is not None)
             if kv is None:
                 compat.let_attention_use_amx()
-            return KVCacheMethod(self, kv, prefix, self.head_dim, collector) if kv else None
+            return KVCacheMethod(self, kv, prefix, self.head_dim, window, collector) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
@@ -181,8 +186,7 @@ class RotQuantConfig(QuantizationConfig):
         """
         assert self.format is not None
         assert self.names is not None
-        config = compat.own_config(compat.model_settings())
-        self.arch = self.arch or (describe(config) if is_known(config) else None)
+        config = self._read()
         for index, block in (self.arch.mixtures if self.arch else {}).items():
             prefix = self.arch.layer_prefix(index) if self.arch else ""
             if name == f"{prefix}{block.files}.experts":
@@ -191,6 +195,18 @@ class RotQuantConfig(QuantizationConfig):
                 return RotQuantExpertsMethod(layer, block, form, name, self.startup.collector)
         classes = ", ".join(config.architectures or ["this model"])
         raise RotQuantError(f"{name}: this build of rotquant does not run the experts of {classes}")
+
+    def _read(self) -> PreTrainedConfig:
+        """transformers' own reading of config.json, and with it `arch`."""
+        config = compat.own_config(compat.model_settings())
+        self.arch = self.arch or (describe(config) if is_known(config) else None)
+        return config
+
+    def _windows(self) -> Windows:
+        if self.windows is None:
+            self._read()
+            self.windows = Windows(self.arch, compat.model_settings().max_model_len)
+        return self.windows
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""

@@ -40,7 +40,8 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         kinds = {}
         for layer in compat.built_layers(vllm_config, layer_names):
-            kinds[layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype, layer.impl.kv.rotate] = layer
+            shape = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype
+            kinds[shape, layer.impl.kv.rotate, layer.impl.window] = layer
         for layer in kinds.values():
             warm_attention(layer, kv_cache_spec.block_size, device)
 
@@ -75,7 +76,7 @@ class KV4Impl(compat.AttentionImpl):
         previous: Any = layer.impl
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
-        self.kv = kv
+        self.kv, self.window = kv, layer.sliding_window
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -108,7 +109,7 @@ class KV4Impl(compat.AttentionImpl):
         self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor
     ) -> None:
         """Fills output [T, heads, d]; see `reference.kv4_attention`."""
-        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv)
+        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv, self.window)
 
 
 class KV4Backend(compat.AttentionBackend):
@@ -160,13 +161,16 @@ class AsymmetricKV4Backend(KV4Backend):
 class KVCacheMethod(compat.BaseKVCacheMethod):
     """Gives an attention layer the 4-bit backend at the end of its construction.
 
-    Everything else (spec, groups, metadata builder, block size) vLLM derives from the layer later.
+    Everything else (spec, groups, metadata builder, block size) vLLM derives from the layer later: of one with a window
+    it keeps the pages that the window covers, or all where its manager of several kinds of layer is switched off.
     """
 
-    def __init__(self, config: Any, kv: KVFormat, prefix: str, head_dim: int, collector: Collector) -> None:
-        """`config`: what vLLM's base class keeps; head_dim: what config.json says."""
+    def __init__(
+        self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, collector: Collector
+    ) -> None:
+        """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`."""
         super().__init__(config)
-        self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
+        self.format, self.prefix, self.head_dim, self.window, self.collector = kv, prefix, head_dim, window, collector
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
@@ -180,6 +184,7 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
                 f"{self.prefix}: heads of {layer.head_size}, config.json says {self.head_dim} (kv_cache_scheme)"
             )
         layer.attn_backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
+        layer.sliding_window = self.window
         layer.impl = KV4Impl(layer, self.format)
         self.collector.expect(layer)
 

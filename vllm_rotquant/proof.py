@@ -23,6 +23,7 @@ from vllm_rotquant.collector import Collector, kind_of, sort_of
 from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.kv_cache import KV4Metadata
 from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.window_proof import window_distance
 from vllm_rotquant.witness import (
     distance,
     float_attention,
@@ -79,7 +80,7 @@ def run_checks(collected: Collector, readings: list[Row], *, strict: bool, model
     attention = collected.attention
     counts = Counter(map(sort_of, collected.linears))
     rows = [linear_row(layer, packed, counts[key]) for key, (layer, packed) in collected.packed.items()]
-    rows += [attention_row(attention[0], len(attention))] if attention else []
+    rows += [attention_row(layers[0], len(layers)) for layers in by_window(attention)]
     rows += readings
     log_report(rows, collected, model)
     for row in rows:
@@ -200,8 +201,17 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     )
 
 
+def by_window(attention: list[Any]) -> list[list[Any]]:
+    """The attention layers of each window, those without one first."""
+    sorts: dict[int, list[Any]] = {}
+    for layer in attention:
+        sorts.setdefault(layer.impl.window or 0, []).append(layer)
+    return [sorts[window] for window in sorted(sorts)]
+
+
 def attention_row(layer: Any, count: int) -> Row:
     """Writes two sequences into trial pages through the layer's implementation, reads them, compares."""
+    window = layer.impl.window
     kv, heads, dim = layer.quant_method.format, layer.num_kv_heads, layer.head_size
     device = next(iter(layer.buffers())).device
     lengths = [sum(new) for new in zip(*STEPS, strict=True)]
@@ -213,14 +223,14 @@ def attention_row(layer: Any, count: int) -> Row:
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     got = torch.cat(served_attention(layer, query, key, value))
     expected = torch.cat(
-        [float_attention(q, k, v, layer.impl.scale, kv) for q, k, v in zip(query, key, value, strict=True)]
+        [float_attention(q, k, v, layer.impl.scale, kv, window) for q, k, v in zip(query, key, value, strict=True)]
     )
     kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
-    error, most = distance(got, expected), limit(layer.dtype, 4)
-    return Row(
-        "attention", count, " + ".join(sorted(kernels)), "KV4", "-", name, error, most, layer.quant_method.prefix
-    )
+    errors = [distance(got, expected), *([window_distance(layer, KV4Metadata)] if window else [])]
+    error, most = float(torch.tensor(errors, dtype=torch.float64).max()), limit(layer.dtype, 4)
+    kind = f"attention, window {window}" if window else "attention"
+    return Row(kind, count, " + ".join(sorted(kernels)), "KV4", "-", name, error, most, layer.quant_method.prefix)
 
 
 def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> list[Tensor]:

@@ -194,11 +194,13 @@ def r3(kv: KVFormat) -> list[Stage]:
     return [Stage("hadamard", kv.rotate)] if kv.rotate else []
 
 
-def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
+def float_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None
+) -> Tensor:
     """Causal attention in float64 over K and V as 4 bits give them back.
 
     Args:
-        query: [T, heads, d]; key, value: [T, KV heads, d].
+        query: [T, heads, d]; key, value: [T, KV heads, d]; window: positions that a query sees at most, None for all.
     Returns:
         [T, heads, d].
     """
@@ -209,5 +211,7 @@ def float_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kv:
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     scores = product(transformed(query, rotation).transpose(0, 1), k.mT) * scale
     hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+    if window:
+        hidden |= torch.ones_like(hidden).tril(-window)
     weights = (scores - scores.amax(-1, keepdim=True)).masked_fill(hidden, float("-inf")).exp()
     return product(weights / weights.sum(-1, keepdim=True), v).transpose(0, 1)

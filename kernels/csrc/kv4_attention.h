@@ -6,7 +6,8 @@
 //
 // Softmax is online over the tiles of a chunk (kv_chunk tokens), and chunks are merged in order. Tiles and chunks
 // start at fixed positions of the sequence and a row never meets another, so the result of a token does not depend
-// on batch, blocks of rows or threads.
+// on batch, blocks of rows or threads. Tiles before the window of every row of a block are skipped; one of which a row
+// sees nothing changes none of its bits.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,7 @@ struct Block {
   alignas(64) float chunk[kv_rows * kv_partial(kv_max_dim)], whole[kv_rows * kv_partial(kv_max_dim)];
   float factor[kv_rows];  // of the integer dot products: what makes them exponents of 2
   float sum[kv_rows];  // of the row's integers
-  int64_t end[kv_rows];  // positions that the row sees
+  int64_t begin[kv_rows], end[kv_rows];  // positions that the row sees
 };
 
 // Streams of tiles for `dot`: subtiles from u on along the dimensions; groups of 16 dimensions along the subtiles.
@@ -45,6 +46,8 @@ inline auto values_of(const Tile& tile, int64_t group) {
   return [&tile, group](int s, int64_t i) -> const uint8_t* { return tile.at[i].values + 128 * (group + s); };
 }
 
+inline int64_t within(int64_t place) { return place < 0 ? 0 : place < TILE ? place : TILE; }
+
 // R rows from `row` on meet a tile, while the next one is fetched.
 template <int R>
 void meet(Block& b, const Tile& tile, const Tile& next, int64_t row, int64_t dim, Softmax& s) {
@@ -52,21 +55,19 @@ void meet(Block& b, const Tile& tile, const Tile& next, int64_t row, int64_t dim
   for (int64_t u = 0; u < tile.subtiles; u += S)
     dot<R, S, QUERY>(keys_of(tile, u), keys_of(next, u), dim / 16, b.query + row * QUERY, b.dots + 16 * u, TILE);
   float found[R], fade[R], scale[R];
-  int64_t visible[R];
+  Seen seen[R];
   int32_t zeros[R];
   // Three loops, not one: what a row waits for is then hidden behind the other rows.
   for (int r = 0; r < R; r++) {
-    const int64_t seen = b.end[row + r] - tile.begin;
-    visible[r] = seen < 0 ? 0 : seen < TILE ? seen : TILE;
-    found[r] =
-        exponents(b.dots + r * TILE, tile, visible[r], b.factor[row + r], b.sum[row + r], b.exponents + r * TILE);
+    seen[r] = {within(b.begin[row + r] - tile.begin), within(b.end[row + r] - tile.begin)};
+    found[r] = exponents(b.dots + r * TILE, tile, seen[r], b.factor[row + r], b.sum[row + r], b.exponents + r * TILE);
   }
   for (int r = 0; r < R; r++) {
     float& largest = s.largest[row + r];
     const float before = largest;
     largest = found[r] > before ? found[r] : before;
     fade[r] = exp2(before - largest);
-    scale[r] = weigh(tile, visible[r], largest, fade[r], b.exponents + r * TILE, s.sums + (row + r) * s.columns + dim);
+    scale[r] = weigh(tile, seen[r], largest, fade[r], b.exponents + r * TILE, s.sums + (row + r) * s.columns + dim);
   }
   for (int r = 0; r < R; r++) {
     uint8_t* codes = b.weights + r * WEIGHTS;
@@ -110,22 +111,28 @@ inline void load_queries(Block& b, const KVQuery& q, const KVItem& item) {
     b.sum[r] = float(sum_i8(codes, dim));
     b.factor[r] = largest / 127.0f * (q.scale * 1.44269504f);
     b.end[r] = item.length - item.tokens + token + 1;
+    b.begin[r] = q.begin(b.end[r] - 1);
   }
 }
 
-// Positions that the last row of a block sees.
+// Positions that rows of a block see, from the first row's first to the last row's last.
+inline int64_t begin_of(const KVQuery& q, const KVItem& item) {
+  return q.begin(item.length - item.tokens + item.row / q.group);
+}
 inline int64_t end_of(const KVQuery& q, const KVItem& item) {
   return item.length - item.tokens + (item.row + item.rows - 1) / q.group + 1;
 }
 
 inline void attend_chunk(Block& b, const KVQuery& q, const KVItem& item, int64_t chunk, Softmax& s) {
   const int64_t seen = end_of(q, item), last = (chunk + 1) * kv_chunk, end = seen < last ? seen : last;
+  const int64_t first = begin_of(q, item);
   const auto find = [&](int64_t begin, Tile& tile) {
-    find_tile(q.pages, item, begin, end < begin + TILE ? end : begin + TILE, tile);
+    find_tile(q.pages, item, begin, first, end < begin + TILE ? end : begin + TILE, tile);
   };
   Tile tiles[2];
   s.clear(item.rows);
   int64_t begin = chunk * kv_chunk;
+  if (first > begin) begin = first / TILE * TILE;
   if (begin < end) find(begin, tiles[0]);
   for (int i = 0; begin < end; i ^= 1, begin += TILE) {
     const bool more = begin + TILE < end;
@@ -157,7 +164,7 @@ void kv4_attend(const KVQuery& q, const KVItem& item, void* scratch) {
   Softmax chunk(b.chunk, item.rows, dim), whole(b.whole, item.rows, dim);
   load_queries(b, q, item);
   whole.clear(item.rows);
-  for (int64_t c = 0; c * kv_chunk < end_of(q, item); c++) {
+  for (int64_t c = begin_of(q, item) / kv_chunk; c * kv_chunk < end_of(q, item); c++) {
     attend_chunk(b, q, item, c, chunk);
     merge(whole, chunk, item.rows);
   }

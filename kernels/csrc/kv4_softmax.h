@@ -52,14 +52,16 @@ struct Tile {
   alignas(64) int8_t value_zero[TILE];
 };
 
-// Points at the tile of positions begin to end and calls for its scales; missing subtiles repeat the last one.
-inline void find_tile(const KVPages& pages, const KVItem& item, int64_t begin, int64_t end, Tile& tile) {
+// Points at the tile of positions begin to end and calls for its scales. Subtiles whose positions all lie before
+// `first` or behind the end repeat the nearest that does not: their pages may be gone.
+inline void find_tile(const KVPages& pages, const KVItem& item, int64_t begin, int64_t first, int64_t end, Tile& tile) {
   tile.begin = begin;
   tile.subtiles = (end - begin + 15) / 16;
-  int64_t page = begin / pages.tokens, place = begin % pages.tokens;
+  const int64_t skipped = first > begin ? (first - begin) / 16 : 0, start = begin + 16 * skipped;
+  int64_t page = start / pages.tokens, place = start % pages.tokens;
   for (int64_t u = 0; u < SUBTILES; u++) {
     tile.at[u] = subtile_of(pages, item.blocks[page], item.kv_head, place);
-    if (u + 1 < tile.subtiles && (place += 16) == pages.tokens) {
+    if (u >= skipped && u + 1 < tile.subtiles && (place += 16) == pages.tokens) {
       place = 0;
       page++;
     }
@@ -94,35 +96,45 @@ inline void load_scales(Tile& tile, bool symmetric) {
   }
 }
 
-// Exponents of a row from its integer dot products with the first `visible` keys; returns the largest.
-inline float exponents(const int32_t* dots, const Tile& tile, int64_t visible, float factor, float sum, float* x) {
+// Places of a tile that a row sees: from `first` up to and not including `last`.
+struct Seen {
+  int64_t first, last;
+
+  int64_t start() const { return first / W * W; }
+  // x at the places from i on that are seen, `other` at the rest.
+  F keep(F x, int64_t i, F other) const {
+    if (last - i < W) x = first_lanes(x, int(last - i), other);
+    return i < first ? first_lanes(other, int(first - i), x) : x;
+  }
+};
+
+// Exponents of a row from its integer dot products with the keys that it sees; returns the largest.
+inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float sum, float* x) {
   F largest = set1(LOWEST);
-  for (int64_t i = 0; i < visible; i += W) {
+  for (int64_t i = seen.start(); i < seen.last; i += W) {
     F v = fma(load(tile.key_zero + i), set1(-sum), to_float(load(dots + i)));  // exact: all below 2^24
-    v = v * load(tile.key_scale + i) * set1(factor);
-    if (visible - i < W) v = first_lanes(v, int(visible - i), set1(LOWEST));
+    v = seen.keep(v * load(tile.key_scale + i) * set1(factor), i, set1(LOWEST));
     store(x + i, v);
     largest = max(largest, v);
   }
   return hmax(largest);
 }
 
-// Turns exponents into weights times V's scales, 0 beyond `visible`, in place. The weights are added to sums[0..15],
-// which first fade. Returns the largest weight times scale.
-inline float weigh(const Tile& tile, int64_t visible, float largest, float fade, float* x, float* sums) {
+// Turns exponents into weights times V's scales, 0 where nothing is seen, in place. The weights are added to
+// sums[0..15], which first fade. Returns the largest weight times scale.
+inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
   F sum = set1(0.0f);
   I most = set1(0);  // compared as integers: NaN is the largest
-  for (int64_t i = 0; i < visible; i += W) {
+  for (int64_t i = 0; i < seen.start(); i += W) store(x + i, set1(0.0f));
+  for (int64_t i = seen.start(); i < seen.last; i += W) {
     F p = exp2(load(x + i) - set1(largest)), w = p * load(tile.value_scale + i);
-    if (visible - i < W) {
-      p = first_lanes(p, int(visible - i), set1(0.0f));
-      w = first_lanes(w, int(visible - i), set1(0.0f));
-    }
+    p = seen.keep(p, i, set1(0.0f));
+    w = seen.keep(w, i, set1(0.0f));
     store(x + i, w);
     sum = sum + p;
     most = max(most, as_int(w));
   }
-  for (int64_t i = (visible + W - 1) / W * W; i < TILE; i += W) store(x + i, set1(0.0f));
+  for (int64_t i = (seen.last + W - 1) / W * W; i < TILE; i += W) store(x + i, set1(0.0f));
   store(sums, fma(load(sums), set1(fade), sum));
   return float_of(uint32_t(hmax(most)));
 }

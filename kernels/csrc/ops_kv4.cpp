@@ -67,9 +67,9 @@ void kv4_write(const Tensor& key, const Tensor& value, const Tensor& cache, cons
   parallel(heads * parts, w.tokens * heads >= 64, [&](int64_t i) { tier().kv4_write(w, i / parts, i % parts, parts); });
 }
 
-// One sequence's share of the work items: KV heads x blocks of rows x chunks.
+// One sequence's share of the work items: KV heads x blocks of rows x chunks, from the first that a row sees.
 struct Share {
-  int64_t first, blocks, chunks;
+  int64_t first, blocks, chunk, chunks;
   int64_t floats;  // where its chunks' results begin
 };
 
@@ -80,6 +80,7 @@ struct Batch {
   Share* shares;  // [count + 1]; the last one holds the totals
 
   int64_t tokens(int64_t b) const { return starts[b + 1] - starts[b]; }
+  int64_t begin(int64_t b) const { return query.begin(lengths[b] - tokens(b)); }  // position that its first token sees
   int64_t block_floats(int64_t b) const {  // of one block and chunk
     return std::min(kv_rows, tokens(b) * query.group) * kv_partial(query.pages.head_dim);
   }
@@ -92,7 +93,7 @@ void check_batch(const Batch& b, int64_t rows, int64_t blocks, int64_t columns) 
     REQUIRE(b.tokens(i) >= 0, "query_start decreases at ", i);
     const int64_t pages = b.tokens(i) ? (b.lengths[i] + b.query.pages.tokens - 1) / b.query.pages.tokens : 0;
     REQUIRE(pages <= columns, "seq_lens[", i, "] = ", b.lengths[i], " needs more pages than block_table has");
-    for (int64_t p = 0; p < pages; p++) {
+    for (int64_t p = b.begin(i) / b.query.pages.tokens; p < pages; p++) {
       const int32_t block = b.table[i * b.table_stride + p];
       REQUIRE(block >= 0 && block < blocks, "block_table[", i, ", ", p, "] = ", block, " is outside the cache");
     }
@@ -103,23 +104,24 @@ void check_batch(const Batch& b, int64_t rows, int64_t blocks, int64_t columns) 
 // all threads busy, the chunks of a sequence become items of their own.
 int64_t share_out(Batch& b, bool split) {
   int64_t work = 0;
-  Share next{0, 0, 0, 0};
+  Share next{0, 0, 0, 0, 0};
   for (int64_t i = 0; i < b.count; i++) {
     next.blocks = (b.tokens(i) * b.query.group + kv_rows - 1) / kv_rows;
-    next.chunks = split ? std::max<int64_t>(1, (b.lengths[i] + kv_chunk - 1) / kv_chunk) : 1;
+    next.chunk = split ? b.begin(i) / kv_chunk : 0;
+    next.chunks = split ? std::max<int64_t>(1, (b.lengths[i] + kv_chunk - 1) / kv_chunk - next.chunk) : 1;
     b.shares[i] = next;
     next.first += b.kv_heads * next.blocks * next.chunks;
     next.floats += split ? b.kv_heads * next.blocks * next.chunks * b.block_floats(i) : 0;
-    work += b.kv_heads * b.query.group * b.tokens(i) * (b.lengths[i] / 128 + 1);
+    work += b.kv_heads * b.query.group * b.tokens(i) * ((b.lengths[i] - b.begin(i)) / 128 + 1);
   }
   b.shares[b.count] = next;
   return work;
 }
 
-// Item i: what it is, its chunk, and where the results of its block's chunks begin.
+// Item i: what it is, its chunk, which of its block's chunks that is, and where their results begin.
 struct Located {
   KVItem item;
-  int64_t chunk, chunks, floats;
+  int64_t chunk, place, chunks, floats;
 };
 
 Located locate(const Batch& b, int64_t i) {
@@ -130,7 +132,8 @@ Located locate(const Batch& b, int64_t i) {
   Located at;
   at.item = {b.table + s * b.table_stride, block / share.blocks, b.starts[s], b.tokens(s), b.lengths[s], row,
              std::min(kv_rows, b.tokens(s) * b.query.group - row)};
-  at.chunk = (i - share.first) % share.chunks;
+  at.place = (i - share.first) % share.chunks;
+  at.chunk = share.chunk + at.place;
   at.chunks = share.chunks;
   at.floats = share.floats + block * share.chunks * b.block_floats(s);
   return at;
@@ -150,18 +153,19 @@ void attend(Batch& b) {
   parallel(items, worthwhile, [&](int64_t i) {
     const Located at = locate(b, i);
     if (!split) return kernels.kv4_attend(b.query, at.item, memory());
-    float* partial = partials + at.floats + at.chunk * at.item.rows * row_floats;
+    float* partial = partials + at.floats + at.place * at.item.rows * row_floats;
     kernels.kv4_attend_chunk(b.query, at.item, at.chunk, partial, memory());
   });
   if (split)
     parallel(items, worthwhile, [&](int64_t i) {
       const Located at = locate(b, i);
-      if (at.chunk == 0) kernels.kv4_merge(b.query, at.item, at.chunks, partials + at.floats, memory());
+      if (at.place == 0) kernels.kv4_merge(b.query, at.item, at.chunks, partials + at.floats, memory());
     });
 }
 
 void kv4_attention(const Tensor& query, const Tensor& cache, const Tensor& query_start, const Tensor& seq_lens,
-                   const Tensor& block_table, const Tensor& out, double scale, int64_t rotate, bool symmetric) {
+                   const Tensor& block_table, const Tensor& out, double scale, int64_t rotate, bool symmetric,
+                   int64_t window) {
   REQUIRE(query.dim() == 3, "query must be [tokens, heads, d]");
   const int64_t heads = query.size(1), dim = query.size(2), rows = query.size(0);
   Batch b{};
@@ -184,6 +188,8 @@ void kv4_attention(const Tensor& query, const Tensor& cache, const Tensor& query
   q.out_token = out.stride(0), q.out_head = out.stride(1);
   q.group = heads / b.kv_heads;
   q.rotate = check_rotate(rotate, dim);
+  REQUIRE(window >= 0, "window must be positive, or 0 for none, not ", window);
+  q.window = window;
   q.scale = float(scale);
   check_batch(b, rows, cache.size(0), block_table.size(1));
   attend(b);

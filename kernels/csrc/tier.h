@@ -114,7 +114,11 @@ struct KVQuery {
   int64_t query_token, query_head, out_token, out_head;  // distances in elements
   int64_t group;  // query heads of one KV head
   int64_t rotate;
+  int64_t window;  // positions that a token sees at most, its own among them; 0 for all
   float scale;
+
+  // The first position that the token at `position` sees.
+  int64_t begin(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }
 };
 
 // At most kv_rows rows of one sequence and KV head; row r is token r / group, head r % group of the group.

@@ -25,6 +25,7 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.initial import initial_transforms
 from rotquant.learn.stream import Job
 from rotquant.models import Architecture
+from rotquant.models.registry import KNOWN_BY_CLASS
 from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
@@ -87,6 +88,7 @@ def prepare(model: str, asked: Settings) -> Run:
     folder = fetch(model)
     arch, source = read_original(folder)
     check_shapes(recipe, arch)
+    check_windows(recipe, arch)
     recipe = for_mixture(recipe, arch)
     transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
     calibrated = None
@@ -116,6 +118,17 @@ def check_shapes(recipe: Recipe, arch: Architecture) -> None:
             raise RotQuantError(
                 f"recipe {recipe.name}: weights.rank {rank} is above {min(shape)}, the rank of {name}.weight"
             )
+
+
+def check_windows(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses windows of single layers that nobody would give them where the KV cache is vLLM's own."""
+    (name,) = arch.config.architectures or [""]
+    found = {kind.attention.window for kind in arch.kinds}
+    if recipe.kv.bits != 4 and len(found) > 1 and KNOWN_BY_CLASS[name].windows_of_plugin:
+        raise RotQuantError(
+            f"config.json: layer_types: vLLM's {name} gives no window to single layers. The plugin does, with a 4-bit"
+            " KV cache: quantize with kv.bits=4 and --profile full, or set use_sliding_window to false"
+        )
 
 
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:

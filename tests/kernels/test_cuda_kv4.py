@@ -35,10 +35,18 @@ def test_decoding_runs_on_the_integer_matrix_unit(arch, instruction):
     assert made.metadata.shared <= 48 << 10  # several programs on a processor
 
 
-def test_prefill_runs_on_the_integer_matrix_unit():
-    made = compiled(90, lambda: launch_gate.attend(700, 1))
+@pytest.mark.parametrize("window", [0, 4096])
+def test_prefill_runs_on_the_integer_matrix_unit(window):
+    made = compiled(90, lambda: launch_gate.attend(700, 1, window=window))
     assert re.search(WGMMA, made.asm["ptx"])
     assert made.metadata.shared <= 100 << 10
+
+
+def test_pages_of_a_window_are_fetched_as_all_others():
+    made = compiled(90, lambda: launch_gate.attend(3, 3, window=4096))
+    assert re.search(DECODE_90, made.asm["ptx"])
+    assert "cp.async.cg" in made.asm["ptx"]
+    assert made.metadata.shared <= 48 << 10
 
 
 def test_writing_divides_exactly_and_fuses_nothing():
@@ -56,6 +64,7 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
         assert 8 * sequences * splits * 2 > 4 * 132 or splits == kv4.MOST_SPLITS
     assert kv4.plan(1, 1, 4, 8, 512, H200).splits == 2  # a short context is not cut finely
     assert kv4.plan(4096, 1, 4, 8, 4096, H200) == kv4.Plan(64, 1)
+    assert kv4.plan(1, 1, 4, 8, 32768, H200, window=1024).splits == kv4.plan(1, 1, 4, 8, 1024, H200).splits
     assert kv4.plan(4, 4, 71, 1, 4096, H200).rows == 128  # a group larger than any other block of rows
     assert kv4.plan(1, 1, 4, 8, 512, kv4.Device(148, 16)).rows == 16
 

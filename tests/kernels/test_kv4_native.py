@@ -54,6 +54,7 @@ class Batch(NamedTuple):
     values: list[torch.Tensor]
     rotate: int
     symmetric: bool
+    window: int = 0
 
     @property
     def scale(self) -> float:
@@ -62,8 +63,9 @@ class Batch(NamedTuple):
     def attend(self) -> torch.Tensor:
         out = strided(torch.full(self.query.shape, 7.0), self.query.dtype)
         ops.kv4_attention(
-            self.query, self.cache, self.starts, self.lens, self.table, out, self.scale, self.rotate, self.symmetric
-        )
+            self.query, self.cache, self.starts, self.lens, self.table, out, self.scale, self.rotate, self.symmetric,
+            self.window,
+        )  # fmt: skip
         assert (out[int(self.starts[-1]) :] == 0).all()
         return out[: int(self.starts[-1])]
 
@@ -88,8 +90,20 @@ class Batch(NamedTuple):
                 pages = self.table[b, : -(-n // self.cache.shape[2])].long()
                 k, v = (x.double() for x in reference.kv4_read(self.cache, pages, query.shape[-1], self.symmetric))
                 query = reference.hadamard(query, self.rotate) if self.rotate else query
-            rows.append(reference.attend(query[None], k[None], v[None], torch.tensor([n]), self.scale)[0])
+            rows.append(reference.attend(query[None], k[None], v[None], torch.tensor([n]), self.scale, self.window)[0])
         return torch.cat(rows)
+
+    def windowed(self, window: int) -> "Batch":
+        """The same with a window, and without the pages that it leaves behind: their numbers mean nothing, and what
+        other sequences have not left in a page is spoilt too."""
+        table, page = self.table.clone(), self.cache.shape[2]
+        cache, steps = torch.full_like(self.cache, 255), self.starts.diff()
+        for row, old, first, n in zip(table, self.table, (self.lens - steps + 1 - window).tolist(), self.lens.tolist(),
+                                      strict=True):  # fmt: skip
+            kept = slice(max(first, 0) // page, -(-n // page))
+            cache[old[kept].long()] = self.cache[old[kept].long()]
+            row[: kept.start] = 10**9
+        return self._replace(table=table, cache=cache, window=window)
 
 
 def make_batch(

@@ -129,8 +129,12 @@ def test_already_quantized(model):
     refused(model, "config.json: quantization_config: the model is already quantized")
 
 
-def test_sliding_window(tmp_path):
-    refused(source_model(tmp_path / "m", "mistral", sliding_window=64), "config.json: sliding_window is 64")
+def test_windows_that_only_the_plugin_gives_single_layers(tmp_path):
+    mixed = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    model = source_model(tmp_path / "m", "qwen2", **mixed)
+    refused(
+        model, "config.json: layer_types: vLLM's Qwen2ForCausalLM gives no window to single layers", profile="portable"
+    )
 
 
 def test_head_size_without_a_hadamard(tmp_path):

@@ -394,7 +394,6 @@ def test_refuses_by_field(child: Child, base: Path, tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"per_layer_sliding_window": 32}, "sliding window attention"),
         ({"logits_soft_cap": 30.0}, "a soft cap on attention logits"),
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"sinks": torch.zeros(4)}, "attention sinks"),

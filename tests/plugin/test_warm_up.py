@@ -68,17 +68,17 @@ def linear(name: str, inputs: int, outputs: int, bits: int = 4, block: int = 0, 
     )  # fmt: skip
 
 
-def attention(rotate: int = DIM):
+def attention(rotate: int = DIM, window: int | None = None):
     layer = SimpleNamespace(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=DIM, kv_cache_dtype="auto", dtype=DTYPE,
-        impl=SimpleNamespace(scale=0.1),
+        impl=SimpleNamespace(scale=0.1), sliding_window=window,
     )  # fmt: skip
     layer.impl = KV4Impl(layer, KVFormat(False, 1.0, 1.0, rotate))
     return layer
 
 
 class Server:
-    """One decoder layer and the output layer of a model, run as vLLM runs them."""
+    """One decoder layer, with and without a window, and the output layer of a model, run as vLLM runs them."""
 
     def __init__(self) -> None:
         kv = KV_HEADS * DIM
@@ -94,13 +94,14 @@ class Server:
             method = self.layers[name].quant_method
             method.norm = QuantizingNorm(norm, method.format)
         self.layers["down"].quant_method.silu_mul = True
-        self.attention = attention()
+        self.attention = [attention(), attention(window=1024)]
         # As vLLM cuts one buffer into layers and blocks.
         self.pages = torch.zeros(9, KV_HEADS, PAGE, kv_token_bytes(DIM, False), dtype=torch.uint8)
 
     def warm_up(self) -> None:
         warm_linears(self.layers.values())
-        warm_attention(self.attention, PAGE, torch.device("cpu"))
+        for layer in self.attention:
+            warm_attention(layer, PAGE, torch.device("cpu"))
 
     def apply(self, name: str, x):
         layer = self.layers[name]
@@ -117,10 +118,11 @@ class Server:
         starts = torch.tensor([0, *new]).cumsum(0).to(torch.int32)
         sequences = torch.zeros(len(new), dtype=torch.int32)
         table, out = torch.zeros(len(new), -(-longest // PAGE), dtype=torch.int32), torch.empty_like(query)
-        impl, slots = self.attention.impl, torch.zeros(tokens + 3, dtype=torch.int64)[3:]  # not aligned
-        impl.do_kv_cache_update(None, key, value, self.pages, slots)
+        slots = torch.zeros(tokens + 3, dtype=torch.int64)[3:]  # not aligned
         metadata = SimpleNamespace(query_start=starts, seq_lens=sequences, block_table=table)
-        impl.forward(None, query, key, value, self.pages, metadata, out)
+        for layer in self.attention:
+            layer.impl.do_kv_cache_update(None, key, value, self.pages, slots)
+            layer.impl.forward(None, query, key, value, self.pages, metadata, out)
         self.apply("o", out.view(tokens, -1))
         self.apply("down", self.apply("gate_up", norms[1](hidden, hidden)[0]))
         self.apply("lm_head", hidden[: len(new)])
@@ -131,11 +133,11 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
     server.warm_up()
     warmed, longest = len(on_the_gpu), 8192
     # 4 tiles of 3 sorts of linear layers, 2 norms, 3 kinds of rows, writing, attention by 8, 16 and 64 rows, whole and
-    # in parts, and the merge of parts.
-    assert warmed == 4 * 3 + 2 + 3 + 1 + 3 * 2 + 1, [made.name for made in on_the_gpu]
+    # in parts, with and without a window, and the merge of parts.
+    assert warmed == 4 * 3 + 2 + 3 + 1 + 3 * 2 * 2 + 1, [made.name for made in on_the_gpu]
     for sequences in range(1, 258):  # pure decoding, every size
         server.step([1] * sequences, longest)
-    for _ in range(2000):
+    for _ in range(1000):
         running = [1 + (chance.random() < 0.05) * chance.randrange(5) for _ in range(chance.randrange(64))]
         chunks = [chance.randrange(1, 1500) for _ in range(chance.randrange(3))]
         if running + chunks:
@@ -185,17 +187,18 @@ def test_the_witness_unpacks_a_large_layer_in_parts(monkeypatch, groups):
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16, 71])
 @pytest.mark.parametrize("least", [8, 16])
-def test_the_few_batches_stand_for_all(group, least):
+@pytest.mark.parametrize("window", [0, 100, 500, 4096])
+def test_the_few_batches_stand_for_all(group, least, window):
     """Every plan that any batch gets is that of one of them."""
     page, kv_heads, device = 16, 4, Device(132, least)
 
     def variant(tokens: int, sequences: int, longest: int) -> tuple[int, bool]:
-        plan = kv4.plan(tokens, sequences, group, kv_heads, longest, device)
+        plan = kv4.plan(tokens, sequences, group, kv_heads, longest, device, window)
         return plan.rows, plan.splits > 1
 
     warmed = {variant(tokens, 1, pages * page) for tokens, pages in kv4.distinct_batches(group, page)}
     chance = random.Random(group)
-    for _ in range(3000):
+    for _ in range(1000):
         sequences = chance.randrange(1, 300)
         tokens = sequences * chance.randrange(1, 40) + chance.randrange(3000) * chance.randrange(2)
         assert variant(tokens, sequences, 16 << chance.randrange(14)) in warmed

@@ -67,7 +67,7 @@ def linear(stages: list[Stage]) -> Tensor:
 
 def attention(stages: list[Stage]) -> Tensor:
     q, k, v = (witness.trial(7, h, BLOCK, dtype=torch.float32, device=torch.device("cpu"), seed=h) for h in (4, 2, 2))
-    return witness.float_attention(q, k, v, 0.25, KVFormat(symmetric=False, k_clip=0.9, v_clip=0.9, rotate=BLOCK))
+    return witness.float_attention(q, k, v, 0.25, KVFormat(symmetric=False, k_clip=0.9, v_clip=0.9, rotate=BLOCK), 3)
 
 
 def in_front(stages: list[Stage]) -> Tensor:

@@ -77,7 +77,10 @@ def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Ite
             )
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for x in (k, v))
         scores = q @ k.mT * settings["scaling"]
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        seen = torch.ones_like(scores, dtype=torch.bool).tril()
+        if settings.get("sliding_window"):
+            seen = seen.triu(1 - settings["sliding_window"])
+        scores = scores.masked_fill(~seen, float("-inf"))
         return (scores.softmax(-1) @ v).transpose(1, 2).to(query.dtype), None
 
     ALL_ATTENTION_FUNCTIONS.register("kv4_test", kv4_attention)

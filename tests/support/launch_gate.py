@@ -116,13 +116,14 @@ def write(tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmet
 def attend(
     tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
     page: int = 16, symmetric: bool = False, longest: int = 16384, dtype: torch.dtype = torch.bfloat16,
+    window: int = 0,
 ) -> None:  # fmt: skip
     """A step of so many new tokens, over pages of sequences of at most `longest`."""
     query = torch.empty(tokens, heads, dim, dtype=dtype)
     pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
     starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
     table = torch.zeros(sequences, -(-longest // page), dtype=torch.int32)
-    kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric)
+    kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, window)
 
 
 def core() -> Iterator[Launch]:
@@ -205,6 +206,8 @@ def odd() -> Iterator[Launch]:
     ):  # fmt: skip
         for symmetric in (False, True):
             yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
+    for tokens, window in ((1, 128), (1, 4096), (700, 128), (700, 4096)):
+        yield f"attention of {tokens}, window {window}", lambda t=tokens, w=window: attend(t, 1, window=w)
     for dim in (16, 64, 80, 96, 256):
         yield f"KV write, heads of {dim}", lambda d=dim: write(1, 1, d, d & -d, 48, True)
 

@@ -56,6 +56,23 @@ def qwen(kind: str, hidden: int, intermediate: int, layers: int, heads: int, kv:
 
 QWEN3 = {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960, "rope_scaling": None,
          "sliding_window": None}  # fmt: skip
+# Ministral 8B as its parameters describe it: one layer sees everything, three a window.
+INTERLEAVED = ["full_attention", *["sliding_attention"] * 3] * 9
+
+
+def phi3(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any) -> Config:
+    return {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False, "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 1, "embd_pdrop": 0.0,
+        "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": hidden, "initializer_range": 0.02,
+        "intermediate_size": intermediate, "max_position_embeddings": 4096, "num_attention_heads": heads,
+        "num_hidden_layers": layers, "num_key_value_heads": kv, "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "sliding_window": 2047, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.2", "use_cache": True, "vocab_size": 32064,
+    } | more  # fmt: skip
+
+
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 
 CONFIGS: dict[str, Config] = {
@@ -105,10 +122,21 @@ CONFIGS: dict[str, Config] = {
                                      attention_bias=False, mlp_bias=False, pad_token_id=None,
                                      max_position_embeddings=131072),
     "Mistral-7B-v0.1-full": mistral(vocab_size=32000, rope_theta=10000.0, transformers_version="4.34.0.dev0"),
+    "Mistral-7B-v0.1": mistral(vocab_size=32000, rope_theta=10000.0, sliding_window=4096,
+                               transformers_version="4.34.0.dev0"),
     "Mistral-7B-Instruct-v0.3": mistral(),
+    "Ministral-8B-Instruct-2410": mistral(head_dim=128, intermediate_size=12288, num_hidden_layers=36,
+                                          rope_theta=100000000.0, sliding_window=32768, vocab_size=131072),
+    "Ministral-8B-Instruct-2410, windows by layer": mistral(
+        head_dim=128, intermediate_size=12288, num_hidden_layers=36, rope_theta=100000000.0, sliding_window=32768,
+        vocab_size=131072, max_position_embeddings=131072, layer_types=INTERLEAVED),
+    "Ministral-8B, saved by transformers 5": mistral(
+        head_dim=128, intermediate_size=12288, num_hidden_layers=36, sliding_window=32768, vocab_size=131072,
+        max_position_embeddings=131072, layer_types=INTERLEAVED) | {
+            "architectures": ["MinistralForCausalLM"], "model_type": "ministral"},
+    "Phi-3-mini-4k-instruct": phi3(3072, 8192, 32, 32, 32),
     "Mistral-Nemo-Instruct-2407": mistral(hidden_size=5120, head_dim=128, num_hidden_layers=40, vocab_size=131072,
                                           max_position_embeddings=131072),
-    "Ministral-as-mistral": mistral(head_dim=128, vocab_size=131072, layer_types=["full_attention"] * 32),
     "Zephyr-7B": mistral(vocab_size=32000, pad_token_id=2, rope_theta=10000.0, use_cache=True),
     "Qwen2-7B": qwen("Qwen2", 3584, 18944, 28, 28, 4, max_position_embeddings=131072, sliding_window=131072,
                      vocab_size=152064),
@@ -127,4 +155,43 @@ CONFIGS: dict[str, Config] = {
     "Qwen3-4B, transformers 5": qwen("Qwen3", 2560, 9728, 36, 32, 8, tie_word_embeddings=True, **QWEN3 | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "layer_types": ["full_attention"] * 36, "max_position_embeddings": 262144}),
+}  # fmt: skip
+
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256, "hidden_size": 1152,
+    "hidden_activation": "gelu_pytorch_tanh", "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "vocab_size": 262144,
+}  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880, "max_position_embeddings": 131072,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "num_attention_heads": 64, "num_hidden_layers": 24,
+    "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 4, "rms_norm_eps": 1e-05,
+    "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088,
+    "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+# Models with windows that are refused, and what the line says.
+REFUSED: dict[str, tuple[Config, str]] = {
+    "gemma-3-1b-it": (GEMMA3, "architectures is ['Gemma3ForCausalLM'], supported are"),
+    "gemma-2-2b": (
+        GEMMA3 | {
+            "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0, "hidden_size": 2304, "num_attention_heads": 8, "sliding_window": 4096,
+        },
+        "architectures is ['Gemma2ForCausalLM'], supported are",
+    ),
+    "gpt-oss-20b": (GPT_OSS, "architectures is ['GptOssForCausalLM'], supported are"),
+    "Ministral-as-mistral": (
+        mistral(head_dim=128, vocab_size=131072, layer_types=["full_attention"] * 32),
+        "layer_types: transformers reads this as a Ministral, which does not run without a sliding_window",
+    ),
+    "Phi-4-mini-instruct": (
+        phi3(3072, 8192, 32, 24, 8, max_position_embeddings=131072, partial_rotary_factor=0.75, sliding_window=262144,
+             rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 24 + [32.0] * 24},
+             tie_word_embeddings=True, vocab_size=200064),
+        "rope_scaling.rope_type is 'longrope'",
+    ),
 }  # fmt: skip

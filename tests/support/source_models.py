@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -79,6 +81,11 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "hidden_size": 128, "pad_token_id": None, "eos_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
         },
+    ),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False},
     ),
     "ministral3": (
         Ministral3Config,

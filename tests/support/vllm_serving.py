@@ -152,9 +152,13 @@ def swapped(how: str) -> Iterator[None]:
         return (y @ weights.dequantize(codes, scale).t() + (0 if bias is None else bias)).to(x.dtype)
 
     def unrotated_query(
-        query: Tensor, cache: Tensor, starts: Tensor, lens: Tensor, table: Tensor, out: Tensor, scale: float, kv: Any
-    ) -> None:
-        attention(query, cache, starts, lens, table, out, scale, replace(kv, rotate=0))
+        query: Tensor, cache: Tensor, starts: Tensor, lens: Tensor, table: Tensor, out: Tensor, scale: float, kv: Any,
+        window: int | None,
+    ) -> None:  # fmt: skip
+        attention(query, cache, starts, lens, table, out, scale, replace(kv, rotate=0), window)
+
+    def window_changed(by: int) -> Callable[..., None]:
+        return lambda *given: attention(*given[:-1], given[-1] and given[-1] + by)
 
     def no_silu(x: Tensor, *rest: Any) -> Tensor:
         gate, up = x.chunk(2, -1) if rest[-1] else (1, x)
@@ -188,6 +192,8 @@ def swapped(how: str) -> Iterator[None]:
         "no silu": {(calls, "int_linear"): no_silu},
         "no shift": {(online, "online_stage"): no_shift},
         "unrotated query": {(calls, "kv_attention"): unrotated_query},
+        "a window too long": {(calls, "kv_attention"): window_changed(1)},
+        "a window too short": {(calls, "kv_attention"): window_changed(-1)},
     }
     with contextlib.ExitStack() as stack:
         for (owner, name), kernel in wrong[how].items():

@@ -39,7 +39,6 @@ def attention_refusals(layer: Attention) -> dict[str, bool]:
     impl: Any = layer.impl
     return {
         f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
-        "sliding window attention": layer.sliding_window is not None,
         "ALiBi": impl.alibi_slopes is not None,
         "a soft cap on attention logits": bool(impl.logits_soft_cap),
         "attention sinks": bool(layer.has_sink),

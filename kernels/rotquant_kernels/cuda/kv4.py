@@ -99,16 +99,17 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device) -> Plan:
+def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device, window: int = 0) -> Plan:
     """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
 
     Args:
-        tokens, sequences, longest: upper bounds, of the batch and of a sequence's length.
+        tokens, sequences, longest: upper bounds, of the batch and of a sequence's length; window: 0 for none.
     """
     average = -(-tokens // sequences) * group
     rows = device.least_rows if average <= 8 else 16 if average <= 16 else PREFILL_ROWS
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
+    longest = min(longest, window + rows // group) if window else longest
     wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
     return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
 
@@ -132,6 +133,7 @@ def attention(
     scale: float,
     rotate: int,
     symmetric: bool,
+    window: int = 0,
 ) -> None:
     """`reference.kv4_attention` on integers, see `kv4_tiles`. Block numbers are not checked.
 
@@ -148,10 +150,11 @@ def attention(
     check(all(one.dtype == torch.int32 for one in integers), "query_start, seq_lens, block_table must be int32")
     check(query_start.shape[0] == sequences + 1, f"query_start must have {sequences + 1} entries")
     check(block_table.shape[0] >= sequences and block_table.stride(1) == 1, "block_table must have a row a sequence")
+    check(window >= 0, f"window {window} must be positive, or 0 for none")
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device))
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device), window)
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
     parts = tokens * heads * splits if splits > 1 else 0
@@ -161,9 +164,10 @@ def attention(
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](
         query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
-        block_table.stride(0), *strides(out), tokens, sequences, splits, scale * LOG2_E,
-        **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, ASSEMBLER=not INTERPRETED,
-        num_warps=4 if rows <= PREFILL_ROWS else 8, num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
+        block_table.stride(0), *strides(out), tokens, sequences, splits, window, scale * LOG2_E,
+        **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, WINDOWED=window > 0,
+        ASSEMBLER=not INTERPRETED, num_warps=4 if rows <= PREFILL_ROWS else 8,
+        num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](

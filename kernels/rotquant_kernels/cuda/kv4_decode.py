@@ -35,16 +35,20 @@ from rotquant_kernels.cuda.kv4_tiles import (
 @triton.jit(do_not_specialize=PER_STEP)
 def decode(
     query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, splits, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
+    table_row, out_token, out_head, tokens, sequences, splits, window, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ASSEMBLER: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr,
+    ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, one part of the context.
 
+    A row sees the last `window` positions up to its own if WINDOWED, else all of them.
     Writes `out` where the context is whole (not PARTS, splits 1), else partial [tokens, heads, splits, PADDED] and
     state [2, tokens, heads, splits]: largest exponent, sum of weights.
     """
-    sequence, token, head, any, valid, seen, end = rows_of(query_start, seq_lens, tokens, sequences, GROUP, ROWS)
+    sequence, token, head, any, valid, seen, begin, end = rows_of(
+        query_start, seq_lens, tokens, sequences, window, GROUP, ROWS, WINDOWED
+    )
     if any:
         head += tl.program_id(1) * GROUP
         dim = tl.arange(0, PADDED)
@@ -61,13 +65,13 @@ def decode(
         largest = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([PADDED, ROWS], tl.float32)
-        begin, stop = part_of(end, splits)
-        for tile in range(begin, stop):
+        start, stop = part_of(begin, end, splits)
+        for tile in range(start, stop):
             first = tile * TILE
-            keys, values = load_codes(plane, pages, first, end, cache_block, DIM, PADDED, PAGE)
+            keys, values = load_codes(plane, pages, first, begin, end, cache_block, DIM, PADDED, PAGE)
             place = first + order
             key_scale, value_scale, key_zero, value_zero = load_scales(
-                plane, pages, place, end, cache_block, DIM, PAGE, SYMMETRIC
+                plane, pages, place, begin, end, cache_block, DIM, PAGE, SYMMETRIC
             )
             keys_low, keys_high = keys_of(keys, PADDED, ASSEMBLER)
             dots = tl.dot(keys_low, query_low, out_dtype=tl.int32)
@@ -75,6 +79,8 @@ def decode(
             p = dots.to(tl.float32) - key_zero[:, None] * query_sum[None, :]  # exact: all below 2^24
             p = p * key_scale[:, None] * unit[None, :]
             p = tl.where(place[:, None] < seen[None, :], p, float("-inf"))
+            if WINDOWED:
+                p = tl.where(place[:, None] >= seen[None, :] - window, p, float("-inf"))
             highest = tl.maximum(tl.max(p, 0), LOWEST)
             p = tl.exp2(p - highest[None, :])
             fresh = tl.sum(p, 0)

@@ -12,7 +12,9 @@ import triton.language as tl
 
 # Arguments that change from step to step. Triton compiles an integer anew where it is 1 (then a constant, without an
 # integer's methods) or a multiple of 16, and a pointer where it is aligned: none of these is worth that.
-PER_STEP = ["tokens", "sequences", "splits", "table_row", "query_start", "seq_lens", "table", "count", "slots"]
+PER_STEP = [
+    "tokens", "sequences", "splits", "table_row", "query_start", "seq_lens", "table", "count", "slots", "window",
+]  # fmt: skip
 
 
 @triton.jit

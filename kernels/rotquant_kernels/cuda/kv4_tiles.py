@@ -45,11 +45,14 @@ def sequence_of(query_start, sequences, block, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(query_start, seq_lens, tokens, sequences, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def rows_of(
+    query_start, seq_lens, tokens, sequences, window, GROUP: tl.constexpr, ROWS: tl.constexpr, WINDOWED: tl.constexpr
+):
     """This program's part of the batch.
 
     Returns its sequence; token and query head (of its group) of each row, int [ROWS]; whether any row exists, and
-    which; how many positions each row sees, 0 for padding, and the most that any sees.
+    which; the positions that rows see: up to which each does, 0 for padding, and from where to where any does. Without
+    WINDOWED all see from position 0, else row r from seen[r] - window on.
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     block = tl.program_id(0)
@@ -65,15 +68,16 @@ def rows_of(query_start, seq_lens, tokens, sequences, GROUP: tl.constexpr, ROWS:
     seen = tl.where(valid & real, length - steps + step + 1, 0)
     # Not the largest of `seen`: behind a reduction Triton's analysis loses the alignment of a loop's loads.
     end = tl.where(real, length - steps + tl.minimum(first + TOKENS, steps), 0)
-    return sequence, (start + step).to(tl.int64), row % GROUP, first < steps, valid, seen, end
+    begin = tl.where(real, tl.maximum(length - steps + first + 1 - window, 0), 0) if WINDOWED else 0
+    return sequence, (start + step).to(tl.int64), row % GROUP, first < steps, valid, seen, begin, end
 
 
 @triton.jit
-def part_of(end, splits):
-    """The tiles, from the first up to and not including the last, of this program's part of `end` positions."""
-    tiles = tl.cdiv(end, TILE)
-    part, split = tl.cdiv(tiles, splits), tl.program_id(2)
-    return split * part, tl.minimum(tiles, (split + 1) * part)
+def part_of(begin, end, splits):
+    """The tiles, from the first up to and not including the last, of this program's part of the positions."""
+    skipped, tiles = begin // TILE, tl.cdiv(end, TILE)
+    part, split = tl.cdiv(tiles - skipped, splits), tl.program_id(2)
+    return skipped + split * part, tl.minimum(tiles, skipped + (split + 1) * part)
 
 
 @triton.jit
@@ -96,22 +100,28 @@ def load_queries(
 
 
 @triton.jit
-def load_codes(plane, pages, first, end, cache_block, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr):
-    """Bytes of K and V of the tile at `first`, uint8 [TILE / 16, 8 PADDED] each; 0 beyond `end`."""
+def load_codes(
+    plane, pages, first, begin, end, cache_block, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr
+):
+    """Bytes of K and V of the tile at `first`, uint8 [TILE / 16, 8 PADDED] each; 0 in 16 tokens of which none is from
+    `begin` up to `end`: their page may be gone."""
     place, byte = first + tl.arange(0, TILE // 16) * 16, tl.arange(0, 8 * PADDED)
-    page = tl.load(pages + place // PAGE, mask=place < end, other=0).to(tl.int64)
+    kept = (place < end) & (place + 16 > begin)
+    page = tl.load(pages + place // PAGE, mask=kept, other=0).to(tl.int64)
     at = (plane + page * cache_block + place % PAGE // 16 * (8 * DIM))[:, None] + byte[None, :]
-    there = (place < end)[:, None] & (byte < 8 * DIM)[None, :]
+    there = kept[:, None] & (byte < 8 * DIM)[None, :]
     return tl.load(at, mask=there, other=0), tl.load(at + PAGE * DIM // 2, mask=there, other=0)
 
 
 @triton.jit
-def load_scales(plane, pages, place, end, cache_block, DIM: tl.constexpr, PAGE: tl.constexpr, SYMMETRIC: tl.constexpr):
+def load_scales(
+    plane, pages, place, begin, end, cache_block, DIM: tl.constexpr, PAGE: tl.constexpr, SYMMETRIC: tl.constexpr
+):
     """Scales of K and V at the positions `place` and the zero points of their stored codes, float32.
 
     A NaN scale of V is given to K instead, so that it shows in the sum of weights.
     """
-    there = place < end
+    there = (place < end) & (place >= begin)
     page = tl.load(pages + place // PAGE, mask=there, other=0).to(tl.int64)
     at = plane + page * cache_block + PAGE * DIM
     scales = at.to(tl.pointer_type(tl.float16), bitcast=True) + place % PAGE

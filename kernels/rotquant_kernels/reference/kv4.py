@@ -130,6 +130,7 @@ def kv4_attention(
     scale: float,
     rotate: int,
     symmetric: bool,
+    window: int = 0,
 ) -> None:
     """Causal attention of a mixed batch (prefill chunks and decode steps) over 4-bit pages, in float32.
 
@@ -141,8 +142,9 @@ def kv4_attention(
         query: float [T, heads, d]; query heads h share KV head h // (heads / kv_heads).
         query_start: int32 [B + 1], first row of each sequence; rows from query_start[B] on are padding.
         seq_lens: int32 [B], tokens in the cache, those of this step included.
-        block_table: int32 [B, P].
+        block_table: int32 [B, P]; pages that no row sees may have any number.
         out: [T, heads, d] in query's dtype, filled; 0 in padding rows.
+        window: positions that a query sees at most, its own and those before it; 0 for all.
     """
     starts, lens = query_start.tolist(), seq_lens.tolist()
     out[starts[-1] :] = 0
@@ -152,15 +154,34 @@ def kv4_attention(
     groups += [[b] for b in range(len(lens)) if starts[b + 1] - starts[b] > 1]
     for members in groups:  # all decode steps together, each prefill chunk alone
         rows = torch.tensor([list(range(starts[b], starts[b + 1])) for b in members])
-        longest = max(lens[b] for b in members)
-        pages = block_table[members, : -(-longest // cache.shape[2])].long()
+        pages, skipped = seen_pages([lens[b] for b in members], rows.shape[1], window, block_table[members], cache)
         keys, values = kv4_read(cache, pages, query.shape[-1], symmetric)
-        ends = torch.tensor([lens[b] for b in members])
-        out[rows] = attend(rotated[rows], keys, values, ends, scale).to(query.dtype)
+        ends = torch.tensor([lens[b] for b in members]) - skipped
+        out[rows] = attend(rotated[rows], keys, values, ends, scale, window).to(query.dtype)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Causal grouped-query attention; query t of a sequence sees the first ends - T + t + 1 keys.
+def seen_pages(lens: list[int], steps: int, window: int, table: Tensor, cache: Tensor) -> tuple[Tensor, int]:
+    """Block numbers from the first page that any of the sequences sees to the last, and the positions before them.
+
+    Pages of a sequence that only another one sees are block 0: their numbers may mean nothing.
+
+    Args:
+        lens: tokens of each sequence, of which the last `steps` are new; table: int32 [B, P].
+    Returns:
+        int64 [B, pages seen].
+    """
+    size = cache.shape[2]
+    firsts = [max(0, n - steps - window + 1) // size if window else 0 for n in lens]
+    first, last = min(firsts), max(-(-n // size) for n in lens)
+    number = torch.arange(first, last, device=table.device)
+    bounds = torch.tensor([firsts, [-(-n // size) for n in lens]], device=table.device)[:, :, None]
+    seen = (number >= bounds[0]) & (number < bounds[1])
+    return table[:, first:last].long().masked_fill(~seen, 0), first * size
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float, window: int = 0) -> Tensor:
+    """Causal grouped-query attention; query t of a sequence sees the first ends - T + t + 1 keys, or the last
+    `window` of these.
 
     Args:
         query: float32 [B, T, heads, d]; keys, values: float32 [B, kv_heads, L, d]; ends: int [B].
@@ -174,8 +195,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: flo
     scores = (grouped @ keys.mT * scale).view(batch, heads, steps, length)
     last = ends[:, None] - steps + torch.arange(steps)  # [B, T], last visible position
     hidden = torch.arange(length) > last[:, :, None]
+    if window:
+        hidden |= torch.arange(length) <= last[:, :, None] - window
     weights = scores.masked_fill(hidden.unsqueeze(1).to(scores.device), float("-inf")).softmax(-1)
-    # Positions past the end may hold anything, NaN included, and 0 * NaN is NaN.
-    unwritten = (torch.arange(length) >= ends[:, None])[:, None, :, None].to(values.device)
-    mixed = weights.view(batch, kv_heads, rows, length) @ values.masked_fill(unwritten, 0)
+    # Positions that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
+    unseen = hidden.all(1)[:, None, :, None].to(values.device)
+    mixed = weights.view(batch, kv_heads, rows, length) @ values.masked_fill(unseen, 0)
     return mixed.view(batch, heads, steps, dim).movedim(1, 2)

@@ -72,7 +72,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
             module.prepare()
     for index, kind in enumerate(arch.kinds):
         name = arch.layer_prefix(index) + kind.attention.module
-        model.get_submodule(name).rotquant_kv = checkpoint.attention(name)  # type: ignore[assignment]
+        attention: Any = model.get_submodule(name)
+        attention.rotquant_kv, attention.rotquant_window = checkpoint.attention(name), kind.attention.window
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -117,7 +118,8 @@ def kv4_attention(
 
     Args:
         query: [B, heads, T, d]; key, value: [B, kv_heads, L, d].
-        attention_mask: additive [B, 1, T, L], causal, with padding on one side or none; None if all is visible.
+        attention_mask: additive [B, 1, T, L], causal, with the layer's window, with padding on one side or none; None
+            if all is visible.
     Returns:
         [B, T, heads, d] in query's dtype, 0 for padding; no attention weights.
     Raises:
@@ -126,20 +128,21 @@ def kv4_attention(
     if softcap is not None or s_aux is not None:
         raise RotQuantError("attention with a soft cap or sinks does not run on a 4-bit KV cache")
     kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
+    window: int | None = module.rotquant_window  # type: ignore[assignment]
     batch, heads, steps, dim = query.shape
     out = torch.zeros(batch, steps, heads, dim, dtype=query.dtype, device=query.device)
     scale = dim**-0.5 if scaling is None else scaling
     for b in range(batch):
-        first, last = visible_range(attention_mask, b, steps, key.shape[2])
+        first, last = visible_range(attention_mask, b, steps, key.shape[2], window)
         skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
         rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
         q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
-        out[b, rows] = attend_pages(q, k, v, scale, kv)
+        out[b, rows] = attend_pages(q, k, v, scale, kv, window)
     return out, None
 
 
-def visible_range(mask: Tensor | None, b: int, steps: int, length: int) -> tuple[int, int]:
-    """First position of sequence b that is no padding, and the one after the last; the mask must be causal there."""
+def visible_range(mask: Tensor | None, b: int, steps: int, length: int, window: int | None = None) -> tuple[int, int]:
+    """First position of sequence b that any query sees, and the one after the last; the mask must be causal there."""
     if mask is None:
         if steps > 1:
             raise RotQuantError("attention over a 4-bit KV cache is causal: an attention mask is needed")
@@ -150,12 +153,20 @@ def visible_range(mask: Tensor | None, b: int, steps: int, length: int) -> tuple
     positions = torch.arange(length - steps, length, device=mask.device)[:, None]
     columns = torch.arange(length, device=mask.device)
     real = ((positions >= first) & (positions < last))[:, 0]
-    if not torch.equal(visible[real], ((columns >= first) & (columns <= positions))[real]):
-        raise RotQuantError("attention over a 4-bit KV cache runs causal masks with padding on one side only")
+    expected = (columns >= first) & (columns <= positions)
+    if window is not None:
+        expected &= columns > positions - window
+    if not torch.equal(visible[real], expected[real]):
+        raise RotQuantError(
+            "attention over a 4-bit KV cache runs causal masks with padding on one side only"
+            + (f", here with a window of {window} positions" if window else "")
+        )
     return first, last
 
 
-def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat) -> Tensor:
+def attend_pages(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None = None
+) -> Tensor:
     """Causal attention of one sequence by the served ops.
 
     Args:
@@ -171,7 +182,7 @@ def attend_pages(query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KV
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv)
+    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv, window)
     return out
 
 

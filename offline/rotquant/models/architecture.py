@@ -62,6 +62,7 @@ class Attention:
     query_norm: str | None = None  # RMSNorm of each head behind the projection
     key_norm: str | None = None
     position_scale: PositionScale | None = None
+    window: int | None = None  # positions that a query sees at most, its own and those before it
 
     @property
     def qk_factors(self) -> int:

@@ -20,6 +20,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models.config_rope import ROPE_FIELDS, check_rope
 from rotquant.models.config_rules import Known, Rule, boolean, number, one_of, texts, tokens, whole
 from rotquant.models.registry import BY_CLASS, KNOWN_BY_CLASS
+from rotquant.models.windows import SLIDING
 
 Fields = dict[str, Any]
 
@@ -94,7 +95,6 @@ OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "torchscript": ((None, False), "transformers would return tuples"),
 }
 
-NO_WINDOW = "which the 4-bit KV cache does not support; set it to null if you serve contexts no longer than the window"
 OF_THE_FILE = """
     architectures model_type transformers_version _name_or_path _model_name_or_path _commit_hash name_or_path
     auto_map tokenizer_class
@@ -145,11 +145,7 @@ def check_fields(where: str, raw: Fields) -> None:
     check_values(where, raw)
     if raw.get("hidden_act", "silu") != "silu":
         raise RotQuantError(f"{where}: hidden_act is {short(repr(raw['hidden_act']), 60)}, supported is 'silu'")
-    window, longest = raw.get("sliding_window"), raw.get("max_position_embeddings", 2**31)
-    if window and (raw.get("use_sliding_window") or not (known.window_switch or window >= longest)):
-        raise RotQuantError(f"{where}: sliding_window is {window}, {NO_WINDOW}")
-    if any(kind not in known.attention_layers for kind in raw.get("layer_types") or []):
-        raise RotQuantError(f"{where}: layer_types has layers other than 'full_attention', {NO_WINDOW}")
+    check_windows(where, raw, known)
     for name, value in raw.items():
         if name in known.fields:
             if expected := known.fields[name](value):
@@ -163,6 +159,39 @@ def check_fields(where: str, raw: Fields) -> None:
             )
     check_relations(where, raw, known)
     check_rope(where, raw, known.rope)
+
+
+def check_windows(where: str, raw: Fields, known: Known) -> None:
+    """Refuses layers that are not supported, and windows that transformers and vLLM would not give to the same ones."""
+    allowed = known.attention_layers + ((SLIDING,) if known.windows == "layers" else ())
+    kinds, window, longest = (raw.get(name) for name in ("layer_types", "sliding_window", "max_position_embeddings"))
+    if other := [kind for kind in kinds or [] if kind not in allowed]:
+        raise RotQuantError(
+            f"{where}: layer_types has layers other than {' or '.join(map(repr, allowed))}, such as"
+            f" {short(repr(other[0]), 60)}, which is not supported in {raw['architectures'][0]}"
+        )
+    on = not known.window_switch or raw.get("use_sliding_window", False)
+    if "sliding_window" in raw and SLIDING in (kinds or []) and not (on and window):
+        off = f"sliding_window is {window}" if on else "use_sliding_window is not true"
+        raise RotQuantError(f"{where}: layer_types has {SLIDING!r} layers, but {off}")
+    if kinds and known.always_masks and "sliding_window" in raw and window is None:
+        raise RotQuantError(
+            f"{where}: layer_types: transformers reads this as a Ministral, which does not run without a"
+            " sliding_window; take layer_types out"
+        )
+    if known.windows == "none":
+        if window and not known.window_switch and (longest is None or window < longest):
+            raise RotQuantError(
+                f"{where}: sliding_window is {window}: vLLM would attend to a window, transformers'"
+                f" {raw['architectures'][0]} does not; set it to null"
+            )
+    elif window == 0 and on:
+        raise RotQuantError(f"{where}: sliding_window is 0: a token would not even see itself; null means no window")
+    elif known.windows == "all" and kinds and window and on and (longest is None or window < longest):
+        raise RotQuantError(
+            f"{where}: layer_types: transformers' {raw['architectures'][0]} gives all layers the window of {window},"
+            " whatever it says; take it out, or set sliding_window to null"
+        )
 
 
 def check_architecture(where: str, raw: Fields) -> Known:

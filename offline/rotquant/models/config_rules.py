@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Rule = Callable[[Any], str | None]  # what is expected of a value, None where it is as expected
 
@@ -19,6 +19,9 @@ class Known:
         whatever the field. Qwen3: vLLM's o_proj has none, and the stored one would be dropped.
     own_head_dim: False where vLLM takes hidden_size / num_attention_heads whatever head_dim says.
     window_switch: the config class clears sliding_window unless use_sliding_window is true.
+    windows: which layers transformers' class gives `sliding_window`: none, all, or those that `layer_types` names.
+    always_masks: transformers' class makes a mask of `sliding_window` even if `layer_types` names no layer with it.
+    windows_of_plugin: vLLM's class gives no window to single layers, and with a 4-bit KV cache the plugin does.
     attention_layers: what `layer_types` calls layers of attention to everything before.
     fields: further fields that this architecture knows, and what is expected of them; rope: such among the rotary ones.
     harmless: fields of parts that a supported model of this architecture does not have.
@@ -30,6 +33,9 @@ class Known:
     mlp_bias: tuple[bool, ...] = (False,)
     own_head_dim: bool = True
     window_switch: bool = False
+    windows: Literal["none", "all", "layers"] = "none"
+    always_masks: bool = False
+    windows_of_plugin: bool = False
     attention_layers: tuple[str, ...] = ("full_attention",)
     fields: Mapping[str, Rule] = field(default_factory=dict)
     rope: Mapping[str, Rule] = field(default_factory=dict)

@@ -63,7 +63,7 @@ class Decoder:
         value = linear(self.kind.attention.value, x1).unflatten(-1, (-1, self.kind.attention.head_dim)).float()
         if cache:
             query, key, value = cache(query, key, value)
-        mixed = causal(query, key, value, self.kind.attention.scale)
+        mixed = causal(query, key, value, self.kind.attention.scale, self.kind.attention.window)
         return mixed.flatten(-2).to(x1.dtype)
 
     def queries_and_keys(self, tensors: Tensors, x1: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class Decoder:
         """
         query, key = self.queries_and_keys(tensors, x1, linear)
         steps, heads = query.shape[:2]
-        hidden = torch.ones(steps, steps, dtype=torch.bool, device=x1.device).triu(1)
+        hidden = ~visible(steps, self.kind.attention.window, x1.device)
         total = torch.zeros(steps, device=x1.device)
         for head in range(heads):  # one at a time: T x T numbers
             scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * self.kind.attention.scale
@@ -148,13 +148,21 @@ class Decoder:
         return linear
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def visible(steps: int, window: int | None, device: torch.device) -> Tensor:
+    """Which positions each query sees, bool [T, T]: its own and those before it, `window` at most."""
+    ones = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
+    return ones if window is None else ones.triu(1 - window)
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of query [..., T, heads, d] over key and value [..., T, kv_heads, d]; [..., T, heads, d].
 
     torch's fast kernels want exactly one dimension of batches: without one its plain product takes six times as long.
     """
     q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
-    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    steps = query.shape[-3]
+    mask = visible(steps, window, query.device) if window and window < steps else None
+    mixed = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return mixed.transpose(1, 2).reshape(query.shape)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Attention, Family, GatedMLP, Layer, head_size
 from rotquant.models.config_rules import Known
+from rotquant.models.windows import windows
 
 
 def attention(config: PreTrainedConfig, **differences: Any) -> Attention:
@@ -52,21 +53,57 @@ def model(config: PreTrainedConfig, layers: list[Layer], **differences: Any) -> 
     )
 
 
+def windowed(config: PreTrainedConfig, kinds: list[Layer], *, by_layer: bool) -> list[Layer]:
+    """The layers, each with its window (see `windows`); those that are alike stay one object."""
+    found = windows(config, by_layer)
+    made = {
+        (id(kind), window): replace(kind, attention=replace(kind.attention, window=window)) if window else kind
+        for kind, window in zip(kinds, found, strict=True)
+    }
+    return [made[id(kind), window] for kind, window in zip(kinds, found, strict=True)]
+
+
 def plain(config: PreTrainedConfig) -> Architecture:
     return model(config, [layer(config, attention(config))] * config.num_hidden_layers)
 
 
+def plain_windowed(config: PreTrainedConfig) -> Architecture:
+    kinds = [layer(config, attention(config))] * config.num_hidden_layers
+    return model(config, windowed(config, kinds, by_layer=True))
+
+
 def normed_heads(config: PreTrainedConfig) -> Architecture:
     heads = attention(config, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
-    return model(config, [layer(config, heads)] * config.num_hidden_layers)
+    return model(config, windowed(config, [layer(config, heads)] * config.num_hidden_layers, by_layer=True))
 
 
 LLAMA = Family(
-    {
-        "LlamaForCausalLM": Known("llama", attention_bias=(False, True), mlp_bias=(False, True)),
-        "MistralForCausalLM": Known("mistral", attention_bias=(False,)),
-        "Qwen2ForCausalLM": Known("qwen2", attention_bias=(False, True), own_head_dim=False, window_switch=True),
-    },
+    {"LlamaForCausalLM": Known("llama", attention_bias=(False, True), mlp_bias=(False, True))},
     plain,
 )
-QWEN3 = Family({"Qwen3ForCausalLM": Known("qwen3", attention_bias=(False,), window_switch=True)}, normed_heads)
+# transformers reads a Mistral with `layer_types` as a Ministral, which is one whose layers differ in their windows.
+MISTRAL = Family(
+    {"MistralForCausalLM": Known("mistral", attention_bias=(False,), windows="layers", always_masks=True)},
+    plain_windowed,
+)
+QWEN2 = Family(
+    {
+        "Qwen2ForCausalLM": Known(
+            "qwen2",
+            attention_bias=(False, True),
+            own_head_dim=False,
+            window_switch=True,
+            windows="layers",
+            windows_of_plugin=True,
+        )
+    },
+    plain_windowed,
+)
+QWEN3 = Family(
+    {
+        "Qwen3ForCausalLM": Known(
+            "qwen3", attention_bias=(False,), window_switch=True, windows="layers", windows_of_plugin=True
+        )
+    },
+    normed_heads,
+)

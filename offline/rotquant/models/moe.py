@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Architecture, Attention, Experts, Family, GatedMLP, Layer
 from rotquant.models.config_rules import Known, boolean, exactly, whole
-from rotquant.models.llama import attention, layer, model
+from rotquant.models.llama import attention, layer, model, windowed
 
 MOST_EXPERTS = 2**12
 
@@ -49,22 +49,24 @@ def sparse_layers(config: PreTrainedConfig) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers)]
 
 
-def qwen(config: PreTrainedConfig, attention: Attention, block: Experts) -> Architecture:
+def qwen(config: PreTrainedConfig, attention: Attention, block: Experts, *, by_layer: bool) -> Architecture:
     """vLLM knows that gate and up are one linear in layers of one MLP only where `mlp_only_layers` names some."""
     dense, sparse = layer(config, attention), sparse_layers(config)
     if not any(sparse):
         raise RotQuantError("config.json: mlp_only_layers and decoder_sparse_step leave no layer with experts")
     layers: list[Layer] = [replace(dense, mlp=block) if mixed else dense for mixed in sparse]
-    served = {
+    layers = windowed(config, layers, by_layer=by_layer)
+    served: dict[str, Any] = {
         "mlp_only_layers": [i for i, mixed in enumerate(sparse) if not mixed], "decoder_sparse_step": 1,
-        "sliding_window": None,
     }  # fmt: skip
+    if not any(kind.attention.window for kind in layers):
+        served["sliding_window"] = None
     return model(config, layers, served=served)
 
 
 def qwen3_moe(config: PreTrainedConfig) -> Architecture:
     heads = attention(config, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
-    return qwen(config, heads, experts(config))
+    return qwen(config, heads, experts(config), by_layer=False)
 
 
 def qwen2_moe(config: PreTrainedConfig) -> Architecture:
@@ -72,13 +74,13 @@ def qwen2_moe(config: PreTrainedConfig) -> Architecture:
     width = config.shared_expert_intermediate_size
     shared = GatedMLP("post_attention_layernorm", **names, width=width, activation=config.hidden_act)
     block = experts(config, shared=shared, shared_gate="mlp.shared_expert_gate")
-    return qwen(config, attention(config), block)
+    return qwen(config, attention(config), block, by_layer=True)
 
 
 def mixtral(config: PreTrainedConfig) -> Architecture:
     block = experts(config, files="block_sparse_moe", gate="w1", up="w3", down="w2")
     kind = replace(layer(config, attention(config)), mlp=block)
-    return model(config, [kind] * config.num_hidden_layers)
+    return model(config, windowed(config, [kind] * config.num_hidden_layers, by_layer=False))
 
 
 def layer_numbers(value: Any) -> str | None:
@@ -102,6 +104,7 @@ QWEN3_MOE = Family(
             "qwen3_moe",
             attention_bias=(False,),
             window_switch=True,
+            windows="all",
             fields=QWEN,
             harmless=OF_TRAINING,
             synonyms=(("num_experts", "num_local_experts"),),
@@ -116,6 +119,8 @@ QWEN2_MOE = Family(
             attention_bias=(False, True),
             own_head_dim=False,
             window_switch=True,
+            windows="layers",
+            windows_of_plugin=True,
             fields=QWEN | {"shared_expert_intermediate_size": WIDTH, "qkv_bias": exactly(True)},
             harmless=OF_TRAINING,
             synonyms=(("num_experts", "num_local_experts"),),
@@ -128,6 +133,7 @@ MIXTRAL = Family(
         "MixtralForCausalLM": Known(
             "mixtral",
             attention_bias=(False,),
+            windows="all",
             fields=EXPERTS | {"num_experts_per_tok": COUNT},
             harmless=OF_TRAINING,
             synonyms=(("num_experts", "num_local_experts"),),

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Family
 from rotquant.models.config_rules import Known, number
-from rotquant.models.llama import attention, layer, model
+from rotquant.models.llama import attention, layer, model, windowed
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
@@ -20,8 +20,11 @@ def describe(config: PreTrainedConfig) -> Architecture:
         "self_attn.qkv_proj": separate.sites["attn"],
         "mlp.gate_up_proj": separate.sites["mlp"],
     }
-    return model(config, [layer(config, a, fused=fused)] * config.num_hidden_layers)
+    kinds = [layer(config, a, fused=fused)] * config.num_hidden_layers
+    return model(config, windowed(config, kinds, by_layer=False))
 
 
 PARTLY = {"partial_rotary_factor": number(0, 1, above=True)}
-PHI3 = Family({"Phi3ForCausalLM": Known("phi3", attention_bias=(False,), fields=PARTLY, rope=PARTLY)}, describe)
+PHI3 = Family(
+    {"Phi3ForCausalLM": Known("phi3", attention_bias=(False,), windows="all", fields=PARTLY, rope=PARTLY)}, describe
+)

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Architecture, Names
-from rotquant.models.config_fields import NO_WINDOW, check_fields, check_values
+from rotquant.models.config_fields import check_fields, check_values
 from rotquant.models.registry import BY_CLASS
+from rotquant.models.windows import stated
 
 MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
 
@@ -80,22 +81,8 @@ def read_architecture(folder: Path) -> Architecture:
     if (folder / "config.json").is_file():
         check_fields(where, read_object(folder / "config.json"))
     config = read_config(folder)
-    if uses_sliding_window(config):
-        raise RotQuantError(f"{where}: sliding_window is {config.sliding_window}, {NO_WINDOW}")
     found = describe(config, where)
-    # A window that holds every context is none, and vLLM shall not see one.
-    return replace(found, served={**found.served, "sliding_window": None}) if states_window(config) else found
-
-
-def uses_sliding_window(config: PreTrainedConfig) -> bool:
-    """True where some layer attends to a window only: also by a default that config.json does not show."""
-    kinds = getattr(config, "layer_types", None) or []
-    short = states_window(config) and config.sliding_window < config.max_position_embeddings
-    return short or any(kind != "full_attention" for kind in kinds)
-
-
-def states_window(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "sliding_window", None))
+    return replace(found, served={**found.served, **stated(config, [kind.attention.window for kind in found.kinds])})
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

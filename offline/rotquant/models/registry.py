@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from rotquant.models.architecture import Family
 from rotquant.models.granite import GRANITE, GRANITE4
-from rotquant.models.llama import LLAMA, QWEN3
-from rotquant.models.ministral import MINISTRAL3
+from rotquant.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from rotquant.models.ministral import MINISTRAL, MINISTRAL3
 from rotquant.models.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from rotquant.models.phi import PHI3
 from rotquant.models.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
+    MISTRAL,
+    QWEN2,
     QWEN3,
     SMOLLM3,
     GRANITE,
     GRANITE4,
     PHI3,
+    MINISTRAL,
     MINISTRAL3,
     QWEN3_MOE,
     QWEN2_MOE,

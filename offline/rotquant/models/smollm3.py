@@ -8,12 +8,13 @@ from transformers import PreTrainedConfig
 
 from rotquant.models.architecture import Architecture, Family
 from rotquant.models.config_rules import Known, whole
-from rotquant.models.llama import attention, layer, model
+from rotquant.models.llama import attention, layer, model, windowed
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
     turned, still = (layer(config, a) for a in (attention(config), attention(config, rotary=0)))
-    return model(config, [turned if rope else still for rope in config.no_rope_layers[: config.num_hidden_layers]])
+    kinds = [turned if rope else still for rope in config.no_rope_layers[: config.num_hidden_layers]]
+    return model(config, windowed(config, kinds, by_layer=True))
 
 
 def switches(value: Any) -> str | None:
@@ -24,6 +25,6 @@ def switches(value: Any) -> str | None:
 FIELDS = {"no_rope_layers": switches, "no_rope_layer_interval": whole(1, 1024)}
 BIASES = (False, True)
 SMOLLM3 = Family(
-    {"SmolLM3ForCausalLM": Known("smollm3", BIASES, BIASES, window_switch=True, fields=FIELDS)},
+    {"SmolLM3ForCausalLM": Known("smollm3", BIASES, BIASES, window_switch=True, windows="layers", fields=FIELDS)},
     describe,
 )

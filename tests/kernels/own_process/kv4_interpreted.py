@@ -29,7 +29,7 @@ def few(examples: int) -> settings:
 def attend(batch: Batch) -> torch.Tensor:
     """Rows of the batch; what follows them must be 0."""
     b, out = batch, strided(torch.full(batch.query.shape, 7.0), batch.query.dtype)
-    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric)
+    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric, b.window)
     assert (out[int(b.starts[-1]) :] == 0).all()
     return out[: int(b.starts[-1])]
 
@@ -72,6 +72,35 @@ def test_attention_adds_little_to_the_error_of_four_bits(
     out, codes, real = attend(batch).double(), batch.exact(quantized=True), batch.exact(quantized=False)
     rounding = torch.finfo(dtype).eps * codes.norm()
     assert (out - codes).norm() <= 0.2 * (codes - real).norm() + rounding
+
+
+@few(4)
+@given(SEEDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 12)), min_size=1, max_size=2), HEADS, PAGES,
+       st.booleans(), st.sampled_from([1, 17, 100, 130]),
+       st.sampled_from([(8, 1), (8, 4), (64, 1), (64, 4)]))  # fmt: skip
+def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, plan):
+    """Pages that are gone among it; a window that is ignored, or one token too long, gives NaN."""
+    planned(*plan)
+    lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
+    whole = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed)
+    exact = whole._replace(window=window)
+    out, codes, real = attend(whole.windowed(window)), exact.exact(quantized=True), exact.exact(quantized=False)
+    assert (out - codes).norm() <= 0.2 * (codes - real).norm() + 1e-6 * codes.norm()
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("window", [1, 100, 128])
+def test_every_token_of_the_window_counts(planned, rows, window):
+    """With q = 0 the result is the mean of V, nearly all of it from the window's first token."""
+    planned(rows, 2)
+    batch = make_batch([window + 40], [1], kv_heads=1, group=3, page=48)
+    value = torch.ones(window + 40, 1, 64)
+    value[:40] = 1e30
+    value[40] = 100 * window
+    slots = batch.table[0].long()[torch.arange(window + 40) // 48] * 48 + torch.arange(window + 40) % 48
+    reference.kv4_write(batch.keys[0], value, batch.cache, slots, 64, False, 1.0, 1.0)
+    batch.query.zero_()
+    assert torch.allclose(attend(batch.windowed(window)), torch.tensor(100 + (window - 1) / window), rtol=0.01)
 
 
 @pytest.mark.parametrize("rows", [8, 64])

@@ -1,17 +1,19 @@
 """Fields of config.json: what published models have is taken, what two readers would compute differently is refused."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from real_configs import CONFIGS, LLAMA31, llama, mistral, qwen
+from real_configs import CONFIGS, LLAMA31, REFUSED, llama, mistral, qwen
 from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture, rotary
 from rotquant.models.config_fields import HARMLESS, KNOWN, OFF, check_fields
 from rotquant.models.registry import KNOWN_BY_CLASS
 
 LLAMA, QWEN2, QWEN3 = CONFIGS["Meta-Llama-3-8B"], CONFIGS["Qwen2-7B"], CONFIGS["Qwen3-8B"]
+PHI3 = CONFIGS["Phi-3-mini-4k-instruct"]
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -25,14 +27,20 @@ def test_published_models_are_taken(tmp_path, name):
     assert read(tmp_path, CONFIGS[name]).layers == CONFIGS[name]["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_published_models_that_are_refused_are_so_in_one_line(tmp_path, name):
+    config, message = REFUSED[name]
+    with pytest.raises(RotQuantError, match=rf"^\S+config.json: {re.escape(message)}") as caught:
+        read(tmp_path, config)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", KNOWN_BY_CLASS)
 def test_what_transformers_itself_writes_is_known(tmp_path, name):
-    """Every field of the config class, as `save_pretrained` writes it; Mistral's window is on by default."""
+    """Every field of the config class, as `save_pretrained` writes it."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(KNOWN_BY_CLASS[name].model_type, architectures=[name])
-    if name.startswith("Mistral"):
-        config.sliding_window = None
     if name.startswith("Qwen2"):
         config.head_dim = None
     if name.startswith("GraniteMoeHybrid"):  # the dense one
@@ -61,7 +69,13 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (LLAMA, {"qkv_bias": True}, "qkv_bias is True"),
         (LLAMA, {"attention_bias": True, "qkv_bias": False}, "qkv_bias: vLLM would take it in place"),
         (LLAMA, {"sliding_window": 4096, "use_sliding_window": False}, "sliding_window is 4096"),  # vLLM's is on
-        (LLAMA, {"layer_types": ["sliding_attention"] * 32}, "layer_types has layers other than"),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 32}, "layer_types has layers other than 'full_attention', "),
+        (QWEN2, {"layer_types": ["linear_attention"] * 28}, "other than 'full_attention' or 'sliding_attention', "),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 28}, "has 'sliding_attention' layers, but use_sliding_window"),
+        (mistral(), {"layer_types": ["sliding_attention"] * 32}, "layers, but sliding_window is None"),
+        (mistral(), {"sliding_window": 0}, "sliding_window is 0: a token would not even see itself"),
+        (PHI3, {"layer_types": ["full_attention"] * 32}, "layer_types: .* gives all layers the window of 2047"),
+        (PHI3, {"layer_types": ["sliding_attention"] * 32}, "layer_types has layers other than 'full_attention', such"),
         (LLAMA, {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         (LLAMA, {"model_type": "mistral"}, "model_type is 'mistral', but 'llama' belongs to"),
         (LLAMA, {"architectures": ["LlamaForCausalLM", "X"]}, "architectures is"),
@@ -78,11 +92,9 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (mistral(), {"attention_bias": True}, "attention_bias is true; with MistralForCausalLM"),
         (mistral(), {"mlp_bias": True}, "mlp_bias is true; with Mistral"),
         (mistral(), {"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
-        (mistral(), {"sliding_window": 4096}, "sliding_window is 4096"),
         (QWEN2, {"head_dim": 64}, "head_dim is 64, but vLLM's Qwen2ForCausalLM takes"),
         (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
         (QWEN2, {"qk_norm": True}, "qk_norm is True: vLLM would normalize"),
-        (QWEN2, {"use_sliding_window": True}, "sliding_window is 131072"),
         (QWEN2, {"use_mrope": True}, "use_mrope"),
         (QWEN3, {"attention_bias": True}, "attention_bias is true; with Qwen3ForCausalLM"),
         (QWEN3, {"mlp_bias": True}, "mlp_bias is true; with Qwen3"),

@@ -112,7 +112,8 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 
 RECIPES = [
     ("smollm3", "best-online"), ("granite", "smoothrot"), ("granite4", "quarot"), ("phi3", "best-online"),
-    ("phi3", "svd"), ("ministral3", "quarot"), ("qwen3_moe", "dfrot"), ("mixtral", "quarot"),
+    ("phi3", "svd"), ("ministral", "quarot"),
+    ("ministral3", "quarot"), ("qwen3_moe", "dfrot"), ("mixtral", "quarot"),
 ]  # fmt: skip
 
 
@@ -157,10 +158,3 @@ def test_queries_that_vllm_would_not_scale_are_noticed(
     bare = edited(out, tmp_path / "bare", lambda config: config.pop("llama_4_scaling"))
     with pytest.raises(RotQuantError, match=r"read some field of config\.json differently"):
         child(serving.serve, bare, [[1, 2, 3]], max_tokens=1)
-
-
-def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
-    source = source_model(tmp_path / "long", "phi3", sliding_window=512)
-    assert json.loads((made(tmp_path, source, "rtn") / "config.json").read_text())["sliding_window"] is None
-    with pytest.raises(RotQuantError, match="sliding_window is 511, which the 4-bit KV cache does not support"):
-        read_architecture(source_model(tmp_path / "short", "phi3", sliding_window=511))
