@@ -35,6 +35,8 @@ class Collector:
         self.mixtures: list[Any] = []  # the experts of a layer each; not among `layers`
         self.experts: KeptExperts | None = None  # of the first of them
         self.unquantized: set[str] = set()
+        self.recurrent = 0  # layers of linear attention on this rank
+        self.kv4 = False  # whether the checkpoint has a 4-bit KV cache
         self.intake = Intake()
         self.holders: Holders | None = None  # not before a layer: a worker gets this object as a pickle
         self.settings: Any = None  # vLLM's, of this model

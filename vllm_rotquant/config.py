@@ -151,6 +151,7 @@ class RotQuantConfig(QuantizationConfig):
         self.startup.begin(self.defaults)
         self._begin()
         collector = self.startup.collector
+        collector.kv4 = self.format.kv is not None
         if isinstance(layer, compat.RoutedExperts):
             return self._experts(layer, self.names.own(prefix))
         if isinstance(layer, compat.AttentionLayerBase):

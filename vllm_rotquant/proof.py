@@ -22,7 +22,7 @@ from vllm_rotquant import compat, rotation
 from vllm_rotquant.collector import Collector, kind_of, sort_of
 from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.kv_cache import KV4Metadata
-from vllm_rotquant.reading import compare_readings
+from vllm_rotquant.reading import compare_readings, layer_number
 from vllm_rotquant.window_proof import window_distance
 from vllm_rotquant.witness import (
     distance,
@@ -106,7 +106,7 @@ def reading_rows(modules: list[Any], settings: Any) -> list[Row]:
     config = compat.own_config(settings)
     known = is_known(config)
     decoders = [module for module in modules if known and compat.is_decoder(module)]
-    decoders.sort(key=lambda decoder: int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0]))
+    decoders.sort(key=layer_number)
     divisor = describe(config).logits_divisor if known else 1.0
     for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
@@ -136,7 +136,10 @@ def log_report(rows: list[Row], collected: Collector, model: str) -> None:
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
         lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
     else:
-        lines.append("  KV cache: not quantized (the checkpoint has no kv_cache_scheme)")
+        why = "the checkpoint has no kv_cache_scheme" if not collected.kv4 else "no attention on this rank"
+        lines.append(f"  KV cache: not quantized ({why})")
+    if collected.recurrent:
+        lines.append(f"  linear attention in vLLM's own kernels, its state not quantized: {collected.recurrent}")
     kinds = Counter(name.rpartition(".")[2] for name in collected.unquantized)
     lines.append("  not quantized: " + (", ".join(f"{k} ({n})" for k, n in sorted(kinds.items())) or "no linear layer"))
     compat.logger.info("\n".join(lines))

@@ -109,7 +109,8 @@ class Own:
 
     def __init__(self, decoder: Any, config: Any) -> None:
         self.decoder, attention = decoder, decoder.self_attn
-        kind = describe(config).kinds[0]
+        index = layer_number(decoder)
+        kind = describe(config).kinds[index]
         self.parts = {name: kind.stored_at(site) for name, site in SITES.items()}
         config = deepcopy(config)
         for field in ("quantization_config", "rotquant"):
@@ -117,7 +118,7 @@ class Own:
                 delattr(config, field)
         kinds = getattr(config, "layer_types", None)
         if kinds:
-            config.layer_types = kinds[:1]
+            config.layer_types = kinds[index : index + 1]
         config.num_hidden_layers = 1
         # This rank's part: attention and MLP are the same function of fewer heads and channels.
         config.head_dim = head_size(config)
@@ -228,6 +229,11 @@ class Own:
                 hidden[None], attention_mask=None, position_ids=positions[None], position_embeddings=cos_sin
             )
         return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def layer_number(decoder: Any) -> int:
+    """Which layer of its model a decoder layer is."""
+    return int(decoder.self_attn.attn.layer_name.split(".layers.")[1].split(".")[0])
 
 
 def gather(x: Tensor, part: str, outputs: int) -> Tensor:

@@ -11,6 +11,7 @@ from vllm_rotquant.collector import Collector
 from vllm_rotquant.experts_proof import experts_rows
 from vllm_rotquant.fusion import fuse
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
+from vllm_rotquant.recurrent import check_recurrent, count_recurrent
 from vllm_rotquant.reload import Reload
 from vllm_rotquant.warmup import warm_linears
 
@@ -51,7 +52,10 @@ class Startup:
         holders.stop()
         # A model that vLLM builds from transformers' modules stood before its layers were there to be watched.
         model = compat.outermost(last) or holders.outermost(last)
-        readings = [] if collected.dummy else reading_rows(holders.around(), collected.settings)
+        around = holders.around()
+        collected.recurrent = count_recurrent(around)
+        check_recurrent(collected.recurrent, collected.settings.dtype, collected.lora)
+        readings = [] if collected.dummy else reading_rows(around, collected.settings)
         if self.when_loaded is not None:
             self.when_loaded(model)
         if not collected.lora:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, cat, nn
 
-from rotquant.checkpoint.layers import read_layer
+from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.original import original_model
 from rotquant.checkpoint.original_mixture import original_mixture
 from rotquant.checkpoint.source import Source
@@ -95,7 +95,7 @@ class Folded:
     def logits(self) -> Tensor:
         """float32 [T, vocab]; the head is folded in slices of the vocabulary to bound memory."""
         arch, names, found = self.arch, self.arch.names, []
-        gain = self.source.get(names.norm)
+        gain = read_gain(self.source, arch)
         for rows in self.source.get(names.embedding if arch.tied else names.head).split(VOCABULARY_ROWS):
             folded, folded_gain = self.fold.head(rows, gain)
             normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor

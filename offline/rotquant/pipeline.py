@@ -24,7 +24,7 @@ from rotquant.checkpoint import writer
 from rotquant.checkpoint.card import write_card
 from rotquant.checkpoint.companions import copy_companions
 from rotquant.checkpoint.journal import Journal, Slot
-from rotquant.checkpoint.layers import read_layer
+from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import Source
 from rotquant.choose.choice import Choice
@@ -221,7 +221,8 @@ def write_layers(run: Run, journal: Journal) -> None:
 def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
     """The shard of a layer, from its tensors by the names of its kind."""
     kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
-    stored = joined(quantized, kind, run.recipe.weights.form)
+    kept = {name: run.source.get(prefix + name) for name in kind.attention.kept}
+    stored = joined(quantized, kind, run.recipe.weights.form) | kept
     tensors = writer.layer_tensors(stored, kind, run.transforms, index)
     journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
 
@@ -251,14 +252,15 @@ def tune_layers(run: Run, journal: Journal) -> Transforms:
 
 
 def write_head(run: Run, journal: Journal) -> None:
-    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so."""
+    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so; what is copied."""
     if journal.done("head"):
         return
     names = run.arch.names
     head = run.source.get(names.embedding if run.arch.tied else names.head)
-    gain = run.source.get(names.norm)
+    gain = read_gain(run.source, run.arch)
     tuned = journal.kept("tune") if run.recipe.tune else None
-    tensors = {names.norm: tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1].to(run.dtype)}
+    folded_gain = tuned[NORM] if tuned else run.fold.head(head[:1], gain)[1]
+    tensors = {names.norm: (folded_gain.double() - run.arch.offset).to(run.dtype)}
     if form := run.recipe.lm_head.form:
         folded = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].float())
         scale = rtn.weight_scale(folded, form, run.dtype)
@@ -266,6 +268,13 @@ def write_head(run: Run, journal: Journal) -> None:
         tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
     else:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
+    if left := run.source.beginning(run.arch.left):
+        say(
+            f"left out, the result is a model of text: {len(left)} tensors that begin with {' or '.join(run.arch.left)}"
+        )
+    if copied := run.source.beginning(run.arch.beside):
+        say(f"copied as they are: {len(copied)} tensors that begin with {' or '.join(run.arch.beside)}")
+        tensors |= {name: run.source.get(name) for name in copied}
     journal.finish("head", run.shard(run.arch.layers + 2), tensors)
 
 

@@ -61,7 +61,8 @@ class Scales(Part):
     order: bool = Field(default=False, description="zigzag the intermediate channels over R4's blocks by magnitude")
 
 
-OnlineWord = Literal["kronecker", "greedy", "shift"]
+OnlineWord = Literal["hadamard", "kronecker", "greedy", "shift"]
+SITES = ("attn", "o", "mlp", "down")
 
 
 class OnlineStages(Part):
@@ -77,14 +78,22 @@ class OnlineStages(Part):
     def of(self, site: str) -> list[str]:
         return list(getattr(self, site))
 
+    def learned(self, site: str) -> list[str]:
+        """Those that depend on the model."""
+        return [word for word in self.of(site) if word != "hadamard"]
+
     @model_validator(mode="after")
     def _sizes(self) -> OnlineStages:
         """Blocks that divide a power of two, and one shift a site: what it adds to the outputs is stored once."""
         if not is_power_of_two(self.block):
             raise ValueError(f"block {self.block} is not a power of two")
-        for site in ("attn", "o", "mlp", "down"):
+        for site in SITES:
             if self.of(site).count("shift") > 1:
                 raise ValueError(f"{site} has more than one shift; one does what two would")
+            if "hadamard" in self.of(site)[1:]:
+                raise ValueError(f"{site}: hadamard comes first, and once")
+        if "hadamard" in self.down:
+            raise ValueError("down: the Hadamard there is rotations.r4")
         return self
 
 
@@ -265,7 +274,7 @@ class Recipe(Part):
             or self._by_surrogate("r2")
             or "smooth" in (scales.norms, scales.values, scales.up)
             or scales.order
-            or any(self.online.of(site) for site in ("attn", "o", "mlp", "down"))
+            or any(self.online.learned(site) for site in SITES)
         )
 
     def for_profile(self, profile: str) -> Recipe:
@@ -296,7 +305,7 @@ class Recipe(Part):
             RotQuantError: naming the stage.
         """
         absent = {"kv_clip"} if self.kv.bits == 16 else set()
-        if not any(set(self.online.of(site)) for site in ("attn", "o", "mlp", "down")):
+        if not any(self.online.learned(site) for site in SITES):
             absent.add("online")
         for stage, part in (("blockwise", self.learn.blockwise), ("end_to_end", self.learn.end_to_end)):
             gone = absent | ({"weight_clip"} if part and part.weight_bits == 16 else set())

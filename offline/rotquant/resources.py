@@ -120,14 +120,12 @@ def gradients(arch: Architecture, tokens: int) -> int:
 
 def tuned_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
-    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-    return 14 * kind.hidden + 8 * sum(kind.widths) + 8 * queries_keys_values
+    return 14 * kind.hidden + 8 * sum(kind.widths) + 8 * kind.attention.numbers
 
 
 def activation_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a layer needs."""
-    queries_keys_values = (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_dim
-    return 8 * kind.hidden + 6 * sum(kind.widths) + 4 * queries_keys_values
+    return 8 * kind.hidden + 6 * sum(kind.widths) + 4 * kind.attention.numbers
 
 
 def layer_weights(arch: Architecture) -> int:

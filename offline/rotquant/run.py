@@ -22,6 +22,7 @@ from rotquant.choose.judge import judged_windows
 from rotquant.common.devices import Devices
 from rotquant.common.progress import say
 from rotquant.errors import RotQuantError
+from rotquant.fitting import fitted
 from rotquant.learn.initial import initial_transforms
 from rotquant.learn.stream import Job
 from rotquant.models import Architecture
@@ -84,9 +85,11 @@ def prepare(model: str, asked: Settings) -> Run:
     devices = Devices(asked.device)
     if asked.profile not in ("full", "portable"):
         raise RotQuantError(f"--profile {asked.profile}: take full or portable")
-    recipe = load_recipe(asked.recipe, asked.settings).for_profile(asked.profile).check_learning()
+    recipe = load_recipe(asked.recipe, asked.settings)
+    recipe.for_profile(asked.profile).check_learning()  # before a model is fetched for it
     folder = fetch(model)
     arch, source = read_original(folder)
+    recipe = fitted(recipe, arch).for_profile(asked.profile).check_learning()
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
     recipe = for_mixture(recipe, arch)
@@ -195,7 +198,7 @@ def provenance(run: Run, digest: str) -> dict[str, Any]:
 
 def begin(run: Run, recipe: Recipe) -> Job:
     """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
-    recipe = recipe.for_profile(run.profile).check_learning()
+    recipe = fitted(recipe, run.arch).for_profile(run.profile).check_learning()
     check_shapes(recipe, run.arch)
     return learner(replace(run, recipe=recipe, transforms=initial_transforms(recipe, run.arch, run.tp_max, run.seed)))
 

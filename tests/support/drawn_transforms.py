@@ -24,7 +24,7 @@ def everything(kind, random) -> LayerTransforms:
     def unit(size):
         return torch.nn.functional.normalize(torch.randn(size, generator=random, dtype=torch.float64), dim=0)
 
-    hidden, wide, a = kind.hidden, sum(kind.widths), kind.attention
+    hidden, wide, a = kind.hidden, sum(kind.widths), kind.attends
     starts = [sum(kind.widths[:i]) for i in range(len(kind.widths))]
     order = torch.cat([s + torch.randperm(w, generator=random) for s, w in zip(starts, kind.widths, strict=True)])
     down = [Stage("hadamard", 16), Stage("dense", 8, rotation(8))]
@@ -32,15 +32,19 @@ def everything(kind, random) -> LayerTransforms:
         permutation = torch.randperm(wide, generator=random)
         down[1:1] = [Stage("shift", wide, unit(wide)), Stage("permutation", wide, permutation)]
     kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
-    heads = torch.cat([rotation(a.heads).flatten(), torch.eye(a.head_dim, dtype=torch.float64).flatten()])
+    size, count = kind.attention.channels_of_head, kind.attention.channels // kind.attention.channels_of_head
+    heads = torch.cat([rotation(count).flatten(), torch.eye(size, dtype=torch.float64).flatten()])
+    own = {} if a is None else {
+        "s_ov": factors(a.kv_heads * a.head_dim),
+        "s_qk": factors(1 if a.key_norm else a.kv_heads, a.qk_factors),
+    }  # fmt: skip
+    if a and not a.gated:
+        own["r2"] = torch.stack([rotation(a.head_dim) for _ in range(a.kv_heads)])
     return LayerTransforms(
-        r2=torch.stack([rotation(a.head_dim) for _ in range(a.kv_heads)]),
-        s_attn=factors(hidden), s_mlp=factors(hidden), s_ov=factors(a.kv_heads * a.head_dim),
-        s_ud=factors(wide), s_qk=factors(1 if a.key_norm else a.kv_heads, a.qk_factors),
-        order=order,
+        s_attn=factors(hidden), s_mlp=factors(hidden), s_ud=factors(wide), order=order, **own,
         inputs={
             "attn": [Stage("kronecker", 8, kron), Stage("shift", hidden, unit(hidden))],
-            "o": [Stage("kronecker", a.head_dim, heads)],
+            "o": [Stage("hadamard", 16), Stage("kronecker", size, heads)],
             "mlp": [Stage("dense", 16, rotation(16) * factors(16)), Stage("reflection", hidden, unit(hidden))],
             "down": down,
         },

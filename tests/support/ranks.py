@@ -123,10 +123,10 @@ def hidden_states(rank: int, folder: Path, tokens: list[int], partition: str, sw
     return out.clone(), log
 
 
-def load_stage(rank: int, folder: Path, partition: str) -> str:
+def load_stage(rank: int, folder: Path, partition: str, dtype: str = "float32") -> str:
     """The log of a pipeline stage that is loaded and runs nothing."""
     with mock.patch.dict(os.environ, VLLM_PP_LAYER_PARTITION=partition):
-        return loaded(folder)[2]
+        return loaded(folder, dtype=dtype)[2]
 
 
 def kernels_in_worker(folder: Path, first: dict[str, str], worker: dict[str, str], given: Any) -> tuple[str, Any]:

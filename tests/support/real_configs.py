@@ -75,6 +75,23 @@ def phi3(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **mor
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 
+QWEN35 = {
+    "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "attention_bias": False,
+    "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16", "eos_token_id": 248044,
+    "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 5120,
+    "initializer_range": 0.02, "intermediate_size": 17408,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+    "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+    "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
+    "num_hidden_layers": 64, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
+    "use_cache": True, "vocab_size": 248320, "mamba_ssm_dtype": "float32",
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default", "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+
 CONFIGS: dict[str, Config] = {
     "Llama-2-7b-hf": llama(4096, 11008, 32, 32, 32, _name_or_path="meta-llama/Llama-2-7b-hf", torch_dtype="float16",
                            rope_scaling=None, max_length=4096, pad_token_id=0),
@@ -148,6 +165,7 @@ CONFIGS: dict[str, Config] = {
     "DeepSeek-R1-Distill-Qwen-1.5B": qwen("Qwen2", 1536, 8960, 28, 12, 2, bos_token_id=151646, eos_token_id=151643,
                                           max_window_layers=21, sliding_window=4096, use_mrope=False,
                                           max_position_embeddings=131072, rope_theta=10000),
+    "Qwen3.5-27B, the text alone": QWEN35,
     "Qwen3-0.6B": qwen("Qwen3", 1024, 3072, 28, 16, 8, tie_word_embeddings=True, **QWEN3),
     "Qwen3-8B": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3),
     "Qwen3-8B, 128K": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3 | {

@@ -29,6 +29,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -117,6 +119,18 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         MixtralConfig,
         MixtralForCausalLM,
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 112},
+    ),
+    "qwen3_5": (  # vLLM's linear attention on CPUs takes heads of 64 and up
+        Qwen3_5TextConfig,
+        Qwen3_5ForCausalLM,
+        {
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+        },
     ),
 }  # fmt: skip
 

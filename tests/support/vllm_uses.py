@@ -88,15 +88,17 @@ ATTRIBUTES = {
 # input_layernorm, post_attention_layernorm or act_fn, so another name here wants a look at the forward.
 HEADS = "q_size kv_size head_dim num_heads num_kv_heads q_norm k_norm qk_norm rotary_emb"
 LLAMA_4 = "do_llama_4_scaling _get_llama_4_attn_scale"
+# Of layers of several kinds; their norms are none that quantize.
+MIXED = "layer_type linear_attn layer_scale attn_layer_scale ffn_layer_scale use_attn_reduce_scatter_for_moe"
 FORWARD = {
     "MLPS": {"gate_up_proj", "act_fn", "down_proj"},
     "ATTENTIONS": {"qkv_proj", "attn", "o_proj"},
     "DECODERS": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
 }
 FORWARD_MAY = {
-    "MLPS": set[str](),
-    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), "use_rope"},
-    "DECODERS": {"ada_rms_norm_t_cond", "residual_multiplier"},
+    "MLPS": {"expert_gate"},  # of a shared expert, behind down_proj
+    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), "use_rope", "_project_qkv_gate"},
+    "DECODERS": {"ada_rms_norm_t_cond", "residual_multiplier", *MIXED.split()},
 }
 
 # Methods that vLLM calls without declaring them in the base class: a class of its own that has the same.

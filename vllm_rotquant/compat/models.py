@@ -7,27 +7,31 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 # Models whose forward is known. An MLP runs down_proj(act_fn(gate_up_proj(x))). A decoder layer passes the output of
 # input_layernorm to its attention, which runs qkv_proj on it, and that of post_attention_layernorm to its MLP; nothing
 # else reads them.
 MODELS = "vllm.model_executor.models."
-MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP")
+MLPS = ("granite.GraniteMLP", "llama.LlamaMLP", "mistral.MistralMLP", "qwen2.Qwen2MLP", "qwen2_moe.Qwen2MoeMLP")
 ATTENTIONS = (
     "granite.GraniteAttention",
     "llama.LlamaAttention",
     "mistral.MistralAttention",
     "qwen2.Qwen2Attention",
     "qwen3.Qwen3Attention",
+    "qwen3_next.Qwen3NextAttention",
 )
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
+MIXED = ("qwen3_5.Qwen3_5DecoderLayer",)  # those of models with two kinds of layer; other arguments
 DECODERS = (
     "granite.GraniteDecoderLayer",
     "llama.LlamaDecoderLayer",
     "mistral.MistralDecoderLayer",
     "qwen2.Qwen2DecoderLayer",
     "qwen3.Qwen3DecoderLayer",
+    "qwen3_5.Qwen3_5DecoderLayer",
 )
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
@@ -47,7 +51,8 @@ def norm_before(layer: Any, decoder: Any) -> str | None:
     """Name of the RMSNorm in a decoder layer whose output `layer` reads and nothing else does."""
     if not known(decoder, DECODERS) or getattr(decoder, "ada_rms_norm_t_cond", None) is not None:
         return None
-    attention, mlp = decoder.self_attn, decoder.mlp
+    attention: Any = getattr(decoder, "self_attn", None)
+    mlp = decoder.mlp
     if known(attention, ATTENTIONS) and attention.qkv_proj is layer:
         name = "input_layernorm"
     elif known(mlp, MLPS) and mlp.gate_up_proj is layer:
@@ -68,20 +73,28 @@ def is_decoder(module: Any) -> bool:
     """Whether a module is a decoder layer that `decoder_output` runs, with what it calls."""
     if not known(module, DECODERS) or getattr(module, "ada_rms_norm_t_cond", None) is not None:
         return False
-    return known(module.self_attn, ATTENTIONS) and known(module.mlp, MLPS)
+    return known(getattr(module, "self_attn", None), ATTENTIONS) and known(module.mlp, MLPS)
+
+
+def is_recurrent(module: Any) -> bool:
+    """Whether a module is linear attention or the like, with a state in the place of keys and values."""
+    return isinstance(module, MambaBase)
 
 
 def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The residual stream [T, hidden] behind a decoder layer that `is_decoder`."""
     if known(decoder, STREAMS):
         return decoder(positions, hidden)
+    if known(decoder, MIXED):
+        out, residual = decoder(hidden_states=hidden, residual=None, positions=positions)
+        return out + residual
     out, residual = decoder(positions, hidden, None)
     return out + residual
 
 
 def has_final_norm(module: Any) -> bool:
     """Whether a module is a model up to lm_head that ends with an RMSNorm on this rank."""
-    return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) is RMSNorm
+    return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) in (RMSNorm, GemmaRMSNorm)
 
 
 def logits_changed(model: Any, divisor: float) -> str:

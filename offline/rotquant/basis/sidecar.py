@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant.checkpoint.extension import BasisFile, read_extension
+from rotquant.checkpoint.layers import read_gain
 from rotquant.checkpoint.source import Source, file_digest, save_tensors
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, Layer, Tensors, describe
@@ -93,8 +94,9 @@ class Basis:
         norms = []
         for index in range(arch.layers):
             prefix, names = arch.layer_prefix(index), norm_shapes(arch.kinds[index])
-            norms.append({name: source.get(prefix + name).float() for name in names})
-        return cls(arch, Transforms(r1, 0, layers), norms, source.get(arch.names.norm).float())
+            held = arch.kinds[index].split({name: source.get(prefix + name) for name in names})
+            norms.append({name: gain.float() for name, gain in held.items()})
+        return cls(arch, Transforms(r1, 0, layers), norms, read_gain(source, arch).float())
 
     def write(self, folder: Path) -> BasisFile:
         """Writes the file, and returns what config.json says of it."""
@@ -167,8 +169,9 @@ def from_tensors(file: Path, stored: Tensors, arch: Architecture) -> Basis:
         own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
         norms.append({name: tensor for name, tensor in own.items() if name.endswith(".weight")})
         layer = LayerTransforms.from_tensors({name: tensor for name, tensor in own.items() if name in FOLDED})
-        if layer.r2 is not None:
-            layer.r2 = layer.r2.expand(arch.kinds[index].attention.kv_heads, -1, -1)
+        attention = arch.kinds[index].attends
+        if layer.r2 is not None and attention:
+            layer.r2 = layer.r2.expand(attention.kv_heads, -1, -1)
         if layer.order is not None:
             layer.order = check_order(f"{file}: {prefix}order", layer.order.long())
         layers.append(layer)
@@ -190,22 +193,24 @@ def shapes(arch: Architecture) -> dict[str, list[tuple[int, ...]]]:
 
 
 def norm_shapes(kind: Layer) -> dict[str, list[tuple[int, ...]]]:
-    a = kind.attention
-    heads = [norm for norm in (a.query_norm, a.key_norm) if norm]
     found: dict[str, list[tuple[int, ...]]] = {f"{norm}.weight": [(kind.hidden,)] for norm in kind.norms.values()}
-    return found | {f"{norm}.weight": [(a.head_dim,)] for norm in heads}
+    return found | {f"{norm}.weight": [(kind.attends.head_dim,)] for norm in kind.attention.head_norms if kind.attends}
 
 
 def transform_shapes(kind: Layer) -> dict[str, list[tuple[int, ...]]]:
-    a, d = kind.attention, kind.attention.head_dim
-    return {
-        "r2": [(1, d, d), (a.kv_heads, d, d)],
+    found: dict[str, list[tuple[int, ...]]] = {
         "s_attn": [(kind.hidden,)],
         "s_mlp": [(kind.hidden,)],
-        "s_ov": [(a.kv_heads * d,)],
         "s_ud": [(sum(kind.widths),)],
-        "s_qk": [(1, a.qk_factors), (a.kv_heads, a.qk_factors)],
         "order": [(sum(kind.widths),)],
+    }
+    if (a := kind.attends) is None:
+        return found
+    d = a.head_dim
+    return found | {
+        "r2": [(1, d, d), (a.kv_heads, d, d)],
+        "s_ov": [(a.kv_heads * d,)],
+        "s_qk": [(1, a.qk_factors), (a.kv_heads, a.qk_factors)],
     }
 
 

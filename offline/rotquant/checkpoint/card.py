@@ -7,7 +7,7 @@ from typing import Any
 
 from rotquant.checkpoint.journal import Journal
 from rotquant.checkpoint.source import save_text
-from rotquant.checkpoint.writer import input_transforms
+from rotquant.checkpoint.writer import HADAMARDS, input_transforms
 from rotquant.models import Architecture
 from rotquant.recipe import Recipe
 from rotquant.recipes.schemes import SPEED
@@ -56,8 +56,10 @@ def write_card(
     errors = [e for i in range(arch.layers) for e in journal.facts(f"layer {i}")["errors"]]
     weights, act = recipe.weights, recipe.activations
     online = [f"R3: Hadamard {transforms.r3} on queries and keys"] if transforms.r3 else []
-    down = arch.kinds[0].sites["down"][0].rpartition(".")[2]
-    online += [f"R4: block Hadamard {block} before {down}"] if (block := transforms.r4_block) else []
+    for site, label in HADAMARDS.items():
+        if block := transforms.hadamard(site):
+            behind = dict.fromkeys(kind.sites[site][0].rpartition(".")[2] for kind in arch.kinds)
+            online.append(f"{label}: block Hadamard {block} before {', '.join(behind)}")
     online += [
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
         for stage in input_transforms(arch, transforms)
@@ -138,7 +140,7 @@ def cache_line(kv: KVFormat | None, arch: Architecture) -> str:
     """What a token's K and V of all layers take."""
     if kv is None:
         return "not quantized"
-    heads = sum(kind.attention.kv_heads for kind in arch.kinds)
+    heads = sum(attention.kv_heads for attention in arch.attentions.values())
     ours, theirs = heads * kv.token_bytes(arch.head_dim), heads * arch.head_dim * 4
     what = f"{kv.key} per token and head, {kv.key.symmetry}"
     return f"{what}; {ours} bytes a token, {theirs} in bf16 ({theirs / ours:.2f}x)"

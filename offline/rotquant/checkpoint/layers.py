@@ -13,6 +13,12 @@ from rotquant.models.expert_tensors import ExpertTensors
 Shapes = dict[str, tuple[int, ...]]
 
 
+def read_gain(source: Source, arch: Architecture) -> Tensor:
+    """The final norm's gain [hidden]; float64 where it is not what the files hold."""
+    held = source.get(arch.names.norm)
+    return held.double() + arch.offset if arch.offset else held
+
+
 def read_layer(source: Source, arch: Architecture, index: int) -> Tensors:
     """The tensors of decoder layer `index` by their names less the layer's prefix.
 

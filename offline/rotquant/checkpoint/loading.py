@@ -70,10 +70,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-    for index, kind in enumerate(arch.kinds):
-        name = arch.layer_prefix(index) + kind.attention.module
+    for name, own in arch.attentions.items():
         attention: Any = model.get_submodule(name)
-        attention.rotquant_kv, attention.rotquant_window = checkpoint.attention(name), kind.attention.window
+        attention.rotquant_kv, attention.rotquant_window = checkpoint.attention(name), own.window
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -244,7 +243,7 @@ def _fill(model: PreTrainedModel, arch: Architecture, source: Source, device: to
     for name, file in source.files.items():
         owner, leaf = _slot(modules, name)
         if owner is None:
-            if not name.endswith("rotary_emb.inv_freq"):
+            if not name.endswith("rotary_emb.inv_freq") and not (arch.beside and name.startswith(arch.beside)):
                 raise RotQuantError(f"{file}: tensor {name} is not part of this model; without it the result is wrong")
             continue
         tensor = source.get(name)
@@ -279,7 +278,8 @@ def _assign(file: Path, name: str, tensor: Tensor, owner: nn.Module, leaf: str, 
     _expect(file, name, "shape", list(tensor.shape), list(wanted.shape))
     if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
         raise RotQuantError(f"{file}: tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
-    tensor = tensor.to(device=device, dtype=wanted.dtype)
+    precise = leaf == "A_log" and tensor.dtype == torch.float32  # of linear attention, exponentiated: as vLLM has it
+    tensor = tensor.to(device=device, dtype=torch.float32 if precise else wanted.dtype)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(wanted, nn.Parameter) else tensor)
 
 

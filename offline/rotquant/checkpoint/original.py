@@ -23,7 +23,8 @@ from rotquant.checkpoint.layers import stored_shapes
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, Names, expected_shapes, read_architecture
+from rotquant.models import Architecture, Names, expected_shapes, read_architecture, read_config
+from rotquant.models.text_half import has_text_half
 from rotquant.text import check_tokenizer
 
 
@@ -46,7 +47,7 @@ def read_original(folder: Path) -> tuple[Architecture, Source]:
     shapes = stored_shapes(arch, expected_shapes(arch.config), source.files)
     if not arch.tied:
         shapes[names.head] = (arch.vocab_size, arch.hidden_size)
-    source.check(shapes)
+    source.check(shapes, source.beginning(arch.beside + arch.left))
     if (folder / "adapter_config.json").exists():
         raise RotQuantError(f"{folder}/adapter_config.json: the folder holds an adapter too; merge it, or move it away")
     check_generation(folder)
@@ -73,9 +74,10 @@ def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTraine
     Source(folder)  # names the file that is damaged, which transformers does not
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    half = {"config": read_config(folder)} if has_text_half(read_object(folder / "config.json")) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
+            folder, **half, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
             trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     except Exception as error:  # of many kinds
@@ -104,6 +106,9 @@ def original_model(source: Source) -> Iterator[PreTrainedModel]:
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
             _Widened(module)
+        for child in module.children():
+            if isinstance(child, nn.Conv1d):  # linear attention takes its weight and runs another function on it
+                _Widened(child, while_running=module)
     with torch.no_grad():
         yield model
 
@@ -119,19 +124,20 @@ def _unround(model: PreTrainedModel, source: Source) -> None:
 
 
 class _Widened:
-    """Makes a module's own parameters float32 while it runs."""
+    """Makes a module's own parameters float32 while it runs, or another does that reads them."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, while_running: nn.Module | None = None) -> None:
+        self.module, runs = module, while_running or module
         self.stored: dict[str, torch.Tensor] = {}
-        module.register_forward_pre_hook(self.widen)
-        module.register_forward_hook(self.restore, always_call=True)
+        runs.register_forward_pre_hook(self.widen)
+        runs.register_forward_hook(self.restore, always_call=True)
 
-    def widen(self, module: nn.Module, _: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
+    def widen(self, *_: Any) -> None:
+        for name, parameter in self.module.named_parameters(recurse=False):
             self.stored[name] = parameter.data
             parameter.data = parameter.data.float()
 
-    def restore(self, module: nn.Module, *_: Any) -> None:
+    def restore(self, *_: Any) -> None:
         for name, tensor in self.stored.items():
-            getattr(module, name).data = tensor
+            getattr(self.module, name).data = tensor
         self.stored.clear()

@@ -73,6 +73,7 @@ def joined(tensors: Tensors, kind: Layer, form: WeightFormat) -> Tensors:
     """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other."""
     parts = {name: PackedLinear.of(tensors, name, form) for name in kind.linears}
     stored = kind.join({name: t for name, t in tensors.items() if not name.endswith(LEAVES)})
+    stored |= {name: stored[name].to(parts[kind.linears[0]].scale.dtype) for name in kind.gains if name in stored}
     for name, held in kind.stored.items():
         whole = PackedLinear.stacked([parts[part] for part in held])
         stored |= whole.tensors(name, whole.scale.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, describe
+from rotquant.models import Architecture, Layer, describe
+from rotquant.models.delta import DeltaNet
 
 
 def check_sizes(config: Any, source: Source) -> Architecture:
@@ -48,8 +49,8 @@ def check_sizes(config: Any, source: Source) -> Architecture:
 
 
 def check_shapes(where: str, arch: Architecture, source: Source) -> None:
-    """Compares the architecture with the embeddings and the first layer's tensors."""
-    kind, names, a = arch.kinds[0], arch.names, arch.kinds[0].attention
+    """Compares the architecture with the embeddings and the tensors of the first layer of each kind."""
+    names = arch.names
     layers = {name.removeprefix(names.layers).split(".")[0] for name in source.files if name.startswith(names.layers)}
     table = source.shapes.get(names.embedding, (0, 0))
     found = [
@@ -57,19 +58,31 @@ def check_shapes(where: str, arch: Architecture, source: Source) -> None:
         ("vocab_size", arch.vocab_size, table[0]),
         ("hidden_size", arch.hidden_size, table[-1]),
     ]
-    holders = {part: name for name, parts in kind.stored.items() for part in parts}
-    up, width = kind.mlp.gated[0].up, kind.widths[0]
-    for field, part in (
-        (kind.width_field(width), up),
-        ("num_attention_heads times head_dim", a.query),
-        ("num_key_value_heads times head_dim", a.key),
-    ):
-        own, whole = kind.shapes[part][0], kind.stored_shape(holders[part])[0]
-        stored = rows(source, arch.layer_prefix(0) + holders[part])
-        found.append((field, own, stored and stored - (whole - own)))
+    firsts = {(type(kind.attention), type(kind.mlp)): index for index, kind in reversed(list(enumerate(arch.kinds)))}
+    for index in firsts.values():
+        kind = arch.kinds[index]
+        holders = {part: name for name, parts in kind.stored.items() for part in parts}
+        for field, part in sized(kind).items():
+            own, whole = kind.shapes[part][0], kind.stored_shape(holders[part])[0]
+            stored = rows(source, arch.layer_prefix(index) + holders[part])
+            found.append((field, own, stored and stored - (whole - own)))
     for field, stated, stored in found:
         if stored and stated != stored:
             raise RotQuantError(f"{where}: {field} is {stated}, the tensors are made for {stored}")
+
+
+def sized(kind: Layer) -> dict[str, str]:
+    """Fields of config.json, each with the linear whose outputs it counts."""
+    a = kind.attention
+    own = (
+        {
+            "linear_num_value_heads times linear_value_head_dim": a.gate,
+            "linear_num_key_heads times linear_key_head_dim": a.mixed,
+        }
+        if isinstance(a, DeltaNet)
+        else {"num_attention_heads times head_dim": a.query, "num_key_value_heads times head_dim": a.key}
+    )
+    return {kind.width_field(kind.widths[0]): kind.mlp.gated[0].up} | own
 
 
 def check_rope(where: str, rope: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
+from rotquant.models.text_half import own_name
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,6 +35,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}  # tensor -> file
+        self.stored: dict[str, str] = {}  # tensor -> what the file calls it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         index = folder / INDEX
@@ -42,16 +44,18 @@ class Source:
         for name in weight_files(str(folder), present, weight_map):
             self._read_header(folder / name)
         for name, shard in (weight_map or {}).items():
-            if self.files.get(name) != folder / shard:
+            if self.files.get(own_name(name)) != folder / shard:
                 raise RotQuantError(f"{index}: weight_map puts {short(name, 100)} into {shard}, but it is not there")
 
     def _read_header(self, file: Path) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
+                for stored in opened.keys():  # noqa: SIM118 - not a dict
+                    name = own_name(stored)
                     if name in self.files:
                         raise RotQuantError(f"{file}: {name} is in {self.files[name].name} too; one of them is wrong")
-                    view = opened.get_slice(name)
+                    view = opened.get_slice(stored)
+                    self.stored[name] = stored
                     self.files[name] = file
                     self.shapes[name] = tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
@@ -98,12 +102,17 @@ class Source:
         """
         try:
             with safe_open(self.files[name], framework="pt") as opened:
-                tensor = opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
+                stored = self.stored[name]
+                tensor = opened.get_tensor(stored) if part is None else opened.get_slice(stored)[part]
         except (SafetensorError, OSError, ValueError) as error:
             raise RotQuantError(f"{self.files[name]}: {name} cannot be read: {short(error)}") from error
         if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # not defined for 8-bit numbers
             raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
         return tensor
+
+    def beginning(self, prefixes: tuple[str, ...]) -> list[str]:
+        """Names of the tensors that begin with one of these."""
+        return [name for name in self.files if name.startswith(prefixes)] if prefixes else []
 
     def layer(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of a layer, by their names less the prefix."""

@@ -42,7 +42,7 @@ def check_targets(checkpoint: CheckpointFormat, arch: Architecture) -> None:
     linears = [prefix + name for prefix, kind in layers for name in kind.stored]
     linears += [prefix + name for prefix, kind in layers for names in kind.full_precision.values() for name in names]
     linears.append(arch.names.head.removesuffix(".weight"))
-    attentions = [prefix + kind.attention.module for prefix, kind in layers]
+    attentions = list(arch.attentions)
     _check_schemes(checkpoint, linears)
     quantized = {name for name in linears if checkpoint.linear(name) is not None}
     _check_transforms(checkpoint, quantized, attentions)

@@ -20,13 +20,14 @@ from rotquant.checkpoint.schemes import kv_scheme, linear_scheme
 from rotquant.checkpoint.source import INDEX, save_text
 from rotquant.checkpoint.stored import stored_stage
 from rotquant.models import Architecture, Layer, Tensors
+from rotquant.models.text_half import text_half
 from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
 from rotquant_kernels import KINDS
 from rotquant_kernels.reference import hadamard
 
-R4_NAME = "R4"
+HADAMARDS = {"attn": "HAttn", "o": "R2", "mlp": "HMlp", "down": "R4"}  # names of those that come first at a site
 
 
 def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:
@@ -50,12 +51,13 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
         config["kv_cache_scheme"] = kv_scheme(kv, arch.head_dim)
     declared = {}
     if transforms.r3:
-        attention = patterns(kind.attention.module for kind in arch.kinds)
+        attention = patterns(kind.attention.module for kind in arch.kinds if kind.attends)
         places = [{"targets": attention, "location": place} for place in ("q_attn", "k_cache")]
         declared["R3"] = {"type": "hadamard", "head_dim": transforms.r3, "apply": places}
-    if block := transforms.r4_block:
-        place = {"targets": site_patterns(arch, "down"), "location": "input"}
-        declared[R4_NAME] = {"type": "hadamard", "head_dim": block, "apply": [place]}
+    for site, name in HADAMARDS.items():
+        if block := transforms.hadamard(site):
+            place = {"targets": site_patterns(arch, site), "location": "input"}
+            declared[name] = {"type": "hadamard", "head_dim": block, "apply": [place]}
     if declared:
         config["transform_config"] = {"config_groups": declared}
     return config
@@ -85,8 +87,8 @@ def site_patterns(arch: Architecture, site: str) -> list[str]:
 
 
 def own_stages(transforms: Transforms, site: str) -> dict[str, int]:
-    """Names of a site's stages in the checkpoint, and their places in the chain; R4 is not among them."""
-    first = 1 if site == "down" and transforms.r4_block else 0
+    """Names of a site's stages in the checkpoint, and their places in the chain; the Hadamard is not among them."""
+    first = 1 if transforms.hadamard(site) else 0
     return {f"{site.capitalize()}{i}": i for i in range(first, len(transforms.shared_chain(site)))}
 
 
@@ -112,19 +114,20 @@ def layer_tensors(stored: Tensors, kind: Layer, transforms: Transforms, index: i
             out[f"{linear}.{name}_input.weight"] = stored_stage(stage).clone()  # q, k and v have a copy each
             if KINDS[stage.kind].affine:
                 out[f"{linear}.{name}_output.weight"] = stored[f"{linear}.shift"]
-    if index == 0 and transforms.r4_block:
-        out |= marker(kind.sites["down"][0], transforms.r4_block, out[f"{kind.mlp.norm}.weight"].dtype)
+    for site, name in HADAMARDS.items() if index == 0 else ():
+        if block := transforms.hadamard(site):
+            out |= marker(f"{kind.stored_at(site)[0]}.{name}", block, out[f"{kind.mlp.norm}.weight"].dtype)
     return out
 
 
-def marker(linear: str, block: int, dtype: torch.dtype) -> Tensors:
-    """R4's matrix before a linear, stored once in layer 0.
+def marker(transform: str, block: int, dtype: torch.dtype) -> Tensors:
+    """The matrix of a Hadamard before a linear, stored once in layer 0.
 
     Nothing needs it to run. An engine that would ignore the transform meets a tensor it does not know, and
     says so instead of computing garbage.
     """
     matrix = hadamard(torch.eye(block, dtype=torch.float64), block)
-    return {f"{linear}.{R4_NAME}_input.weight": matrix.to(dtype)}
+    return {f"{transform}_input.weight": matrix.to(dtype)}
 
 
 def extension(
@@ -166,7 +169,7 @@ def kv_clip(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[
             name: layer.clips.get(name, defaults[name]) for name in defaults
         }
         for index, layer in enumerate(transforms.layers)
-        if defaults.keys() & layer.clips.keys()
+        if defaults.keys() & layer.clips.keys() and arch.kinds[index].attends
     }
     return defaults | ({"layers": own} if own else {})
 
@@ -192,7 +195,7 @@ def write_config(
     source: Path, folder: Path, arch: Architecture, quantization: dict[str, Any], ext: dict[str, Any]
 ) -> None:
     """config.json; read back through `CheckpointFormat`, so that nothing is written that cannot be served."""
-    config = json.loads((source / "config.json").read_text())
+    config = text_half(json.loads((source / "config.json").read_text()))
     config.pop("auto_map", None)  # code of the original, which neither runs nor travels
     config |= arch.served
     config["tie_word_embeddings"] = False

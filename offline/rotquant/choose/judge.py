@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
-from rotquant.checkpoint.layers import read_layer
+from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
@@ -194,7 +194,7 @@ class Judge:
     def _logits(self, h: Tensor) -> Iterator[Tensor]:
         """float32 logits of rows h [n, hidden], the vocabulary in slices."""
         names, source, device = self.arch.names, self.model.source, self.device
-        normed = rms_norm(h.to(device), source.get(names.norm).float().to(device), self.arch.eps)
+        normed = rms_norm(h.to(device), read_gain(source, self.arch).float().to(device), self.arch.eps)
         head = source.get(names.embedding if self.arch.tied else names.head)
         for rows in head.split(8192):
             yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rotquant.checkpoint.journal import Slot
+from rotquant.checkpoint.layers import read_gain
 from rotquant.common.progress import Progress
 from rotquant.learn import objectives, procrustes
 from rotquant.learn.blockwise import quantized_layer
@@ -38,7 +39,9 @@ class QuantizedModel:
         if rotation:
             self.r1 = nn.Parameter(rotation.rows(eye).float().to(job.device), requires_grad="r1" in options.learns)
         names = arch.names
-        self.embedding, self.gain = (source.get(n).float().to(job.device) for n in (names.embedding, names.norm))
+        self.embedding, self.gain = (
+            t.float().to(job.device) for t in (source.get(names.embedding), read_gain(source, arch))
+        )
         self.head = self.embedding if arch.tied else source.get(names.head).float().to(job.device)
         self.tensors, self.layers = [], []
         for index, decoder in enumerate(self.decoders):

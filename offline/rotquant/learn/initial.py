@@ -10,7 +10,7 @@ import torch
 from rotquant.common.numbers import is_power_of_two
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
-from rotquant.recipe import Recipe
+from rotquant.recipe import SITES, Recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.hadamard import RandomHadamard, power_of_two_factor
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
@@ -27,17 +27,19 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
     """R1 to R4 as the recipe starts them; "klt" starts as "hadamard" and waits for `learn`.
 
     R3 is over the whole head; R4 in the largest power-of-two block that divides intermediate_size / tp_max, of experts
-    and layers without them alike.
+    and layers without them alike; other Hadamards as `block_at` says.
 
     Raises:
         RotQuantError: head size that is not a power of two, or tp_max that does not divide.
     """
     check_sizes(recipe, arch, tp_max)
     r4_block = power_of_two_factor(math.gcd(*(width // tp_max for kind in arch.kinds for width in kind.widths)))
+    hadamards = {site: block_at(arch, site, tp_max) for site in SITES if recipe.online.of(site)[:1] == ["hadamard"]}
     rotations, layers = recipe.rotations, []
     for index, kind in enumerate(arch.kinds):
-        layer, attention = LayerTransforms(), kind.attention
-        if rotations.r2 != "none":
+        layer, attention = LayerTransforms(), kind.attends
+        layer.inputs = {site: [Stage("hadamard", block)] for site, block in hadamards.items()}
+        if rotations.r2 != "none" and attention:
             hadamard = RandomHadamard(attention.head_dim, generator(seed, f"r2.{index}"))
             r2 = hadamard.rows(torch.eye(attention.head_dim, dtype=torch.float64))
             layer.r2 = r2.expand(attention.kv_heads, -1, -1)
@@ -46,6 +48,12 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
         layers.append(layer)
     r3 = arch.head_dim if rotations.r3 != "none" and recipe.kv.bits < 16 else 0
     return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers)
+
+
+def block_at(arch: Architecture, site: str, tp_max: int) -> int:
+    """The largest power of two that divides what a tensor-parallel rank holds of a site's input, in every layer."""
+    inputs = [kind.shapes[kind.sites[site][0]][1] for kind in arch.kinds]
+    return power_of_two_factor(math.gcd(*(width // (tp_max if site == "o" else 1) for width in inputs)))
 
 
 def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
@@ -61,6 +69,10 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
         for width in kind.widths:
             if width % tp_max:
                 raise RotQuantError(f"--tp-max {tp_max} does not divide {kind.width_field(width)} {width}")
+        if "hadamard" in recipe.online.o and kind.attention.channels % tp_max:
+            raise RotQuantError(
+                f"--tp-max {tp_max} does not divide the {kind.attention.channels} inputs of {kind.attention.output}"
+            )
     if recipe.rotations.r1 == "walsh" and arch.hidden_size % recipe.rotations.walsh_block:
         raise RotQuantError(
             f"config.json: hidden_size is {arch.hidden_size}, which rotations.walsh_block"

@@ -21,6 +21,7 @@ from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
 from rotquant.learn.stream import Capture, Job, forward
 from rotquant.models import Tensors
+from rotquant.models.architecture import Attention
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import smooth_scale
@@ -79,9 +80,9 @@ class SampleLearner:
         self.layer = replace(job.transforms.layers[index])
         self.layer.inputs = {site: list(stages) for site, stages in self.layer.inputs.items()}
         self.smooth()
-        if self.layer.r2 is not None:
-            self.layer.r2 = learn_r2(job, index, self.x["v"], tensors[f"{self.kind.attention.output}.weight"])
-            self.x["o"] = self.heads_rotated(self.x["o"], self.layer.r2)
+        if self.layer.r2 is not None and (attention := self.kind.attends):
+            self.layer.r2 = learn_r2(job, index, self.x["v"], tensors[f"{attention.output}.weight"])
+            self.x["o"] = self.heads_rotated(self.x["o"], self.layer.r2, attention)
         if self.recipe.scales.order:
             self.layer.order = zigzag(self.x["down"].abs().amax(0), self.job.transforms.r4_block or 1, job.tp_max)
             self.x["down"] = self.x["down"][:, self.layer.order]
@@ -94,9 +95,8 @@ class SampleLearner:
         if scales.norms == "smooth":
             layer.s_attn, layer.s_mlp = 1 / self.scale("attn"), 1 / self.scale("mlp")
             x["attn"], x["mlp"] = x["attn"] * layer.s_attn.float(), x["mlp"] * layer.s_mlp.float()
-        if scales.values == "smooth":
-            layer.s_ov = 1 / self.values_scale()
-            attention = self.kind.attention
+        if scales.values == "smooth" and (attention := self.kind.attends):
+            layer.s_ov = 1 / self.values_scale(attention)
             per_head = per_query_head(layer.s_ov.view(attention.kv_heads, -1), attention).flatten()
             x["v"], x["o"] = x["v"] * layer.s_ov.float(), x["o"] * per_head.float()
         if scales.up == "smooth":
@@ -107,7 +107,7 @@ class SampleLearner:
         """λ float64 [K] of a site."""
         x, alpha = self.x[site], self.recipe.scales.alpha
         one = {
-            "attn": (self.kind.attention.query,),
+            "attn": self.kind.attention.reads[:1],
             "mlp": tuple(mlp.up for mlp in self.kind.mlp.gated),
         }  # what OmniQuant's code looks at
         every = self.kind.sites[site]
@@ -123,22 +123,22 @@ class SampleLearner:
         weights = WeightFormat(self.recipe.weights.bits)  # a scale an output channel, whatever the groups
         return search_scale(x, weight, rotate, self.recipe.activations.rows, weights)[1]
 
-    def values_scale(self) -> Tensor:
+    def values_scale(self, attention: Attention) -> Tensor:
         """λ float64 [kv_heads * d]: the query heads of a group share the channels of their KV head."""
-        attention, alpha = self.kind.attention, self.recipe.scales.alpha
+        alpha = self.recipe.scales.alpha
         x, weight = (
             t.abs().amax(0).view(attention.kv_heads, -1, attention.head_dim).amax(1).flatten()
             for t in (self.x["o"], self.tensors[f"{attention.output}.weight"].cpu())
         )
         return smooth_scale(x, weight, VALUES_ALPHA if alpha == "search" else float(alpha))
 
-    def heads_rotated(self, x: Tensor, r2: Tensor) -> Tensor:
-        rotation = per_query_head(r2, self.kind.attention).float()
+    def heads_rotated(self, x: Tensor, r2: Tensor, attention: Attention) -> Tensor:
+        rotation = per_query_head(r2, attention).float()
         return torch.einsum("nhd,hde->nhe", x.unflatten(1, (-1, rotation.shape[-1])), rotation).flatten(1)
 
     def add_stages(self, site: str) -> None:
-        """The site's own online stages, behind R4 where there is one; learning may move their tensors."""
-        wanted = self.recipe.online.of(site)
+        """The site's own online stages, behind a Hadamard where there is one; learning may move their tensors."""
+        wanted = self.recipe.online.learned(site)
         if not wanted:
             return
         chain, x = self.layer.inputs.setdefault(site, []), self.x[site]
@@ -146,7 +146,7 @@ class SampleLearner:
             x = reference.online_stage(x, *stage)
         for word in wanted:
             random = generator(self.job.seed, f"{word}.{site}.{self.index}")
-            rows, head_dim = self.recipe.activations.rows, self.kind.attention.head_dim
+            rows, head_dim = self.recipe.activations.rows, self.kind.attention.channels_of_head
             for stage in STARTS[word](Seen(x, random, self.recipe.online, head_dim, self.job.tp_max, rows)):
                 chain.append(stage)
                 x = reference.online_stage(x, *stage)

@@ -42,11 +42,12 @@ class LayerParameters(nn.Module):
     def __init__(self, start: LayerTransforms, learns: list[str], recipe: Recipe, kind: Layer):
         super().__init__()
         self.start, self.learns = start, learns
-        a, hidden = kind.attention, kind.hidden
-        sizes = {
-            "s_attn": (hidden,), "s_mlp": (hidden,), "s_ov": (a.kv_heads * a.head_dim,), "s_ud": (sum(kind.widths),),
-            "s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors),
-        }  # fmt: skip
+        hidden = kind.hidden
+        sizes: dict[str, tuple[int, ...]] = {"s_attn": (hidden,), "s_mlp": (hidden,), "s_ud": (sum(kind.widths),)}
+        if a := kind.attends:
+            sizes |= {
+                "s_ov": (a.kv_heads * a.head_dim,), "s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors)
+            }  # fmt: skip
         kinds = {"s_attn": "s_norms", "s_mlp": "s_norms"}
         self.scales, self.clips, self.stages = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, size in sizes.items():
@@ -55,7 +56,7 @@ class LayerParameters(nn.Module):
                 self.scales[name] = nn.Parameter(torch.zeros(size) if first is None else first.float().log())
         clips: dict[str, dict[str, float]] = {
             "act_clip": dict.fromkeys(kind.sites, recipe.activations.clip),
-            "kv_clip": {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip},
+            "kv_clip": {"key": recipe.kv.key_clip, "value": recipe.kv.value_clip} if kind.attends else {},
         }
         for group, defaults in clips.items():
             for name, default in defaults.items() if group in learns else ():

@@ -134,8 +134,9 @@ def learn_r2(job: Job, index: int, values: Tensor, output: Tensor) -> Tensor:
         output: weight [hidden, heads * d] of the output linear, as the layer was read.
     """
     options, start = job.recipe.learn.surrogate, job.transforms.layers[index].r2
+    attention = job.arch.kinds[index].attends
     assert start is not None
-    attention = job.arch.kinds[index].attention
+    assert attention is not None
     heads = values.unflatten(1, (attention.kv_heads, -1)).unbind(1)
     if job.recipe.rotations.r2 == "klt":
         start = output_rotation(output, attention)

@@ -87,15 +87,15 @@ class Capture:
             y = linear(name, x)
             if name in self.first:
                 self.kept[self.first[name]][window] = x[self.chosen[window]].cpu()
-            elif name == self.kind.attention.value:
+            elif self.kind.attends and name == self.kind.attends.value:
                 self.kept["v"][window] = y[self.chosen[window]].cpu()
             return y
 
         return watched
 
     def rows(self, site: str) -> Tensor:
-        """The sampled tokens of a site, float32 [n, channels]."""
-        return torch.cat([rows for rows in self.kept[site] if rows is not None])
+        """The sampled tokens of a site, float32 [n, channels]; of none, [0], where nothing was seen."""
+        return torch.cat([torch.empty(0), *(rows for rows in self.kept[site] if rows is not None)])
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rotquant.checkpoint.journal import Slot
+from rotquant.checkpoint.layers import read_gain
 from rotquant.common.progress import Progress
 from rotquant.learn.distill import divergence
 from rotquant.learn.initial import generator
@@ -40,7 +41,7 @@ class ServedModel:
         self.job, arch, names = job, job.arch, job.arch.names
         self.compute = product_dtype(job.dtype, job.device)
         fold, source = Fold(arch, job.transforms), job.source
-        embedding, gain = source.get(names.embedding), source.get(names.norm)
+        embedding, gain = source.get(names.embedding), read_gain(source, arch)
         head = embedding if arch.tied else source.get(names.head)
         self.embedding = by_rows(embedding, lambda rows: fold.embedding(rows).to(job.dtype)).to(job.device)
         self.head = by_rows(head, lambda rows: fold.head(rows, gain)[0].to(self.compute)).to(job.device)
@@ -101,7 +102,7 @@ def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None) -> Tensor
             steps.advance()
             progress.step(f"KL {loss.item():.4f}")
     found = flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
-    return found | {NORM: model.gain.detach().to(job.dtype).cpu()}
+    return found | {NORM: model.gain.detach().cpu()}
 
 
 def flat(layers: list[tuple[Tensors, dict[str, float]]]) -> Tensors:
@@ -131,7 +132,7 @@ def targets(job: Job, compute: torch.dtype) -> Tensor:
             for i, h in enumerate(chain):
                 chain[i] = decoder.layer(tensors, h.to(job.device), linear).cpu()
             progress.step()
-    gain, r1 = job.source.get(names.norm).float(), job.transforms.r1
+    gain, r1 = read_gain(job.source, arch).float(), job.transforms.r1
     found = [rms_norm(h, torch.ones_like(gain) if r1 else gain, arch.eps) / arch.logits_divisor for h in chain]
     return torch.stack([(r1.rows(x) if r1 else x).to(compute) for x in found])
 

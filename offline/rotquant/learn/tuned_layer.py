@@ -52,7 +52,8 @@ class TunedLayer(nn.Module):
         super().__init__()
         self.decoder, self.dtype, self.compute = decoder, dtype, compute
         self.rows = {site: transforms.rows(site, recipe.activations.rows) for site in decoder.kind.sites}
-        kind, form, self.kv = decoder.kind, recipe.weights.form, recipe.kv.form(r3, transforms.clips)
+        kind, form = decoder.kind, recipe.weights.form
+        self.kv = recipe.kv.form(r3, transforms.clips) if kind.attends else None
         self.stages, self.start = transforms.inputs, transforms.clips
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
@@ -66,8 +67,9 @@ class TunedLayer(nn.Module):
             for part in ("low_rank_down", "low_rank_up"):
                 if f"{name}.{part}" in tensors:
                     self.branch[key(f"{name}.{part}")] = nn.Parameter(tensors[f"{name}.{part}"].float())
-        norms = (*kind.norms.values(), kind.attention.query_norm, kind.attention.key_norm)
-        for norm in filter(None, norms):
+        self.fixed |= {name: tensors[name] for name in kind.attention.kept}
+        self.fixed |= {f"{n}.weight": tensors[f"{n}.weight"].float() for n in kind.attention.full_precision}
+        for norm in (*kind.norms.values(), *kind.attention.head_norms):
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
         for name, ratio in self._ratios().items():
             self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
@@ -94,6 +96,8 @@ class TunedLayer(nn.Module):
 
         def linear(name: str, x: Tensor) -> Tensor:
             nonlocal seen
+            if name not in self.decoder.kind.site_of:
+                return nn.functional.linear(x.float(), tensors[f"{name}.weight"])
             site = self.decoder.kind.site_of[name]
             if seen is None or seen[0] is not x or seen[1] != site:
                 y = transformed(x.float(), self.stages.get(site, []))
@@ -137,7 +141,8 @@ class TunedLayer(nn.Module):
         for name, log_scale in self.scales.items():
             out[f"{name.replace('-', '.')}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
         for group, leaf in ((self.gains, ".weight"), (self.branch, "")):
-            out |= {name.replace("-", ".") + leaf: value.to(self.dtype).cpu() for name, value in group.items()}
+            moved = {name.replace("-", ".") + leaf: value for name, value in group.items()}
+            out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
 

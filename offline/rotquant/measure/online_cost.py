@@ -61,8 +61,7 @@ def online_cost(folder: Path) -> OnlineCost:
             total += linear.rank * (rows + width)
             place = name if site == "down" else site  # each expert has its own input there
             served[f"{index}.{place}", tuple(stages(linear, width))] = share if site == "down" else Fraction(1)
-        if checkpoint.kv and checkpoint.kv.rotate:
-            attention = kind.attention
+        if checkpoint.kv and checkpoint.kv.rotate and (attention := kind.attends):
             numbers = (attention.heads + attention.kv_heads) * attention.head_dim
             total += multiply_adds([("hadamard", checkpoint.kv.rotate, numbers)])
     total += sum(multiply_adds(chain) * share for (_, chain), share in served.items())

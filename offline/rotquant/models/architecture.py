@@ -4,12 +4,15 @@ A decoder layer is two blocks on the residual stream, attention and MLP. A block
 to the stream with one linear. In it stand the pairs that scale and rotate into each other (see `fold`):
 
     attention    values into the output linear, for each KV head; keys against queries, in the channels that RoPE allows
+    gated        attention whose output is multiplied by sigmoid(gate x), each channel by its own: values still scale
+                 into the output linear, but do not rotate into it, diag(g) R ≠ R diag(g)
+    linear       attention by the gated delta rule (`delta`): neither
     gated MLP    up into down, for each channel; the order of the channels, rows of gate and up, columns of down
     experts      the same in each of them: an expert is a gated MLP; the router reads what they read
 
 Linears are named as modules of transformers' model, less the layer's prefix. A checkpoint may hold several in one
 tensor (`Layer.fused`): they are split when a layer is read and put together again when it is written, so everything in
-between sees single linears.
+between sees single linears. So it is with norms of which files hold the gain less 1 (`Layer.offset`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotquant.models.config_rules import Known
+from rotquant.models.delta import DeltaNet
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, int]  # outputs, inputs of a linear
@@ -46,7 +50,10 @@ class PositionScale:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention: softmax(scale q kᵀ) v with RoPE on queries and keys."""
+    """Causal grouped-query attention: softmax(scale q kᵀ) v with RoPE on queries and keys.
+
+    gated: times sigmoid(gate x); the query linear gives of each head its query, then its gate.
+    """
 
     module: str  # that calls attention, as the KV cache's clips name it
     norm: str
@@ -62,12 +69,55 @@ class Attention:
     query_norm: str | None = None  # RMSNorm of each head behind the projection
     key_norm: str | None = None
     position_scale: PositionScale | None = None
+    gated: bool = False
     window: int | None = None  # positions that a query sees at most, its own and those before it
 
     @property
     def qk_factors(self) -> int:
         """Factors of S_qk for a head: one for each pair of channels that RoPE turns, one for each other channel."""
         return self.head_dim - self.rotary // 2
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Linears that read the norm and are quantized."""
+        return self.query, self.key, self.value
+
+    @property
+    def full_precision(self) -> tuple[str, ...]:
+        """Linears that read the norm and are not quantized."""
+        return ()
+
+    @property
+    def head_norms(self) -> tuple[str, ...]:
+        """RMSNorms of queries and keys."""
+        return tuple(filter(None, (self.query_norm, self.key_norm)))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Tensors that stay as the files have them, bit for bit."""
+        return ()
+
+    @property
+    def channels_of_head(self) -> int:
+        return self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of what the output linear reads."""
+        return self.heads * self.head_dim
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a token between the linears."""
+        return self.channels * (2 if self.gated else 1) + 2 * self.kv_heads * self.head_dim
+
+    def shapes(self, hidden: int) -> dict[str, Shape]:
+        """Outputs and inputs of the quantized linears."""
+        queries, values = self.channels * (2 if self.gated else 1), self.kv_heads * self.head_dim
+        return {
+            self.query: (queries, hidden), self.key: (values, hidden), self.value: (values, hidden),
+            self.output: (hidden, self.channels),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,14 +197,21 @@ class Layer:
     """One decoder layer: h += residual o(attention(norm h)); h += residual mlp(norm h).
 
     `fused`: name of a linear in the checkpoint -> the linears that its tensors hold one below the other.
+    `offset`: the gain of a norm of the stream, of queries or of keys is this and what files hold for it.
     """
 
-    attention: Attention
+    attention: Attention | DeltaNet
     mlp: GatedMLP | Experts
     hidden: int
     eps: float
     residual: float = 1.0
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    offset: float = 0.0
+
+    @property
+    def attends(self) -> Attention | None:
+        """Its attention over keys and values; None where it has none."""
+        return self.attention if isinstance(self.attention, Attention) else None
 
     @cached_property
     def sites(self) -> dict[str, tuple[str, ...]]:
@@ -166,7 +223,7 @@ class Layer:
         a, gated = self.attention, self.mlp.gated
         reading = tuple(name for m in gated for name in (m.gate, m.up))
         return {
-            "attn": (a.query, a.key, a.value),
+            "attn": a.reads,
             "o": (a.output,),
             "mlp": reading,
             "down": tuple(m.down for m in gated),
@@ -184,7 +241,7 @@ class Layer:
     @property
     def full_precision(self) -> dict[str, tuple[str, ...]]:
         """Linears that read the norm of a site as well and are not quantized, such as a router."""
-        return {"attn": (), "mlp": self.mlp.full_precision}
+        return {"attn": self.attention.full_precision, "mlp": self.mlp.full_precision}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -195,6 +252,17 @@ class Layer:
     def norms(self) -> dict[str, str]:
         """The norm whose output a site reads, for the sites that read the residual stream."""
         return {"attn": self.attention.norm, "mlp": self.mlp.norm}
+
+    @property
+    def gains(self) -> tuple[str, ...]:
+        """Tensors of the norms whose gain is `offset` and what files hold."""
+        return tuple(f"{norm}.weight" for norm in (*self.norms.values(), *self.attention.head_norms))
+
+    def rounded(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a tensor that is not quantized is where a checkpoint holds it in `dtype`."""
+        if self.offset and name in self.gains:
+            return ((tensor.double() - self.offset).to(dtype).double() + self.offset).float()
+        return tensor.float() if name in self.attention.kept and name.endswith("A_log") else tensor.to(dtype)
 
     @cached_property
     def shares(self) -> dict[str, Fraction]:
@@ -220,15 +288,12 @@ class Layer:
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Outputs and inputs of every linear."""
-        a, hidden = self.attention, self.hidden
-        queries, values = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        return {
-            a.query: (queries, hidden), a.key: (values, hidden), a.value: (values, hidden), a.output: (hidden, queries),
-        } | {
+        hidden = self.hidden
+        return self.attention.shapes(hidden) | {
             name: shape
             for m in self.mlp.gated
             for name, shape in ((m.gate, (m.width, hidden)), (m.up, (m.width, hidden)), (m.down, (hidden, m.width)))
-        }  # fmt: skip
+        }
 
     @cached_property
     def stored(self) -> dict[str, tuple[str, ...]]:
@@ -248,7 +313,7 @@ class Layer:
 
     def split(self, tensors: Tensors) -> Tensors:
         """A layer's tensors as a checkpoint holds them, those of fused linears as views of their parts."""
-        out = dict(tensors)
+        out = self._shifted(tensors, self.offset)
         for name, parts in self.fused.items():
             sizes = [self.shapes[part][0] for part in parts]
             for leaf in BY_OUTPUT:
@@ -258,9 +323,14 @@ class Layer:
                 out |= {f"{part}.lora_A": read for part in parts}
         return out
 
+    def _shifted(self, tensors: Tensors, by: float) -> Tensors:
+        """A copy, with `by` added to the gains, float64 then."""
+        moved = {name: tensors[name].double() + by for name in self.gains if name in tensors} if by else {}
+        return dict(tensors) | moved
+
     def join(self, tensors: Tensors) -> Tensors:
         """The inverse of `split`."""
-        out = dict(tensors)
+        out = self._shifted(tensors, -self.offset)
         for name, parts in self.fused.items():
             for leaf in (*BY_OUTPUT, "lora_A"):
                 found = [out.pop(f"{part}.{leaf}") for part in parts if f"{part}.{leaf}" in out]
@@ -293,6 +363,8 @@ class Architecture:
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0
     names: Names = Names()
+    beside: tuple[str, ...] = ()  # how tensors begin that are no part of what is quantized, and are copied
+    left: tuple[str, ...] = ()  # and that are left out
     served: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint's config.json says for vLLM besides
 
     @property
@@ -305,7 +377,18 @@ class Architecture:
 
     @property
     def head_dim(self) -> int:
-        return self.kinds[0].attention.head_dim
+        return head_size(self.config)
+
+    @property
+    def attentions(self) -> dict[str, Attention]:
+        """By their full names the modules of the layers that attend over keys and values."""
+        own = ((self.layer_prefix(index), kind.attends) for index, kind in enumerate(self.kinds))
+        return {prefix + attention.module: attention for prefix, attention in own if attention}
+
+    @property
+    def offset(self) -> float:
+        """The final norm's gain is this and what files hold for it, as those of the layers."""
+        return self.kinds[0].offset
 
     @property
     def eps(self) -> float:

@@ -229,7 +229,7 @@ def check_relations(where: str, raw: Fields, known: Known) -> None:
         raise RotQuantError(f"{where}: qkv_bias: vLLM would take it in place of attention_bias; remove it")
     hidden, heads, size = (raw.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
     if hidden and heads:
-        if hidden % heads:
+        if hidden % heads and not (size and known.own_head_dim):
             raise RotQuantError(f"{where}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
         if size and not known.own_head_dim and size * heads != hidden:
             raise RotQuantError(

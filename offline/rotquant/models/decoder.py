@@ -6,6 +6,7 @@ be quantized from the inputs that they will really see:
     x1 = norm(h);  qkv(x1) -> x2 = attention;  h2 = h + o(x2), x3 = norm(h2);  x4 = act(gate x3) up x3;
     h' = h2 + down(x4)
 
+Linear attention has other linears in the place of qkv and o (`delta`); gated attention multiplies x2 by sigmoid(gate).
 A mixture of experts has the last two steps for each expert, on the tokens that go there (`mixture`).
 `linear(name, x)` is passed in: float weights for the equivalence gate, the served op for calibration, fake-quantized
 weights for learning; `cache(q, k, v)` gives queries, keys and values back as the KV cache would.
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotquant.models.architecture import Architecture, Experts, Layer, PositionScale, Tensors
+from rotquant.models.architecture import Architecture, Attention, Experts, Layer, PositionScale, Tensors
+from rotquant.models.delta import DeltaNet, delta_attention
 from rotquant.models.mixture import inner, mixture
 from rotquant.models.reading import rotary
 from rotquant_kernels import Stage, reference
@@ -59,22 +61,36 @@ class Decoder:
 
     def attention(self, tensors: Tensors, x1: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
         """Causal attention of each sequence, x1 [..., T, hidden] to x2 [..., T, heads * d]."""
-        query, key = self.queries_and_keys(tensors, x1, linear)
-        value = linear(self.kind.attention.value, x1).unflatten(-1, (-1, self.kind.attention.head_dim)).float()
+        attention = self.kind.attention
+        if isinstance(attention, DeltaNet):
+            return delta_attention(attention, tensors, x1, linear, self.kind.eps)
+        query, gate = self.query_and_gate(linear(attention.query, x1), attention)
+        query, key = self.behind_rope(tensors, query, linear(attention.key, x1), attention)
+        value = linear(attention.value, x1).unflatten(-1, (-1, attention.head_dim)).float()
         if cache:
             query, key, value = cache(query, key, value)
-        mixed = causal(query, key, value, self.kind.attention.scale, self.kind.attention.window)
-        return mixed.flatten(-2).to(x1.dtype)
+        mixed = causal(query, key, value, attention.scale, attention.window).flatten(-2).to(x1.dtype)
+        return mixed if gate is None else mixed * gate.sigmoid()
 
-    def queries_and_keys(self, tensors: Tensors, x1: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
-        """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind RoPE, float32."""
-        attention = self.kind.attention
-        query, key = (linear(n, x1).unflatten(-1, (-1, attention.head_dim)) for n in (attention.query, attention.key))
+    def query_and_gate(self, y: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        """Queries [..., T, heads, d], and the gate [..., T, heads * d] where there is one, of the query linear's y."""
+        if not attention.gated:
+            return y.unflatten(-1, (-1, attention.head_dim)), None
+        query, gate = y.unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
+        return query, gate.flatten(-2)
+
+    def behind_rope(self, tensors: Tensors, query: Tensor, key: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Queries [..., T, heads, d] and keys [..., T, kv_heads, d] behind norms and RoPE, float32.
+
+        Args:
+            query: [..., T, heads, d]; key: [..., T, kv_heads * d].
+        """
+        key = key.unflatten(-1, (-1, attention.head_dim))
         if attention.query_norm:
             query = self.norm(query, tensors[f"{attention.query_norm}.weight"])
         if attention.key_norm:
             key = self.norm(key, tensors[f"{attention.key_norm}.weight"])
-        query, key = self.rotary(query), self.rotary(key)
+        query, key = self.rotary(query, attention), self.rotary(key, attention)
         if attention.position_scale:
             query = query * position_scale(attention.position_scale, query.shape[-3]).to(query)[:, None, None]
         return query.float(), key.float()
@@ -87,20 +103,24 @@ class Decoder:
         Args:
             x1: [T, hidden].
         Returns:
-            float32 [T].
+            float32 [T]; all 1 of linear attention, which has no such numbers.
         """
-        query, key = self.queries_and_keys(tensors, x1, linear)
+        attention = self.kind.attention
+        if isinstance(attention, DeltaNet):
+            return torch.ones(len(x1), device=x1.device)
+        query, _ = self.query_and_gate(linear(attention.query, x1), attention)
+        query, key = self.behind_rope(tensors, query, linear(attention.key, x1), attention)
         steps, heads = query.shape[:2]
-        hidden = ~visible(steps, self.kind.attention.window, x1.device)
+        hidden = ~visible(steps, attention.window, x1.device)
         total = torch.zeros(steps, device=x1.device)
         for head in range(heads):  # one at a time: T x T numbers
-            scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * self.kind.attention.scale
+            scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * attention.scale
             total += scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
         return total / heads
 
-    def rotary(self, x: Tensor) -> Tensor:
+    def rotary(self, x: Tensor, attention: Attention) -> Tensor:
         """Rotary position embedding of x [..., T, heads, d], halves convention, on the channels that it turns."""
-        turned = self.kind.attention.rotary
+        turned = attention.rotary
         if not turned:
             return x
         cos, sin = (t[: x.shape[-3], None].to(x) for t in (self.cos, self.sin))

@@ -43,9 +43,7 @@ class ExpertTensors(dict[str, Tensor]):
 
     def changed(self, change: Change) -> ExpertTensors:
         """The tensors after a change that works on any part of a layer's tensors, its norms among them."""
-        a = self.kind.attention
-        norms = [norm for norm in (*self.kind.norms.values(), a.query_norm, a.key_norm) if norm]
-        known = {f"{norm}.weight": self[f"{norm}.weight"] for norm in norms if f"{norm}.weight" in self}
+        known = {name: self[name] for name in self.kind.gains if name in self}
         before = self.make  # and nothing else of self, whose tensors shall not stay
 
         def make(index: int) -> Tensors:

@@ -143,14 +143,19 @@ def harden(
     for index, kind in enumerate(arch.kinds):
         prefix = arch.layer_prefix(index)
         layer = kind.split({n.removeprefix(prefix): p.data for n, p in tensors.items() if n.startswith(prefix)})
-        layer |= _parts_of_experts(layer, kind)
+        layer |= _parts_of_experts(layer, kind)  # views, but for gains of which the model holds another number
         for site, norm in kind.norms.items():
             fed = [layer[f"{linear}.weight"] for linear in kind.sites[site] + kind.full_precision[site]]
             _harden_norm(layer[f"{norm}.weight"], fed, picker, factor)
         _harden_up_down(layer, kind, picker, pair_factor)
-        _harden_attention(layer, kind.attention, picker, pair_factor)
+        if kind.attends:
+            _harden_attention(layer, kind.attends, picker, pair_factor)
+        for name in kind.gains if kind.offset else ():
+            tensors[prefix + name].data.copy_(layer[name] - kind.offset)
     if arch.names.head in tensors:  # named_parameters leaves out a head that is the embedding
-        _harden_norm(tensors[arch.names.norm], [tensors[arch.names.head]], picker, factor)
+        gain = tensors[arch.names.norm].double() + arch.offset
+        _harden_norm(gain, [tensors[arch.names.head]], picker, factor)
+        tensors[arch.names.norm].data.copy_(gain - arch.offset)
 
 
 def harden_folder(src: Path | str, dst: Path | str, **options: Any) -> None:

@@ -57,7 +57,9 @@ def windowed(config: PreTrainedConfig, kinds: list[Layer], *, by_layer: bool) ->
     """The layers, each with its window (see `windows`); those that are alike stay one object."""
     found = windows(config, by_layer)
     made = {
-        (id(kind), window): replace(kind, attention=replace(kind.attention, window=window)) if window else kind
+        (id(kind), window): replace(kind, attention=replace(kind.attends, window=window))
+        if window and kind.attends
+        else kind
         for kind, window in zip(kinds, found, strict=True)
     }
     return [made[id(kind), window] for kind, window in zip(kinds, found, strict=True)]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
 from rotquant.models.architecture import Architecture, Names
 from rotquant.models.config_fields import check_fields, check_values
 from rotquant.models.registry import BY_CLASS
+from rotquant.models.text_half import has_text_half, text_half
 from rotquant.models.windows import stated
 
 MOST_LAYERS = 10_000  # no model has as many; a wrong number should not be counted up to
@@ -28,22 +29,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise RotQuantError(f"{folder}/config.json: no such file; MODEL must be a Hugging Face model folder or hub id")
-    _check_values(folder / "config.json")
+    raw = _checked(folder / "config.json")
     try:
+        if has_text_half(raw):
+            half = text_half(raw)
+            return CONFIG_MAPPING[half["model_type"]].from_dict(half)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a config class makes of a wrong value
         raise RotQuantError(f"{folder}/config.json: {short(error)}") from error
 
 
-def _check_values(file: Path) -> None:
-    """Before transformers sees them: it may take long or much memory to fail, or name no field."""
+def _checked(file: Path) -> dict[str, Any]:
+    """Its content, looked at before transformers sees it, which may take long to fail, or name no field."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RotQuantError(f"{file}: no valid JSON: {short(error)}") from error
-    names = raw.get("architectures") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        return {}
+    half = text_half(raw)
+    names = half.get("architectures")
     if isinstance(names, list) and names[:1] and names[0] in list(BY_CLASS):
-        check_values(str(file), raw)
+        check_values(str(file), half)
+    return raw
 
 
 def is_known(config: PreTrainedConfig) -> bool:
@@ -79,7 +87,7 @@ def read_architecture(folder: Path) -> Architecture:
     """
     where = f"{folder}/config.json"
     if (folder / "config.json").is_file():
-        check_fields(where, read_object(folder / "config.json"))
+        check_fields(where, text_half(read_object(folder / "config.json")))
     config = read_config(folder)
     found = describe(config, where)
     return replace(found, served={**found.served, **stated(config, [kind.attention.window for kind in found.kinds])})

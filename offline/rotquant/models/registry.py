@@ -8,6 +8,7 @@ from rotquant.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from rotquant.models.ministral import MINISTRAL, MINISTRAL3
 from rotquant.models.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from rotquant.models.phi import PHI3
+from rotquant.models.qwen35 import QWEN35
 from rotquant.models.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (
@@ -24,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
     QWEN2_MOE,
     MIXTRAL,
+    QWEN35,
 )
 BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
 KNOWN_BY_CLASS = {name: known for family in FAMILIES for name, known in family.classes.items()}

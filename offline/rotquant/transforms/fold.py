@@ -8,7 +8,8 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
     S_n    g' = g s;  W' = W diag(1/s)       (x diag(s)) (W diag(1/s))ᵀ = x Wᵀ
     S_ov   W_v' = diag(s) W_v, b_v' = b_v s;  W_o[:, h]' = W_o[:, h] diag(1/s) for each query head h of the group
     R2     per KV head: W_v' = R2ᵀ W_v, b_v' = b_v R2;  W_o[:, h]' = W_o[:, h] R2 for each query head h
-                                              attention mixes tokens, not channels: both pass through it
+                                              attention mixes tokens, not channels: both pass through it. A gate behind
+                                              it lets S_ov through, (v diag(s)) ∘ g = (v ∘ g) diag(s), but not R2
     S_ud   W_up' = diag(s) W_up;  W_down' = W_down diag(1/s)        silu(gate) up is linear in up
     order  rows p of gate and up, columns p of down
                                               of a mixture S_ud and the order hold the channels of one expert after the
@@ -19,6 +20,7 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
     shift  x - b before a linear adds b Wᵀ to its output:                       (x - b) Wᵀ + b Wᵀ = x Wᵀ
     R3     nothing to fold: q R3 (k R3)ᵀ = q kᵀ, both online after RoPE
 
+Linear attention takes the gain and R1 at its inputs and R1 at its output, nothing else (`models.delta`).
 Scalars on embeddings, queries, what a block writes, or logits are left where they are: every line commutes with them.
 
 In float64. Nothing is changed in place, so that learning can differentiate through it. A layer is a dict of tensors
@@ -129,12 +131,8 @@ def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
     for site in kind.norms:
         if (scale := t.norm_scale(site)) is not None:
             fold_norm_scale(out, kind, site, scale)
-    if t.s_qk is not None:
-        fold_qk(out, t.s_qk, kind.attention)
-    if t.s_ov is not None:
-        fold_values_scale(out, t.s_ov, kind.attention)
-    if t.r2 is not None:
-        fold_r2(out, t.r2, kind.attention)
+    if attention := kind.attends:
+        fold_attention(out, t, attention)
     if t.s_ud is not None:
         for mlp, factors in zip(kind.mlp.gated, t.s_ud.split(kind.widths), strict=True):
             multiply_outputs(out, mlp.up, factors)
@@ -146,6 +144,16 @@ def fold_layer(tensors: Tensors, t: LayerTransforms, kind: Layer) -> Tensors:
             if f"{linear}.weight" in out:
                 fold_stages(out, linear, stages)
     return out
+
+
+def fold_attention(out: Tensors, t: LayerTransforms, attention: Attention) -> None:
+    """What goes between queries and keys, and from values to the output linear."""
+    if t.s_qk is not None:
+        fold_qk(out, t.s_qk, attention)
+    if t.s_ov is not None:
+        fold_values_scale(out, t.s_ov, attention)
+    if t.r2 is not None:
+        fold_r2(out, t.r2, attention)
 
 
 def multiply_outputs(out: Tensors, linear: str, factors: Tensor) -> None:

@@ -113,8 +113,12 @@ class Transforms:
 
     @property
     def r4_block(self) -> int:
-        """Block of R4, 0 for none: the Hadamard that comes first at the site "down"."""
-        chain = self.shared_chain("down")
+        """Block of R4, 0 for none."""
+        return self.hadamard("down")
+
+    def hadamard(self, site: str) -> int:
+        """Block of the Hadamard that comes first at a site, 0 for none."""
+        chain = self.shared_chain(site)
         return chain[0].block if chain and chain[0].kind == "hadamard" else 0
 
     def shared_chain(self, site: str) -> list[Stage]:

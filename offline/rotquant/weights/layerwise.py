@@ -55,7 +55,8 @@ class LayerQuantizer:
         self.errors = []
         self.layer, decoder = self.transforms.layers[index], self.decoders[index]
         self.kind = decoder.kind
-        others = {n: t.to(self.dtype) for n, t in folded.items() if n.removesuffix(".weight") not in self.kind.linears}
+        held = {n: t for n, t in folded.items() if n.removesuffix(".weight") not in self.kind.linears}
+        others = {n: self.kind.rounded(n, t, self.dtype) for n, t in held.items()}
         cache = self.recipe.kv.form(self.transforms.r3, self.layer.clips)
         self.served = [
             ServedLayer(

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from real_configs import CONFIGS, LLAMA31, REFUSED, llama, mistral, qwen
+from real_configs import CONFIGS, LLAMA31, QWEN35, REFUSED, llama, mistral, qwen
 from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture, rotary
 from rotquant.models.config_fields import HARMLESS, KNOWN, OFF, check_fields
@@ -80,6 +80,9 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (LLAMA, {"model_type": "mistral"}, "model_type is 'mistral', but 'llama' belongs to"),
         (LLAMA, {"architectures": ["LlamaForCausalLM", "X"]}, "architectures is"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (QWEN35, {"attn_output_gate": False}, "attn_output_gate is False, expected is True"),
+        (QWEN35, {"attention_bias": True}, "attention_bias is true"),
+        (QWEN35, {"layer_types": ["sliding_attention"] * 64}, "layer_types has layers other than"),
         (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps is 0, expected is a number above 0"),
         (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected is true or false"),
         (LLAMA, {"pad_token_id": 128256}, "pad_token_id 128256 is outside the vocabulary"),
@@ -118,6 +121,18 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
 def test_what_would_be_served_differently_is_refused(config, change, message):
     with pytest.raises(RotQuantError, match=f"^config.json: .*{message}"):
         check_fields("config.json", config | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": QWEN35["rope_parameters"] | {"mrope_section": [11, 11, 9]}}, "does not sum to 32"),
+        ({"linear_num_key_heads": 10}, "linear_num_value_heads 48 is no multiple of linear_num_key_heads"),
+    ],
+)  # fmt: skip
+def test_sizes_of_a_hybrid_that_do_not_fit_are_refused(tmp_path, change, message):
+    with pytest.raises(RotQuantError, match=message):
+        read(tmp_path, QWEN35 | change)
 
 
 def test_duplicate_fields_and_numbers_that_are_none(tmp_path):

@@ -19,6 +19,7 @@ import rotquant
 import vllm_serving as serving
 from checkpoints import edited
 from drawn_transforms import everything, random_orthogonal
+from rotquant.checkpoint.layers import read_gain
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
@@ -58,7 +59,7 @@ def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], t
         tensors = decoder.kind.split(source.layer(arch.layer_prefix(index)))
         h = decoder.layer(tensors, h, decoder.float_linear(tensors))
     head = source.get(arch.names.embedding if arch.tied else arch.names.head)
-    logits = rms_norm(h, source.get(arch.names.norm), arch.eps) @ head.T / arch.logits_divisor
+    logits = rms_norm(h, read_gain(source, arch), arch.eps) @ head.T / arch.logits_divisor
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None]).logits[0]
     assert (logits - expected).norm() < 1e-5 * expected.norm()

@@ -37,13 +37,13 @@ Statistics = dict[tuple[int, str], SiteStatistics]
 
 def watched_modules(kind: Layer) -> dict[str, str]:
     """The module of a layer at which each site is seen; K and V inside the one that calls attention."""
-    attention, first = kind.attention, {site: kind.stored_at(site)[0] for site in kind.sites}
+    first = {site: kind.stored_at(site)[0] for site in kind.sites}
+    cached = {"k": kind.attention.module, "v": kind.attention.module} if kind.attends else {}
     behind = {"mlp_in": first["mlp"], "down_in": first["down"]}
     if isinstance(kind.mlp, Experts):  # the router reads what they read
         behind = {"mlp_in": f"{kind.mlp.module}.gate"}
     return {
-        "h": attention.norm, "attn_in": first["attn"], "k": attention.module, "v": attention.module,
-        "o_in": first["o"], **behind,
+        "h": kind.attention.norm, "attn_in": first["attn"], **cached, "o_in": first["o"], **behind,
     }  # fmt: skip
 
 

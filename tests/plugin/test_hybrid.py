@@ -1,0 +1,92 @@
+"""Linear and gated attention in one model, served: what runs is what `rotquant.load` runs, and no page is wasted."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hybrid_serving
+import ranks
+import rotquant
+import vllm_serving as serving
+from rotquant.errors import RotQuantError
+from rotquant.pipeline import quantize
+from source_models import VOCABULARY, source_model
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Callable[..., Any]]:
+    """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=hybrid_serving.prepare) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8-bit activations: bfloat16 makes 4-bit ones of a random model round otherwise too often to compare texts."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    source = source_model(folder / "source", "qwen3_5", dtype=torch.bfloat16)
+    settings = ["activations.bits=8"]
+    return quantize(str(source), folder / "out", recipe="quarot", samples=4, seq_len=128, settings=settings)
+
+
+def rows(log: str) -> dict[str, list[str]]:
+    """Lines of the start-up check by their first word."""
+    lines = log[log.index("rotquant start-up check") :].splitlines()
+    return {line.split()[0]: line.split() for line in lines[1:14] if line.startswith("  ")}
+
+
+def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Callable[..., Any], made: Path) -> None:
+    """Two steps a prompt, so that states and pages are read again; both kinds of layer are in the start-up check."""
+    prompts = [torch.randint(VOCABULARY, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
+    batches = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    served = child(serving.serve, made, prompts, max_tokens=1, **hybrid_serving.OPTIONS, **batches)
+    with torch.no_grad():
+        logits = rotquant.load(made)(torch.tensor(prompts)).logits[:, :-1].double()
+    own = logits.log_softmax(-1).gather(2, torch.tensor(prompts)[:, 1:, None]).squeeze(2)
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    found = rows(served.log)
+    assert {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"} <= found.keys()
+    assert all(found[name][-4:-1] == ["R2", "hadamard", "128"] for name in ("out_proj", "o_proj"))
+    assert "silu_mul" in found["down_proj"]
+    assert "in_proj_ba (1), lm_head (1)" in served.log
+    assert "linear attention in vLLM's own kernels, its state not quantized: 1" in served.log
+    # A page of 4-bit codes holds a state by having more tokens: the least number of vLLM's blocks of 128 that does.
+    block = int(re.search(r"Setting attention block size to (\d+) tokens", served.log)[1])  # type: ignore[index]
+    state, token = 4 * 64 * 64 * 4 + 512 * 3 * 2, 2 * 37  # bytes: of float32 heads and the convolution, of K and V
+    assert block == 128 * math.ceil(state / (128 * token))
+
+
+def test_a_stage_of_one_kind_of_layer(child: Callable[..., Any], made: Path) -> None:
+    first, second = child(ranks.run, ranks.load_stage, made, "1,1", "bfloat16", pipeline=True)
+    assert "in_proj_qkvz" in rows(first)
+    assert "KV cache: not quantized (no attention on this rank)" in first
+    assert "in_proj_qkvz" not in rows(second)
+    assert "linear attention" not in second
+    assert re.search(r"attention +1 .* KV4", second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "--dtype float32: vLLM's linear attention runs in bfloat16 only on CPUs"),
+        ({"dtype": "bfloat16", "enable_lora": True}, "--enable-lora: vLLM's linear attention runs no adapters on CPUs"),
+    ],
+)
+def test_what_would_end_the_server_at_its_first_request_is_refused(  # last: it leaves vLLM's groups in the process
+    child: Callable[..., Any], made: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RotQuantError, match=message):
+        child(serving.load_only, made, **options)
