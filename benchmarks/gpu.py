@@ -5,6 +5,9 @@
     python benchmarks/gpu.py --vllm-bundle DIR             with vLLM unpacked in DIR, or packed there (*.tar.xz)
     python benchmarks/gpu.py --steps 'check *,attention *' --output results.json
     python benchmarks/gpu.py --report results.json         the tables of an earlier run
+    python benchmarks/gpu.py --part A --vllm-bundle DIR    where a GPU is held for minutes: in 320 s, whether it runs,
+                                                           is right, where the time goes; then mend, and --part B
+    python benchmarks/gpu.py --part A --rehearse           the same without a GPU: every phase, on toy shapes
 
 First every op is compared with its specification, then kernels are timed against their peers, then vLLM serves a
 model of Llama-3-8B's shape with random weights in bf16, fp8, W4A16 and rotquant's format. Nothing is installed or
@@ -38,6 +41,7 @@ sys.path[:0] = [str(folder) for folder in SOURCES]
 import gpu_checks  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_serve  # noqa: E402
+import gpu_session  # noqa: E402
 from kernels_report import table  # noqa: E402
 
 
@@ -170,7 +174,11 @@ def arguments() -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="for models (default: build/gpu)")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", metavar="FILE")
     add("--report", type=Path, metavar="FILE", help="print the tables of these results and end")
+    add("--part", choices=("A", "B"), help="a session of phases (gpu_session.py); results in $OUT where that is set")
+    add("--budget", type=float, default=320, metavar="SECONDS", help="of a part (default: 320)")
+    add("--rehearse", action="store_true", help="a part on the CPU, with toy shapes")
     add("--only", help=argparse.SUPPRESS)  # a step, in this process
+    add("--phase", help=argparse.SUPPRESS)  # of a part, in this process
     return parser.parse_args()
 
 
@@ -179,6 +187,15 @@ def main() -> int:
     if args.report:
         print(report(json.loads(args.report.read_text())))
         return 0
+    if args.phase:
+        gpu_session.phase(args.part, args.phase)
+        return 0
+    if args.part:
+        folder = Path(os.environ.get("OUT") or args.output.parent)
+        variables = environment(args.vllm_bundle, args.work) | {"ROTQUANT_CPU_TIER": "reference"}
+        variables |= {"ROTQUANT_GPU_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {}
+        budget, patience = (3600, 10) if args.rehearse else (args.budget, 1)  # of a CPU nobody knows the speed
+        return 1 if gpu_session.session(args.part, folder, budget, variables, patience) else 0
     if args.only:
         args.output.write_text(json.dumps(all_steps()[args.only].run()))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from rotquant_kernels import ops, reference
 
 Call = Callable[[], object]
 HEADS, KV_HEADS, DIM = 32, 8, 128
+DEVICE = os.environ.get("ROTQUANT_GPU_DEVICE", "cuda")  # "cpu" where a run is rehearsed
 PAGE, SYMMETRIC = 16, False  # vLLM's default page on CUDA; the default recipe's KV cache
 
 
@@ -45,25 +47,25 @@ class Batch:
 
     def __init__(self, p: Attention) -> None:
         pages = -(-p.context // PAGE)
-        self.query = torch.randn(p.batch * p.steps, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        self.query = torch.randn(p.batch * p.steps, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
         self.out, self.scale = torch.empty_like(self.query), DIM**-0.5
-        self.starts = torch.arange(p.batch + 1, device="cuda", dtype=torch.int32) * p.steps
-        self.lens = torch.full((p.batch,), p.context, device="cuda", dtype=torch.int32)
-        self.table = torch.randperm(p.batch * pages, device="cuda").int().view(p.batch, pages)
+        self.starts = torch.arange(p.batch + 1, device=DEVICE, dtype=torch.int32) * p.steps
+        self.lens = torch.full((p.batch,), p.context, device=DEVICE, dtype=torch.int32)
+        self.table = torch.randperm(p.batch * pages, device=DEVICE).int().view(p.batch, pages)
         self.blocks = p.batch * pages
 
     def pages(self, *shape: int) -> Tensor:
-        return torch.randn(self.blocks, *shape, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(self.blocks, *shape, device=DEVICE, dtype=torch.bfloat16)
 
 
 @peer("rotquant KV4")
 def _(p: Attention) -> Call:
     b = Batch(p)
     token = reference.kv_token_bytes(DIM, SYMMETRIC)
-    cache = torch.empty(b.blocks, KV_HEADS, PAGE, token, device="cuda", dtype=torch.uint8)
-    slots = torch.arange(b.blocks * PAGE, device="cuda")
+    cache = torch.empty(b.blocks, KV_HEADS, PAGE, token, device=DEVICE, dtype=torch.uint8)
+    slots = torch.arange(b.blocks * PAGE, device=DEVICE)
     for part in slots.split(1 << 16):
-        key, value = torch.randn(2, len(part), KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        key, value = torch.randn(2, len(part), KV_HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
         ops.kv4_write(key, value, cache, part, DIM, SYMMETRIC, 1.0, 1.0)
     return partial(ops.kv4_attention, b.query, cache, b.starts, b.lens, b.table, b.out, b.scale, DIM, SYMMETRIC)
 
@@ -86,8 +88,8 @@ def segments() -> dict[str, Any]:
     shape = (128 // KV_HEADS, HEADS, parts)
     return {
         "seq_threshold_3D": 128 // KV_HEADS, "num_par_softmax_segments": parts,
-        "softmax_segm_output": torch.empty(*shape, DIM, device="cuda"),
-        "softmax_segm_max": torch.empty(shape, device="cuda"), "softmax_segm_expsum": torch.empty(shape, device="cuda"),
+        "softmax_segm_output": torch.empty(*shape, DIM, device=DEVICE),
+        "softmax_segm_max": torch.empty(shape, device=DEVICE), "softmax_segm_expsum": torch.empty(shape, device=DEVICE),
     }  # fmt: skip
 
 
@@ -109,8 +111,8 @@ def _(p: Attention) -> Call:
     from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
 
     b = Batch(p)
-    codes = torch.randint(0, 256, (2, b.blocks, PAGE, KV_HEADS, DIM // 2), device="cuda").to(torch.uint8)
-    scales = torch.rand(2, b.blocks, PAGE, KV_HEADS, device="cuda")
+    codes = torch.randint(0, 256, (2, b.blocks, PAGE, KV_HEADS, DIM // 2), device=DEVICE).to(torch.uint8)
+    scales = torch.rand(2, b.blocks, PAGE, KV_HEADS, device=DEVICE)
     return partial(
         unified_attention_int4, b.query, codes[0], codes[1], b.out, cu_seqlens_q=b.starts, max_seqlen_q=p.steps,
         seqused_k=b.lens, max_seqlen_k=p.context, softmax_scale=b.scale, window_size=(-1, -1), block_table=b.table,
@@ -122,14 +124,32 @@ def _(p: Attention) -> Call:
 @peer("torch SDPA bf16, contiguous")
 def _(p: Attention) -> Call:
     shape = (p.batch, KV_HEADS, p.context, DIM)
-    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    query = torch.randn(p.batch, HEADS, p.steps, DIM, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(p.batch, HEADS, p.steps, DIM, device=DEVICE, dtype=torch.bfloat16)
     mask = None
     if 1 < p.steps < p.context:
-        mask = torch.ones(p.steps, p.context, device="cuda", dtype=torch.bool).tril(p.context - p.steps)
+        mask = torch.ones(p.steps, p.context, device=DEVICE, dtype=torch.bool).tril(p.context - p.steps)
     causal = p.steps == p.context
     product = torch.nn.functional.scaled_dot_product_attention
     return partial(product, query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+@peer("rotquant KV4, gathered for FlashAttention")
+def _(p: Attention) -> Call:
+    from rotquant_kernels.cuda import kv4_dense, workspace
+    from vllm_rotquant.compat.flash import dense_attention
+
+    if p.steps < 64:
+        raise ValueError("a few tokens are not worth it")
+    found = dense_attention()
+    assert found, "vLLM has no attention here"
+    b, call = Batch(p), PEERS["rotquant KV4"](p)
+    cache = call.args[1]  # type: ignore[attr-defined]
+    room = workspace.workspace([p.context] * p.batch, b.query.device)
+    return partial(
+        kv4_dense.attention, b.query, cache, b.starts, b.lens, b.table, b.out, b.scale, DIM, SYMMETRIC, room, p.steps,
+        found[1],
+    )  # fmt: skip
 
 
 def validate(p: Attention) -> str:

@@ -62,7 +62,7 @@ def rms_norm_quantize(quick: bool) -> Iterator[Case]:
 
 def linears(quick: bool) -> Iterator[tuple[str, Tensor, Tensor, Tensor, int]]:
     """In words, x, codes of the weight, its scales, its bits."""
-    full = [(1, 4096, 4096, 1), (16, 4096, 6144, 1), (300, 1024, 3072, 1), (33, 2048, 520, 16)]
+    full = [(1, 4096, 4096, 1), (16, 4096, 6144, 1), (300, 1024, 3072, 1), (33, 2048, 520, 16), (65, 4096, 512, 1)]
     for m, k, n, groups in [(3, 64, 40, 1)] if quick else full:
         for bits in (4, 8):
             scale = convention.qparams(torch.randn(n, groups, k // groups), bits, True)[0].squeeze(-1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_attention import Call
+from gpu_attention import DEVICE, Call
 from rotquant_kernels import ops
 
 FORMAT = (4, False, 0.9)  # bits, symmetric, clip
@@ -42,11 +42,11 @@ class Norm:
         return f"{self.k} M {self.m}"
 
 
-def numbers(*shape: int, device: str = "cuda") -> Tensor:
+def numbers(*shape: int, device: str = DEVICE) -> Tensor:
     return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
 
 
-def silu(p: Silu, device: str = "cuda") -> Call:
+def silu(p: Silu, device: str = DEVICE) -> Call:
     x = numbers(p.m, 2 * p.k, device=device)
     return partial(ops.quantize_rows, x, "hadamard", p.block, None, *FORMAT, True)
 
@@ -63,7 +63,7 @@ def silu_apart(p: Silu) -> Call:
     return run
 
 
-def norm(p: Norm, device: str = "cuda") -> Call:
+def norm(p: Norm, device: str = DEVICE) -> Call:
     x, residual, weight = (numbers(*shape, device=device) for shape in ((p.m, p.k), (p.m, p.k), (p.k,)))
     return partial(ops.rms_norm_quantize, x, residual, weight, 1e-5, *FORMAT)
 

@@ -7,7 +7,8 @@ op is missing, a shape does not fit) is recorded with its reason. bf16 in and ou
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import gpu_attention
 import gpu_fused
-from gpu_attention import Attention, Call
+from gpu_attention import DEVICE, Attention, Call
 from gpu_fused import Norm, Silu
 from kernels_report import table
 from rotquant_kernels import convention, ops
@@ -79,13 +80,13 @@ def peer(kind: type, name: str) -> Callable[[Callable[[Any], Call]], Callable[[A
 
 
 def given(p: Linear | Rows) -> Tensor:
-    return torch.randn(p.m, p.k, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(p.m, p.k, device=DEVICE, dtype=torch.bfloat16)
 
 
 def packed(p: Linear) -> tuple[Tensor, Tensor]:
     """Random int4 weights in the checkpoint's layout, and their scales float32 [N, 1]."""
-    words = torch.randint(-(2**31), 2**31, (p.n, p.k // 8), device="cuda", dtype=torch.int64).to(torch.int32)
-    return words, torch.rand(p.n, 1, device="cuda") / 100
+    words = torch.randint(-(2**31), 2**31, (p.n, p.k // 8), device=DEVICE, dtype=torch.int64).to(torch.int32)
+    return words, torch.rand(p.n, 1, device=DEVICE) / 100
 
 
 def ours(act_bits: int, p: Linear) -> Call:
@@ -107,8 +108,8 @@ def _(p: Linear) -> Call:
 def _(p: Linear) -> Call:
     from vllm import _custom_ops as vllm
 
-    weight = torch.randint(-127, 128, (p.n, p.k), device="cuda", dtype=torch.int8).t()
-    x, scale = given(p), torch.rand(p.n, 1, device="cuda")
+    weight = torch.randint(-127, 128, (p.n, p.k), device=DEVICE, dtype=torch.int8).t()
+    x, scale = given(p), torch.rand(p.n, 1, device=DEVICE)
 
     def run() -> Tensor:
         codes, x_scale, _ = vllm.scaled_int8_quant(x)
@@ -121,8 +122,8 @@ def _(p: Linear) -> Call:
 def _(p: Linear) -> Call:
     from vllm import _custom_ops as vllm
 
-    weight = torch.randn(p.n, p.k, device="cuda").to(torch.float8_e4m3fn).t()
-    x, scale = given(p), torch.rand(p.n, 1, device="cuda")
+    weight = torch.randn(p.n, p.k, device=DEVICE).to(torch.float8_e4m3fn).t()
+    x, scale = given(p), torch.rand(p.n, 1, device=DEVICE)
 
     def run() -> Tensor:
         codes, x_scale = vllm.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
@@ -190,17 +191,24 @@ def _(p: Rows) -> Call:
 
 
 def time_us(call: Call) -> dict[str, Any]:
-    """Median microseconds of a call with a cold L2. Replayed as a CUDA graph, so that Python's time does not count."""
+    """Median microseconds of a call with a cold L2. Replayed as a CUDA graph, so that Python's time does not count.
+
+    The cache is filled by reading: what is written would be written back in the timed call's time.
+    """
+    if DEVICE == "cpu":
+        started = time.perf_counter()
+        call()
+        return {"us": 1e6 * (time.perf_counter() - started)}
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush, most = torch.zeros(FLUSH_BYTES // 4, device=DEVICE), torch.empty((), device=DEVICE)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
     for begin, end in events:
-        flush.zero_()
+        torch.amax(flush, 0, out=most)
         begin.record()
         graph.replay()
         end.record()
@@ -209,15 +217,18 @@ def time_us(call: Call) -> dict[str, Any]:
     return {"us": median(times), "least_us": min(times)}
 
 
-def measure(p: Problem) -> dict[str, Any]:
+def measure(p: Problem, left_out: Collection[str] = ()) -> dict[str, Any]:
     """Every peer's time, or why there is none."""
     found: dict[str, Any] = {}
     for name, build in PEERS[type(p)].items():
+        if name in left_out:
+            continue
         try:
             found[name] = time_us(build(p))
         except Exception as error:  # of a peer, of any kind: the others can still be timed
             found[name] = {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        torch.cuda.empty_cache()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
     return {"kernels": found}
 
 

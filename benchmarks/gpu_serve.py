@@ -6,12 +6,15 @@ quantizer, since packed integers have no dummy values and kernels run faster on 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,3 +123,51 @@ def report(steps: dict[str, dict[str, Any]]) -> str:
     ]
     heads = [f"{load}, {'tokens/s' if 'throughput' in load else 's'}" for load in LOADS]
     return table(["Llama-3-8B's shape", *heads], rows) if rows else ""
+
+
+# ---- one process a format, for `gpu_session.py` -------------------------------------------------------
+
+
+def engine(name: str, folder: Path, eager: bool) -> dict[str, Any]:
+    """Arguments of vLLM's LLM: dummy weights of Llama-3-8B's shape, whole decode steps as CUDA graphs unless eager."""
+    quantization = {"fp8": "fp8", "rotquant": "rotquant"}.get(name)
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 16, 64, 128]}
+    return {
+        "model": str(folder), "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 8704,
+        "enable_prefix_caching": False, "kv_cache_memory_bytes": int(20e9), "enforce_eager": eager,
+    } | ({"quantization": quantization} if quantization else {}) | (
+        {} if eager else {"compilation_config": graphs}
+    ) | ({} if has_flash_attention() else {"attention_backend": "TRITON_ATTN"})  # fmt: skip
+
+
+def loads(name: str, first: bool) -> Iterator[dict[str, Any]]:
+    """Starts vLLM and runs the loads, a line each: the start, decoding alone and with others, a long prompt, many."""
+    from vllm import LLM, SamplingParams
+
+    from gpu_models import write_config
+    from gpu_phases import late
+
+    folder = work() / f"config-{name}"
+    write_config("llama-3-8b", FORMATS[name].checkpoint, folder)
+    for eager in (True, False) if first else (False,):
+        started = time.perf_counter()
+        llm = LLM(**engine(name, folder, eager))
+        yield {"format": name, "load": "start, eager" if eager else "start", "seconds": time.perf_counter() - started}
+        wanted = (("1 x 16 tokens", 1, 32, 16), ("16 x 16 tokens", 16, 32, 16)) if first else (
+            ("decode 1 x 128", 1, 128, 128), ("decode 64 x 64", 64, 1024, 64), ("prefill 8192", 1, 8192, 1),
+            ("128 requests 512 / 128", 128, 512, 128),
+        )  # fmt: skip
+        for load, count, prompt, new in wanted:
+            sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, detokenize=False)
+            prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 3 for j in range(prompt)]} for i in range(count)]
+            if late(5):
+                return
+            llm.generate(prompts[:1], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+            started = time.perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - started
+            yield {"format": name, "load": load, "seconds": seconds, "tokens a second": count * new / seconds}
+        del llm
+        gc.collect()
+        if late(30):
+            return

@@ -8,6 +8,7 @@ pipeline (rotations R1 to R4, so that the online ones are really run; weights ro
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -182,12 +183,16 @@ def write_rounded(base: Path, variant: str, folder: Path) -> None:
     """A compressed-tensors checkpoint of `base` by round-to-nearest; the embeddings stay as they are."""
     preset, form, head = STOCK[variant]
     scheme = preset_name_to_scheme(preset, ["Linear", LM_HEAD_MODULE] if head else ["Linear"])
+    source = Source(base)
+    names = list(source.files)
+    assert scheme.weights is not None
+    if scheme.weights.group_size:  # 128, or what of it divides the inputs of every linear
+        inputs = [source.shapes[name][1] for name in names if name.endswith("_proj.weight")]
+        scheme.weights.group_size = math.gcd(scheme.weights.group_size, *inputs)
     quantization = QuantizationConfig(
         config_groups={"group_0": scheme}, ignore=[] if head else [LM_HEAD_MODULE], format=form,
         quantization_status="compressed",
     )  # fmt: skip
-    source = Source(base)
-    names = list(source.files)
     if head and LM_HEAD not in names:  # tied to the embeddings
         names.append(LM_HEAD)
 

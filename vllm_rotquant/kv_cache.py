@@ -7,6 +7,7 @@ so other models in the process keep vLLM's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from rotquant.errors import RotQuantError
 from rotquant_kernels import calls
 from rotquant_kernels.formats import KVFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
-from vllm_rotquant import compat
+from vllm_rotquant import compat, steps
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.warmup import warm_attention
 
@@ -31,6 +32,7 @@ class KV4Metadata:
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    parts: Sequence[steps.Part] = ()  # where it is more than one launch
 
 
 class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
@@ -44,6 +46,11 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
             kinds[shape, layer.impl.kv.rotate, layer.impl.window] = layer
         for layer in kinds.values():
             warm_attention(layer, kv_cache_spec.block_size, device)
+        self.limits: steps.Limits | None = None
+        if device.type == "cuda":
+            self.limits = min((layer.impl.limits(kv_cache_spec.block_size) for layer in kinds.values()), default=None)
+        if self.limits is not None:
+            self.reorder_batch_threshold = max(steps.FEW_ROWS // self.limits.group, 1)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> compat.AttentionCGSupport:
@@ -59,11 +66,14 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
     ) -> KV4Metadata:
         if common_attn_metadata.causal is not True:
             raise RotQuantError("this build of rotquant runs the 4-bit KV cache only with causal attention")
-        return KV4Metadata(
+        step = (
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
         )
+        if self.limits is None:
+            return KV4Metadata(*step)
+        return KV4Metadata(*step, steps.parts(*compat.step_lengths(common_attn_metadata), *step, self.limits))
 
 
 class KV4Impl(compat.AttentionImpl):
@@ -77,6 +87,13 @@ class KV4Impl(compat.AttentionImpl):
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
         self.kv, self.window = kv, layer.sliding_window
+        whole = layer.dtype == torch.bfloat16 and self.window is None  # pages before a window may be gone
+        self.dense = compat.dense_attention() if whole else None
+
+    def limits(self, page: int) -> steps.Limits:
+        """How a step over pages of so many tokens is cut up."""
+        room = steps.workspace_tokens(self.num_kv_heads, self.head_size) if self.dense else 0
+        return steps.Limits(self.num_heads // self.num_kv_heads, page, room)
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -100,10 +117,28 @@ class KV4Impl(compat.AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("the 4-bit KV cache does not quantize its output")
         if attn_metadata is None:
+            if self.dense:  # seen by vLLM, which leaves as much free
+                query.new_empty(steps.WORKSPACE_BYTES, dtype=torch.uint8)
             return output.zero_()
         step = attn_metadata
-        self.attend(query, kv_cache, step.query_start, step.seq_lens, step.block_table, output)
+        if not step.parts:
+            self.attend(query, kv_cache, step.query_start, step.seq_lens, step.block_table, output)
+        for part in step.parts:
+            self.attend_part(query[part.rows], kv_cache, part, output[part.rows])
+        if step.parts:
+            output[step.parts[-1].rows.stop :].zero_()
         return output
+
+    def attend_part(self, query: Tensor, cache: Tensor, part: steps.Part, output: Tensor) -> None:
+        """Fills output, the rows of a part of a step."""
+        given = query, cache, part.query_start, part.seq_lens, part.block_table, output
+        if part.room is None or self.dense is None:
+            self.attend(*given)
+            return
+        from rotquant_kernels.cuda import kv4_dense  # imports Triton
+
+        settings = self.scale, self.kv.rotate, self.kv.symmetric
+        kv4_dense.attention(*given, *settings, part.room, part.most_new, self.dense[1])
 
     def attend(
         self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor

@@ -18,7 +18,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
 from rotquant_kernels.backends import kernel_of, stages_of
 from rotquant_kernels.online import split
-from vllm_rotquant import compat, rotation
+from vllm_rotquant import compat, rotation, steps
 from vllm_rotquant.collector import Collector, kind_of, sort_of
 from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.kv_cache import KV4Metadata
@@ -224,23 +224,29 @@ def attention_row(layer: Any, count: int) -> Row:
     )
     key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
-    got = torch.cat(served_attention(layer, query, key, value))
+    ways = [torch.cat(served_attention(layer, query, key, value))]
+    kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
+    if layer.impl.dense:
+        ways.append(torch.cat(served_attention(layer, query, key, value, dense=1)))
+        kernels.add(f"{layer.impl.dense[0]} for prefills")
     expected = torch.cat(
         [float_attention(q, k, v, layer.impl.scale, kv, window) for q, k, v in zip(query, key, value, strict=True)]
     )
-    kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
-    errors = [distance(got, expected), *([window_distance(layer, KV4Metadata)] if window else [])]
+    errors = [*(distance(way, expected) for way in ways), *([window_distance(layer, KV4Metadata)] if window else [])]
     error, most = float(torch.tensor(errors, dtype=torch.float64).max()), limit(layer.dtype, 4)
     kind = f"attention, window {window}" if window else "attention"
     return Row(kind, count, " + ".join(sorted(kernels)), "KV4", "-", name, error, most, layer.quant_method.prefix)
 
 
-def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> list[Tensor]:
+def served_attention(
+    layer: Any, query: list[Tensor], key: list[Tensor], value: list[Tensor], dense: int = steps.DENSE_TOKENS
+) -> list[Tensor]:
     """Attention of two sequences as served: a prefill in chunks, a mixed step, a decode step.
 
     Args:
         query: for each sequence [T, heads, d] in the model's dtype; key, value: [T, KV heads, d].
+        dense: new tokens from which on a sequence goes through a workspace, where there is one.
     Returns:
         For each sequence [T, heads, d].
     """
@@ -263,7 +269,12 @@ def served_attention(layer: Any, query: list[Tensor], key: list[Tensor], value: 
         ]
         starts = torch.tensor([0, *(step[s] for s in active)], device=device).cumsum(0).to(torch.int32)
         lens = torch.tensor([ends[s] for s in active], dtype=torch.int32, device=device)
-        metadata = KV4Metadata(starts, lens, table[active])
+        given = starts, lens, table[active]
+        parts: list[steps.Part] = []
+        if device.type == "cuda":
+            limits = layer.impl.limits(PAGE)._replace(dense=dense)
+            parts = steps.parts([step[s] for s in active], [ends[s] for s in active], *given, limits)
+        metadata = KV4Metadata(*given, parts)
         layer.impl.do_kv_cache_update(layer, k, v, cache, torch.stack(slots).long())
         result = layer.impl.forward(layer, q, k, v, cache, metadata, torch.empty_like(q))
         for s, span, part in zip(active, spans, result.split([step[s] for s in active]), strict=True):

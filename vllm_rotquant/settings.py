@@ -24,12 +24,13 @@ class Settings:
 
     strict      whether a failed start-up check ends the server; ROTQUANT_STRICT=0 or 1
     cpu_tier    the native kernels on CPUs, "reference" for none; ROTQUANT_CPU_TIER
-    cuda_linear who multiplies integers on CUDA devices; ROTQUANT_CUDA_LINEAR
+    cuda_linear who multiplies integers on CUDA devices, "auto" for Humming where it is installed and the GPU has int4
+                tensor cores; ROTQUANT_CUDA_LINEAR
     """
 
     strict: bool = True
     cpu_tier: str = "auto"
-    cuda_linear: str = "triton"
+    cuda_linear: str = "auto"
 
     def use(self) -> None:
         """Chooses the kernels of this process, before weights are prepared for them.
@@ -53,7 +54,7 @@ class Settings:
 CHOICES: dict[str, tuple[Any, ...]] = {
     "strict": (True, False),
     "cpu_tier": ("auto", "amx", "avx512", "avx2", "scalar", "reference"),
-    "cuda_linear": ("triton", "humming"),
+    "cuda_linear": ("auto", "triton", "humming"),
 }
 VARIABLES = {"strict": "ROTQUANT_STRICT", "cpu_tier": "ROTQUANT_CPU_TIER", "cuda_linear": "ROTQUANT_CUDA_LINEAR"}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rotquant_kernels.backends import backend_of
+from vllm_rotquant import steps
 
 
 @torch.inference_mode()
@@ -21,7 +22,9 @@ def warm_linears(layers: Iterable[Any]) -> None:
     for layer in layers:
         method, device = layer.quant_method, layer.weight_packed.device
         bias = getattr(layer, "bias", None) if method.adds_correction else None  # vLLM gives it to the first rank alone
-        for tokens in backend_of("quantized_linear", device).distinct_tokens():
+        channels, groups = layer.weight_scale.shape
+        backend = backend_of("quantized_linear", device)
+        for tokens in backend.distinct_tokens(method.inputs, channels, groups, device):
             x = torch.zeros(tokens, method.inputs * (2 if method.silu_mul else 1), dtype=method.dtype, device=device)
             if method.norm is None:
                 method.apply(layer, x, bias)
@@ -42,3 +45,6 @@ def warm_attention(layer: Any, page: int, device: torch.device) -> None:
         table = torch.zeros(1, pages, dtype=torch.int32, device=device)
         layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
         layer.impl.attend(query, cache, starts, lens, table, torch.empty_like(query))
+    if layer.impl.dense:
+        for part in steps.parts([1], [1], starts[:2], lens[:1], table, layer.impl.limits(page)._replace(dense=1)):
+            layer.impl.attend_part(query[:1], cache, part, torch.empty_like(query[:1]))

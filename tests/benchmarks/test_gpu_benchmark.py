@@ -34,7 +34,7 @@ def test_the_dry_run_validates_every_step():
     assert said["linear 14336x4096 M 64"] == "output [64, 4096]"
     assert said["silu_mul 14336 block 2048 M 16"] == "codes [16, 14336]"
     assert said["rms_norm 4096 M 1"] == "codes [1, 4096]"
-    assert said["attention batch 1 context 65536 new 1"] == "Plan(rows=8, splits=64)"
+    assert said["attention batch 1 context 65536 new 1"] == "Plan(rows=8, splits=49)"
     for name in ("bf16", "fp8", "w4a16", "rotquant"):
         assert "bench throughput" in said[f"serve {name} throughput"]
     assert "--quantization rotquant" in said["serve rotquant decode 1"]

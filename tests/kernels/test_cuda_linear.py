@@ -74,12 +74,13 @@ def test_a_gpu_without_triton_is_loud(monkeypatch, library):
     assert ops.kernel_of("int_linear", "cuda") == "reference (torch)"
 
 
-def test_humming_runs_on_request_alone(monkeypatch, library):
+def test_humming_runs_where_it_is_installed_or_asked_for(monkeypatch, library):
     cuda.register(library)
 
     def choose(choice, found=None):
         monkeypatch.setenv("ROTQUANT_CUDA_LINEAR", choice)
         monkeypatch.setattr(humming, "installed", lambda: found)
+        humming.wanted.cache_clear()
         humming.chosen.cache_clear()
         return ops.kernel_of("int_linear", "cuda")
 
@@ -93,7 +94,10 @@ def test_humming_runs_on_request_alone(monkeypatch, library):
         ):  # fmt: skip
             with pytest.raises(ValueError, match=word):
                 choose(choice, found)
+        for found, runs in ((None, False), ("0.1.14", False), ("0.1.17", True)):
+            assert choose("auto", found).startswith("humming") == runs
     finally:
+        humming.wanted.cache_clear()
         humming.chosen.cache_clear()
 
 

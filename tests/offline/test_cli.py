@@ -41,6 +41,13 @@ def test_every_verb_has_help_with_examples(capsys: Capture) -> None:
     assert all(verb in text for verb in VERBS)
 
 
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"rotquant {rotquant.__version__}\n"
+
+
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     code = "import sys, rotquant.cli as c; c.parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -74,7 +74,11 @@ def test_strictness_travels(child: Any, base: Path) -> None:
         ({}, {"rotquant": {"cuda_linear": ["triton"]}}, r"rotquant.cuda_linear is \['triton'\]"),
         ({}, {"rotquant": "strict"}, r"--additional-config: rotquant is 'strict': it must be an object"),
         ({"ROTQUANT_STRICT": "no"}, None, r"variable ROTQUANT_STRICT is 'no': it can be 1, 0"),
-        ({"ROTQUANT_CUDA_LINEAR": "marlin"}, None, r"ROTQUANT_CUDA_LINEAR is 'marlin': it can be triton, humming"),
+        (
+            {"ROTQUANT_CUDA_LINEAR": "marlin"},
+            None,
+            r"ROTQUANT_CUDA_LINEAR is 'marlin': it can be auto, triton, humming",
+        ),
     ],
 )
 def test_settings_are_checked(child: Any, base: Path, first: Any, given: Any, message: str) -> None:

@@ -48,6 +48,7 @@ def test_the_plugin_fits_the_installed_vllm() -> None:
 # What compat reads of Python's and transformers' objects, what it adds to vLLM's, and `backend` of a config that only
 # newer versions have.
 NOT_VLLM_S = {
+    "tolist",
     *("__init__", "__module__", "__name__", "__qualname__", "get", "is_dir", "items", "modules", "values", "backend"),
     *("from_dict", "get_config_dict", "to_dict", "rotquant_read", "turn_prompt_embeds"),
 }

@@ -3,6 +3,7 @@ compiles anything; a layer that the kernels do not read is refused; the proof do
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,15 @@ from rotquant.errors import RotQuantError
 from rotquant_kernels import convention, cuda, ops
 from rotquant_kernels.backends import BACKENDS, REFERENCE
 from rotquant_kernels.backends.triton import Triton
-from rotquant_kernels.cuda import gemm, kv4
+from rotquant_kernels.cuda import kv4, tiles
 from rotquant_kernels.cuda.device import Device
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
-from vllm_rotquant import rotation, witness
+from vllm_rotquant import rotation, steps, witness
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.fusion import QuantizingNorm
-from vllm_rotquant.kv_cache import KV4Impl
+from vllm_rotquant.kv_cache import KV4Impl, KV4Metadata
 from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.warmup import warm_attention, warm_linears
 
@@ -95,6 +96,7 @@ class Server:
             method.norm = QuantizingNorm(norm, method.format)
         self.layers["down"].quant_method.silu_mul = True
         self.attention = [attention(), attention(window=1024)]
+        self.attention[0].impl.dense = "stand-in", lambda *given: None
         # As vLLM cuts one buffer into layers and blocks.
         self.pages = torch.zeros(9, KV_HEADS, PAGE, kv_token_bytes(DIM, False), dtype=torch.uint8)
 
@@ -119,8 +121,9 @@ class Server:
         sequences = torch.zeros(len(new), dtype=torch.int32)
         table, out = torch.zeros(len(new), -(-longest // PAGE), dtype=torch.int32), torch.empty_like(query)
         slots = torch.zeros(tokens + 3, dtype=torch.int64)[3:]  # not aligned
-        metadata = SimpleNamespace(query_start=starts, seq_lens=sequences, block_table=table)
         for layer in self.attention:
+            cut = steps.parts(new, [longest] * len(new), starts, sequences, table, layer.impl.limits(PAGE))
+            metadata = KV4Metadata(starts, sequences, table, cut)
             layer.impl.do_kv_cache_update(None, key, value, self.pages, slots)
             layer.impl.forward(None, query, key, value, self.pages, metadata, out)
         self.apply("o", out.view(tokens, -1))
@@ -132,9 +135,11 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
     server, chance = Server(), random.Random(1)
     server.warm_up()
     warmed, longest = len(on_the_gpu), 8192
-    # 4 tiles of 3 sorts of linear layers, 2 norms, 3 kinds of rows, writing, attention by 8, 16 and 64 rows, whole and
-    # in parts, with and without a window, and the merge of parts.
-    assert warmed == 4 * 3 + 2 + 3 + 1 + 3 * 2 * 2 + 1, [made.name for made in on_the_gpu]
+    # Tiles of 3 sorts of linear layers, in parts too, and the sums of those; 2 norms, 3 kinds of rows, writing,
+    # attention by 8, 16 and 64 rows, whole and in parts, with and without a window, and the merge of parts; gathering,
+    # and turning of queries.
+    linears = sum(made.name in ("linear_kernel", "sum_kernel") for made in on_the_gpu)
+    assert warmed == linears + 2 + 3 + 1 + 3 * 2 * 2 + 1 + 2, [made.name for made in on_the_gpu]
     for sequences in range(1, 258):  # pure decoding, every size
         server.step([1] * sequences, longest)
     for _ in range(1000):
@@ -205,6 +210,12 @@ def test_the_few_batches_stand_for_all(group, least, window):
 
 
 def test_the_few_numbers_of_tokens_stand_for_all():
-    for columns, groups in ((4096, 1), (100, 1), (4096, 32), (96, 3)):
-        warmed = {gemm.tiles(tokens, columns, groups) for tokens in gemm.DISTINCT}
-        assert {gemm.tiles(tokens, columns, groups) for tokens in range(1, 5000)} == warmed
+    def variant(tokens: int, shape: tiles.Shape, device: Device) -> tuple[Any, bool]:
+        cut = tiles.tiles(tokens, shape, device)
+        return cut._replace(splits=0), cut.splits > 1
+
+    for sizes in ((4096, 4096, 1), (14336, 4096, 1), (4096, 128256, 1), (100, 64, 1), (4096, 4096, 32), (96, 512, 3)):
+        shape = tiles.Shape(*sizes)
+        for device in (Device(132, 8, 90), Device(84, 8, 86), Device(148, 16, 100)):
+            warmed = {variant(tokens, shape, device) for tokens in tiles.distinct_tokens(shape, device)}
+            assert {variant(tokens, shape, device) for tokens in (*range(1, 150), *range(150, 9000, 37))} == warmed

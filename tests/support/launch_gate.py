@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from rotquant_kernels.cuda import gemm, kv4, layout, rows
+from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, workspace
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import GPUS, Compiled, stand_in
 
@@ -126,6 +126,22 @@ def attend(
     kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, window)
 
 
+def attend_dense(
+    tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
+    page: int = 16, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """A long prefill by way of a workspace; what computes it is not ours."""
+    query = torch.empty(tokens, heads, dim, dtype=dtype)
+    pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
+    starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
+    table = torch.zeros(sequences, -(-tokens // page), dtype=torch.int32)
+    room = workspace.workspace([tokens] * sequences, torch.device("cpu"))
+    kv4_dense.attention(
+        query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, room, tokens,
+        lambda *given: None,
+    )  # fmt: skip
+
+
 def core() -> Iterator[Launch]:
     """One of each kernel in the form that is hardest to compile: a few seconds an architecture."""
     yield "decode, 1 sequence", lambda: attend(1, 1)
@@ -135,10 +151,11 @@ def core() -> Iterator[Launch]:
     yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
     yield "dense 128 before a layer", lambda: turn(1, 4096, "dense", 128)
     yield "norm, 4096 inputs", lambda: norm(1, 4096)
-    yield "linear, 1 token", lambda: linear(1, 4096, 512)
-    yield "linear, 256 tokens", lambda: linear(256, 4096, 512)
+    yield "linear, 1 token", lambda: linear(1, 4096, 512)  # its columns among programs, whose parts are added up
+    yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
     yield "prefill, 1 sequence", lambda: attend(700, 1)
+    yield "prefill by a workspace", lambda: attend_dense(700, 1)
 
 
 def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
@@ -151,7 +168,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
         "gate_up": (model.hidden, 2 * inner, False), "down": (inner, model.hidden, False),
         "lm_head": (model.hidden, -(-model.vocabulary // ranks), False),
     }  # fmt: skip
-    for m in (*BATCHES, 65, 256):
+    for m in (*BATCHES, 65, 256, 4097):
         for layer, (k, n, bias) in layers.items():
             bits = 8 if layer == "lm_head" else 4
             yield f"{where} {layer}, {m} tokens", lambda m=m, k=k, n=n, b=bias, w=bits: linear(m, k, n, w, bias=b)
@@ -169,6 +186,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
             yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
     for tokens, sequences in ((6, 2), (700, 1), (4096, 16)):
         yield f"{where} {tokens} tokens of {sequences}", lambda t=tokens, s=sequences: attend(t, s, **shape)
+    yield f"{where} prefill by a workspace", lambda: attend_dense(300, 2, **shape)
 
 
 def odd() -> Iterator[Launch]:
@@ -206,6 +224,7 @@ def odd() -> Iterator[Launch]:
     ):  # fmt: skip
         for symmetric in (False, True):
             yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
+            yield f"workspace {shape}", lambda a=shape, s=symmetric: attend_dense(*a, symmetric=s)
     for tokens, window in ((1, 128), (1, 4096), (700, 128), (700, 4096)):
         yield f"attention of {tokens}, window {window}", lambda t=tokens, w=window: attend(t, 1, window=w)
     for dim in (16, 64, 80, 96, 256):

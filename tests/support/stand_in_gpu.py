@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rotquant_kernels.cuda import device, kv4, rows_long
+from rotquant_kernels.cuda import device, gemm, kv4, rows_long
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # KiB of shared memory that a program may have, processors.
@@ -72,9 +72,9 @@ def stand_in(arch: int) -> Iterator[list[Compiled]]:
         get_active_torch_device=lambda: torch.device("cpu"),
         utils=SimpleNamespace(),
     )
-    stood = device.Device(GPUS[arch][1], 16 if arch // 10 == 10 else 8)
+    stood = device.Device(GPUS[arch][1], 16 if arch // 10 == 10 else 8, arch)
     with ExitStack() as patched:
-        for module in (kv4, rows_long):
+        for module in (gemm, kv4, rows_long):
             patched.enter_context(mock.patch.object(module, "device_of", return_value=stood))
         patched.enter_context(mock.patch.object(kv4, "INTERPRETED", False))
         patched.enter_context(mock.patch.object(driver, "_active", gpu))

@@ -66,10 +66,13 @@ ATTRIBUTES = {
     Name("vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo"): (
         "can_load load_numel load_numel_total reset restore_device restore_metadata"
     ),
-    Name("vllm.platforms.interface", "Platform"): "device_type is_cpu",
+    Name("vllm.platforms.interface", "Platform"): "device_type is_cpu is_cuda",
     Name(f"{ATTENTION}backend", "AttentionCGSupport"): "UNIFORM_BATCH",
     Name(f"{ATTENTION}backend", "AttentionType"): "DECODER",
-    Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): "block_table_tensor causal query_start_loc seq_lens",
+    Name(f"{ATTENTION}backend", "AttentionMetadataBuilder"): "reorder_batch_threshold",
+    Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): (
+        "block_table_tensor causal max_seq_len query_start_loc query_start_loc_cpu seq_lens"
+    ),
     Name("vllm.v1.kv_cache_interface", "AttentionSpec"): "dtype head_size state_content_bytes",
     Name("vllm.v1.kv_cache_interface", "KVCacheLayout"): "LBHNC",
     **{  # vLLM's own implementations, which an attention layer holds until it gets ours
@@ -118,6 +121,8 @@ OWN = {
     "Embedding.__init__",
     "KV4Impl.__init__",
     "KV4Impl.attend",
+    "KV4Impl.attend_part",
+    "KV4Impl.limits",
     "KVCacheMethod.__init__",
     "RotQuantConfig.__reduce__",
     "RotQuantConfig.basis",

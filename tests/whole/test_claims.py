@@ -1,7 +1,7 @@
 """What the papers say that their methods do to activations, on the hardened demo model, by the figures of inspect.
 
-Text that calibration does not use; weights round to nearest, as the claims are about what is rotated. README has the
-same for two models, more calibration and three seeds.
+Text that calibration does not use; weights round to nearest, as the claims are about what is rotated. docs/results.md
+has the same for two models, more calibration and three seeds.
 """
 
 from __future__ import annotations

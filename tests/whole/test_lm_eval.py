@@ -1,4 +1,4 @@
-"""lm-eval: its vLLM backend on a checkpoint, and its transformers backend on `rotquant.load`, agree."""
+"""lm-eval: its vLLM backend on a checkpoint, and its transformers backend on `rotquant.load` (the example), agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import rotquant
+import measure_with_lm_eval
 from source_models import HELDOUT
 
 pytestmark = pytest.mark.vllm
@@ -40,19 +40,6 @@ def task(tmp_path: Path) -> Path:
     return folder
 
 
-def with_transformers(checkpoint: Path, task: Path) -> dict[str, Any]:
-    """In this process, by lm-eval's Python call."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoTokenizer
-
-    model = HFLM(rotquant.load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(checkpoint))
-    manager = TaskManager(include_path=str(task), include_defaults=False)
-    found = lm_eval.simple_evaluate(model, tasks=["heldout"], task_manager=manager, bootstrap_iters=0)
-    return found["results"]["heldout"]
-
-
 def with_vllm(checkpoint: Path, task: Path) -> tuple[dict[str, Any], str]:
     """By lm-eval's command line, as a user runs it; also its log."""
     arguments = f"pretrained={checkpoint},quantization=rotquant,max_model_len=1024,enforce_eager=True"
@@ -67,7 +54,7 @@ def with_vllm(checkpoint: Path, task: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_backends_agree(demo: Any, task: Path) -> None:
-    torch = with_transformers(demo.quarot, task)
+    torch = measure_with_lm_eval.measure(str(demo.quarot), "heldout", include=str(task))
     served, log = with_vllm(demo.quarot, task)
     print(torch, served, sep="\n")
     assert "rotquant start-up check" in log

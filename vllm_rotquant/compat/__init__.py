@@ -47,6 +47,7 @@ from vllm_rotquant.compat.attention import (
     built_layers,
     head_major_layouts,
     opaque_pages,
+    step_lengths,
 )
 from vllm_rotquant.compat.experts import (
     experts_here,
@@ -54,6 +55,7 @@ from vllm_rotquant.compat.experts import (
     experts_share,
     routed,
 )
+from vllm_rotquant.compat.flash import dense_attention
 from vllm_rotquant.compat.models import (
     decoder_output,
     final_norm_holder,
@@ -131,6 +133,7 @@ __all__ = [
     "built_layers",
     "can_be_reloaded",
     "decoder_output",
+    "dense_attention",
     "device_type",
     "experts_here",
     "experts_refusals",
@@ -164,6 +167,7 @@ __all__ = [
     "routed",
     "silu_mul_before",
     "stays_out_of_reloads",
+    "step_lengths",
     "tell_compiled_graphs_apart",
     "turn_prompt_embeds",
     "vllm_config",

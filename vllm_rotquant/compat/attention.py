@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 
@@ -24,6 +25,14 @@ def head_major_layouts() -> Sequence[Any] | None:
     except ImportError:
         return None
     return (KVCacheLayout.LBHNC,)
+
+
+def step_lengths(common: CommonAttentionMetadata) -> tuple[list[int], list[int]]:
+    """New tokens of each sequence of a step, and its tokens in the cache at most, without waiting for the device."""
+    starts = common.query_start_loc_cpu.tolist()
+    new = [after - before for before, after in pairwise(starts)]
+    known = getattr(common, "seq_lens_cpu_upper_bound", None)  # later than vLLM 0.28
+    return new, [common.max_seq_len] * len(new) if known is None else known.tolist()
 
 
 def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:

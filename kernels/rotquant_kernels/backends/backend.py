@@ -71,8 +71,9 @@ class Backend:
         packed = packed.contiguous()
         return torch.ops.rotquant.pack_weight(packed, layer.weights.bits, layer.columns, weight_scale.shape[1])
 
-    def distinct_tokens(self) -> tuple[int, ...]:
-        """Numbers of tokens that between them run every kernel of a linear layer and of a norm that any number runs.
+    def distinct_tokens(self, columns: int, channels: int, groups: int, device: torch.device) -> tuple[int, ...]:
+        """Numbers of tokens that between them run every kernel that any number runs: of a linear layer [channels,
+        columns] with so many scales a channel, and of a norm before it.
 
         Empty where nothing is compiled at run time.
         """

@@ -1,4 +1,5 @@
-"""Humming's GEMM in front of Triton's, for the layers that it runs, where ROTQUANT_CUDA_LINEAR asks for it."""
+"""Humming's GEMM in front of Triton's, for the layers that it runs, where it is installed and ROTQUANT_CUDA_LINEAR
+does not forbid it."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ class Triton(Backend):
 
         return layout.misfit(layer.columns, layer.weights.groups(layer.columns))
 
-    def distinct_tokens(self) -> tuple[int, ...]:
-        from rotquant_kernels.cuda import gemm
+    def distinct_tokens(self, columns: int, channels: int, groups: int, device: torch.device) -> tuple[int, ...]:
+        from rotquant_kernels.cuda import gemm, tiles
 
-        return gemm.DISTINCT
+        return tiles.distinct_tokens(tiles.Shape(columns, channels, groups), gemm.device_of(device))
 
     def distinct_batches(self, group: int, page: int) -> list[tuple[int, int]]:
         from rotquant_kernels.cuda import kv4

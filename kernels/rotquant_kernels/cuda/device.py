@@ -9,10 +9,11 @@ import torch
 
 
 class Device(NamedTuple):
-    """What matters of a device: processors, and the fewest rows that its matrix unit takes."""
+    """What matters of a device: processors, the fewest rows that its matrix unit takes, its sm (80, 90, ...)."""
 
     processors: int
     least_rows: int
+    sm: int = 0
 
 
 @once
@@ -21,4 +22,4 @@ def device_of(device: torch.device) -> Device:
         return Device(1, 8)  # Triton's interpreter
     found = torch.cuda.get_device_properties(device)
     # tcgen05 has no layout for a second operand of 8 columns that lies by rows, as softmax weights do.
-    return Device(found.multi_processor_count, 16 if found.major == 10 else 8)
+    return Device(found.multi_processor_count, 16 if found.major == 10 else 8, 10 * found.major + found.minor)

@@ -5,13 +5,14 @@
 The product is made transposed, weights on the left: a 4-bit weight is unpacked in registers, where the tensor cores
 of every generation take their left operand (wgmma on Hopper, mma.sync elsewhere). A nibble becomes 16 q in an int8 by
 one shift or mask, no sign to extend; acc is 16 times too large until it is shifted back, exactly.
-Tiles depend on the number of tokens only through sums of integers, so results do not.
+Where tiles are too few to fill the device, the columns are split: programs leave sums of integers, and a second launch
+adds them up and scales them. Neither tiles nor splits change a result, so no result depends on its batch: `tiles`.
 """
 
 # ruff: noqa: N803, N806 (Triton's compile-time constants are upper case)
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,28 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rotquant_kernels.cuda import layout, rows
+from rotquant_kernels.cuda.device import device_of
+from rotquant_kernels.cuda.tiles import Shape, Tiles, tiles
 
-
-class Tiles(NamedTuple):
-    """Sizes of one program: output channels, tokens, columns a step; its warps and its pipeline's depth."""
-
-    n: int
-    m: int
-    k: int
-    warps: int
-    stages: int
-
-
-DISTINCT = (1, 17, 33, 65)  # numbers of tokens that between them get all tiles
-
-
-def tiles(tokens: int, columns: int, groups: int) -> Tiles:
-    """A choice by the number of tokens. Few tokens: small tiles, so that every multiprocessor reads weights."""
-    size = columns if groups == 1 else columns // groups
-    step = max(k for k in (32, 64, 128) if groups == 1 or size % k == 0)
-    if tokens <= 32:
-        return Tiles(32, 16 if tokens <= 16 else 32, step, 4, 6)
-    return Tiles(64, 64, step, 4, 4) if tokens <= 64 else Tiles(128, 128, step, 8, 3)
+PER_STEP = [
+    "tokens",
+    "splits",
+    "part",
+]  # arguments that change from step to step: no kernel is compiled for one of them
+TOGETHER = tl.constexpr(8)
+SUM_TILE = (64, 16)  # channels, tokens of a program that adds up parts
 
 
 @triton.jit
@@ -94,39 +83,23 @@ def scaled(acc, sums, weight_scale, zero, n, channels, SYMMETRIC: tl.constexpr, 
     return acc.to(tl.float32) * tl.load(weight_scale, n < channels, 0)[:, None]
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def linear_kernel(
-    codes, scales, zeros, words, sums, weight_scale, down, up, bias, out, tokens, columns, channels, padded, rank,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """One tile of TM tokens and TN channels; STEPS of TK columns make a group, where there are groups.
+@triton.jit
+def place(channels, tokens, TN: tl.constexpr, TM: tl.constexpr):
+    """The tile of channels and the tile of tokens of this program: TOGETHER tiles of tokens take the same weights one
+    after the other, so that these are read from the cache."""
+    tiles_n, tiles_m = tl.cdiv(channels, TN), tl.cdiv(tokens, TM)
+    program = tl.program_id(0)
+    first = program // (tiles_n * TOGETHER) * TOGETHER
+    height = tl.minimum(tiles_m - first, TOGETHER)
+    inside = program % (tiles_n * TOGETHER)
+    return inside // height, first + inside % height
 
-    down float32 [tokens, rank] is (x T) D; up float [rank, channels].
-    """
-    n = tl.program_id(0) * TN + tl.arange(0, TN)
-    m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
-    line = padded.to(tl.int64) * 16
-    zero = tl.load(zeros + m, m < tokens, 0)
-    y = tl.zeros([TN, TM], tl.float32)
-    if GROUPS == 1:
-        acc = tl.zeros([TN, TM], tl.int32)
-        for i in range(tl.cdiv(columns, TK)):
-            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
-        y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
-    else:
-        for group in range(GROUPS):
-            acc = tl.zeros([TN, TM], tl.int32)
-            if STEPS * TK <= 128:  # one loop, so that loads of the next groups are on their way
-                for i in tl.static_range(STEPS):
-                    first = (group * STEPS + i) * TK
-                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
-            else:  # the pipeline of whole groups would be too large for shared memory
-                for i in range(STEPS):
-                    first = (group * STEPS + i) * TK
-                    acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
-            at = weight_scale + n * GROUPS + group
-            y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
+
+@triton.jit
+def finish(
+    y, n, m, scales, down, up, bias, out, tokens, channels, rank, RANK: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Scales, adds and stores a tile: y float32 [n, m], Σ_g (acc_g - z_x sum_g) s_w,g."""
     y = y * tl.load(scales + m, m < tokens, 0)[None, :]
     if RANK > 0:
         for part in range(RANK // 16):  # more of it at once, and on Blackwell a loop of one step, spill registers
@@ -138,6 +111,84 @@ def linear_kernel(
         y = y + tl.load(bias + n, n < channels, 0).to(tl.float32)[:, None]
     at = out + (m * channels)[None, :] + n[:, None]
     tl.store(at, y.to(out.dtype.element_ty), (m < tokens)[None, :] & (n < channels)[:, None])
+
+
+@triton.jit(do_not_specialize=PER_STEP)
+def linear_kernel(
+    codes, scales, zeros, words, sums, weight_scale, down, up, bias, out, tokens, columns, channels, padded, rank,
+    part, BITS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr,
+    TK: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile of TM tokens and TN channels; STEPS of TK columns make a group, where there are groups.
+
+    down float32 [tokens, rank] is (x T) D; up float [rank, channels]. Where PARTS, programs (tile, p) take `part` steps
+    of columns each, from p * part on, and leave acc in out, int32 [parts, tokens, padded].
+    """
+    tile_n, tile_m = place(channels, tokens, TN, TM)
+    n = tile_n * TN + tl.arange(0, TN)
+    m = tile_m.to(tl.int64) * TM + tl.arange(0, TM)
+    line = padded.to(tl.int64) * 16
+    if PARTS:
+        acc = tl.zeros([TN, TM], tl.int32)
+        begin = tl.program_id(1) * part
+        for i in range(begin, tl.minimum(begin + part, tl.cdiv(columns, TK))):
+            acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+        at = out + ((tl.program_id(1).to(tl.int64) * tokens + m) * padded)[None, :] + n[:, None]
+        tl.store(at, acc, (m < tokens)[None, :])
+    else:
+        if GROUPS == 1:
+            acc = tl.zeros([TN, TM], tl.int32)
+            for i in range(tl.cdiv(columns, TK)):
+                acc = step(acc, words, codes, i * TK, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+            if TM == 128 and RANK == 0:  # half a tile after the other: one at once wants registers for two
+                half = tile_m.to(tl.int64) * TM + tl.arange(0, TM // 2)
+                first, last = tl.split(tl.permute(tl.reshape(acc, [TN, 2, TM // 2]), (0, 2, 1)))
+                zero = tl.load(zeros + half, half < tokens, 0)
+                y = scaled(first, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+                finish(y, n, half, scales, down, up, bias, out, tokens, channels, rank, RANK, BIAS)
+                half += TM // 2
+                zero = tl.load(zeros + half, half < tokens, 0)
+                y = scaled(last, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+                finish(y, n, half, scales, down, up, bias, out, tokens, channels, rank, RANK, BIAS)
+            else:
+                zero = tl.load(zeros + m, m < tokens, 0)
+                y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+                finish(y, n, m, scales, down, up, bias, out, tokens, channels, rank, RANK, BIAS)
+        else:
+            zero = tl.load(zeros + m, m < tokens, 0)
+            y = tl.zeros([TN, TM], tl.float32)
+            for group in range(GROUPS):
+                acc = tl.zeros([TN, TM], tl.int32)
+                if STEPS * TK <= 128:  # one loop, so that loads of the next groups are on their way
+                    for i in tl.static_range(STEPS):
+                        first = (group * STEPS + i) * TK
+                        acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+                else:  # the pipeline of whole groups would be too large for shared memory
+                    for i in range(STEPS):
+                        first = (group * STEPS + i) * TK
+                        acc = step(acc, words, codes, first, n, m, tokens, columns, line, BITS, TK, EVEN, ASM)
+                at = weight_scale + n * GROUPS + group
+                y = y + scaled(acc, sums + group * padded, at, zero, n, channels, SYMMETRIC, BITS)
+            finish(y, n, m, scales, down, up, bias, out, tokens, channels, rank, RANK, BIAS)
+
+
+@triton.jit(do_not_specialize=PER_STEP)
+def sum_kernel(
+    parts, scales, zeros, sums, weight_scale, down, up, bias, out, tokens, channels, padded, rank, splits,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, TN: tl.constexpr,
+    TM: tl.constexpr,
+):  # fmt: skip
+    """What `linear_kernel` left in parts, int32 [splits, tokens, padded], as the layer's output: one tile of it."""
+    n = tl.program_id(0) * TN + tl.arange(0, TN)
+    m = tl.program_id(1).to(tl.int64) * TM + tl.arange(0, TM)
+    at = parts + (m * padded)[None, :] + n[:, None]
+    acc = tl.zeros([TN, TM], tl.int32)
+    for split in range(splits):
+        acc += tl.load(at + split * tokens.to(tl.int64) * padded, (m < tokens)[None, :], 0)
+    zero = tl.load(zeros + m, m < tokens, 0)
+    y = scaled(acc, sums, weight_scale + n, zero, n, channels, SYMMETRIC, BITS)
+    finish(y, n, m, scales, down, up, bias, out, tokens, channels, rank, RANK, BIAS)
 
 
 def product(
@@ -164,18 +215,42 @@ def product(
         raise ValueError(f"low_rank_up {list(up.shape)} does not follow low_rank_down and {channels} channels")
     out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
     if tokens and channels:
-        size = tiles(tokens, columns, groups)
         rank = 0 if up is None else up.shape[0]
-        steps = columns // (groups * size.k) if groups > 1 else 0
-        linear_kernel[(triton.cdiv(channels, size.n), triton.cdiv(tokens, size.m))](
-            codes, scale, zero, words, sums, weight_scale.contiguous(), down, None if up is None else up.contiguous(),
-            None if bias is None else bias.contiguous(), out, tokens, columns, channels, words.shape[1], rank,
-            BITS=bits, GROUPS=groups, STEPS=steps, SYMMETRIC=symmetric,
-            RANK=max(layout.multiple(rank, 16), 32) if rank else 0, BIAS=bias is not None,
-            EVEN=columns % size.k == 0, TN=size.n, TM=size.m, TK=size.k, ASM=not triton.knobs.runtime.interpret,
-            num_warps=size.warps, num_stages=size.stages, **rows.EXACT,
+        branch = down, None if up is None else up.contiguous(), None if bias is None else bias.contiguous()
+        run(
+            (codes, scale, zero, words, sums, weight_scale.contiguous(), *branch, out), rank,
+            # A branch in full precision has no registers for the largest tiles.
+            tiles(min(tokens, 1024) if rank else tokens, Shape(columns, channels, groups), device_of(codes.device)),
+            {"BITS": bits, "SYMMETRIC": symmetric, "BIAS": bias is not None},
         )  # fmt: skip
     return out
+
+
+def run(given: tuple[Any, ...], rank: int, cut: Tiles, settings: dict[str, Any]) -> None:
+    """Launches a product, in parts where its columns are split.
+
+    Args:
+        given: `linear_kernel`'s tensors; settings: compile-time arguments that both kernels have.
+    """
+    codes, scale, zero, words, sums, weight_scale, *branch, out = given
+    (tokens, columns), (channels, groups), padded = codes.shape, weight_scale.shape, words.shape[1]
+    settings |= {"RANK": max(layout.multiple(rank, 16), 32) if rank else 0, **rows.EXACT}
+    parts = cut.splits > 1
+    to = torch.empty((cut.splits, tokens, padded), dtype=torch.int32, device=out.device) if parts else out
+    options = {"maxnreg": cut.registers} if cut.registers and branch[1] is None and groups == 1 else {}
+    linear_kernel[triton.cdiv(channels, cut.n) * triton.cdiv(tokens, cut.m), cut.splits](
+        codes, scale, zero, words, sums, weight_scale, *branch, to, tokens, columns, channels, padded, rank,
+        triton.cdiv(triton.cdiv(columns, cut.k), cut.splits), **settings, GROUPS=groups,
+        STEPS=columns // (groups * cut.k) if groups > 1 else 0, EVEN=columns % cut.k == 0, PARTS=parts, TN=cut.n,
+        TM=cut.m, TK=cut.k, ASM=not triton.knobs.runtime.interpret, num_warps=cut.warps, num_stages=cut.stages,
+        **options,
+    )  # fmt: skip
+    if parts:
+        tn, tm = SUM_TILE
+        sum_kernel[triton.cdiv(channels, tn), triton.cdiv(tokens, tm)](
+            to, scale, zero, sums, weight_scale, *branch, out, tokens, channels, padded, rank, cut.splits, **settings,
+            TN=tn, TM=tm, num_warps=4,
+        )  # fmt: skip
 
 
 def int_linear(

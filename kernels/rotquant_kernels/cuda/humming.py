@@ -1,4 +1,4 @@
-"""Humming: the integer product on int4 tensor cores (sm_80 to 89) or int8 ones, if ROTQUANT_CUDA_LINEAR=humming.
+"""Humming: the integer product on int4 tensor cores (sm_80 to 89), or on int8 ones by ROTQUANT_CUDA_LINEAR=humming.
 
 It multiplies the integers of `layout`, which are the words of its flat layout as they are: nibble p of a chunk is our
 column 16 (p mod 2) + p / 2, so the activations' codes are written in that order (`rows`, ORDER), packed where they
@@ -6,9 +6,10 @@ are int4. Its own input kernels do not fit: their scale is absmax / 7, and they 
 
     y = bf16(bf16(acc s_x) s_w + bias)
 
-is its epilogue: one rounding more than the specification's, half a step of bfloat16. So it is not the default, it
-takes bfloat16 layers with symmetric activations and one scale a channel (bfloat16 numbers, as checkpoints hold them),
-and Triton runs the others. Split sums are off (`use_batch_invariant`): a token's result depends on no other.
+is its epilogue: one rounding more than the specification's, half a step of bfloat16. So where it is installed and
+nothing else is asked for ("auto"), it runs what gains by it, 4-bit weights and activations on GPUs that multiply int4.
+It takes bfloat16 layers with symmetric activations and one scale a channel (bfloat16 numbers, as checkpoints hold
+them); Triton runs the others. Split sums are off (`use_batch_invariant`): a token's result depends on no other.
 """
 
 from __future__ import annotations
@@ -51,34 +52,47 @@ def installed() -> str | None:
 
 
 @functools.cache
-def chosen() -> bool:
-    """Whether the user asked for Humming.
+def wanted() -> str:
+    """What the user asked for: "auto", "triton" or "humming".
 
     Raises:
-        ValueError: an unknown choice, or Humming is not there in a supported version.
+        ValueError: an unknown choice.
     """
-    choice = _choice or os.environ.get(SWITCH, "triton")
-    if choice not in ("triton", "humming"):
-        raise ValueError(f"{SWITCH} is {choice!r}: triton or humming")
+    choice = _choice or os.environ.get(SWITCH, "auto")
+    if choice not in ("auto", "triton", "humming"):
+        raise ValueError(f"{SWITCH} is {choice!r}: auto, triton or humming")
+    return choice
+
+
+@functools.cache
+def chosen() -> bool:
+    """Whether Humming runs the layers that it fits.
+
+    Raises:
+        ValueError: an unknown choice, or Humming was asked for and is not there in a supported version.
+    """
+    choice = wanted()
     if choice == "triton":
         return False
     low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
     found = installed()
+    fits = found is not None and SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]
+    if choice == "auto" or fits:
+        return fits
     if found is None:
         raise ValueError(f'{SWITCH}=humming needs it: pip install "humming-kernels>={low},<{high}"')
-    if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:3]) < SUPPORTED[1]:
-        raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
-    return True
+    raise ValueError(f"{SWITCH}=humming needs humming-kernels >={low},<{high}, not {found}")
 
 
 def choose(choice: str) -> None:
-    """Sets what `chosen` goes by in the place of the environment: "triton" or "humming".
+    """Sets what `wanted` goes by in the place of the environment.
 
     Raises:
         ValueError: as `chosen`.
     """
     global _choice
     _choice = choice
+    wanted.cache_clear()
     chosen.cache_clear()
     chosen()
 
@@ -107,7 +121,10 @@ def configuration(layer: Layer, sm: int) -> tuple[Any, str]:
 
 def misfit(layer: Layer, groups: int, low_rank: bool, dtype: torch.dtype, sm: int) -> str:
     """Why Humming cannot run this layer on rows of a dtype, or nothing."""
+    auto, bits = wanted() == "auto", (layer.weight_bits, layer.act_bits)
     for what, wrong in (
+        (f"sm_{sm} multiplies no int4", auto and sm not in INT4),
+        (f"W{bits[0]}A{bits[1]} gains nothing", auto and bits != (4, 4)),
         ("activations are asymmetric", not layer.symmetric),
         ("weight scales are by group", groups != 1),
         ("there is a low-rank branch", low_rank),

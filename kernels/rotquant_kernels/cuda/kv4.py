@@ -24,6 +24,7 @@ from rotquant_kernels.reference import kv_token_bytes
 LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
+RESIDENT = 3  # programs that a processor holds at once, by the registers of one that takes a part
 MERGED_TOGETHER = 8
 PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
@@ -110,8 +111,8 @@ def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, d
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
     longest = min(longest, window + rows // group) if window else longest
-    wanted = min(4 * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
-    return Plan(rows, 1 << max(wanted, 1).bit_length() - 1)
+    wanted = min(RESIDENT * device.processors // programs, longest // LEAST_SPLIT, MOST_SPLITS)
+    return Plan(rows, max(wanted, 1))
 
 
 def distinct_batches(group: int, page: int) -> list[tuple[int, int]]:

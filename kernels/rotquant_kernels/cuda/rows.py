@@ -31,7 +31,7 @@ STAGES = ("hadamard", "dense")  # online transforms that have a kernel; a dense 
 def quantize_kernel(
     x, residual, norm, stream, codes, scales, zeros, x_stride, columns, clip, eps,
     SOURCE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ORDER: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One row: see the module's docstring. ORDER of the codes: natural; humming8, humming4: `humming`."""
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +57,7 @@ def quantize_kernel(
         tl.store(scales + row, scale)
         tl.store(zeros + row, zero.to(tl.int32))
         length = columns // 2 if ORDER == "humming4" else columns
-        store_codes(codes + row * length, y, scale, zero, 0, columns, WIDTH, BITS, ORDER)
+        store_codes(codes + row * length, y, scale, zero, 0, columns, WIDTH, BITS, ORDER, ASM)
 
 
 def launch(
@@ -90,6 +90,7 @@ def launch(
     step = x.stride(0) if rows > 1 else 0  # of a single row any number, which would be a reason to compile anew
     width = max(triton.next_power_of_2(columns), 32)
     settings = {"SOURCE": source, "BLOCK": 1 << log, "LOG": log, "BITS": bits, "SYMMETRIC": symmetric, "ORDER": order}
+    settings["ASM"] = not triton.knobs.runtime.interpret
     if rows and width > LARGEST and source != "rms_norm":
         rows_long.launch(x, codes, scale, zero, step, columns, clip, settings)
     elif rows:

@@ -40,7 +40,7 @@ def joined(at, STRIDE: tl.constexpr, NORM: tl.constexpr):
 def quantize_long_kernel(
     x, scratch, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr,
     SOURCE: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    ORDER: tl.constexpr,
+    ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows program, program + programs, ...; scratch float32 [programs, columns]. For BITS = 0 `codes` is scratch."""
     SPAN: tl.constexpr = 1 << LOG_SPAN
@@ -77,7 +77,7 @@ def quantize_long_kernel(
             length = columns // 2 if ORDER == "humming4" else columns
             for first in range(0, columns, SPAN):
                 y = tl.load(turned + first + place, first + place < columns, 0)
-                store_codes(codes + row * length, y, scale, zero, first, columns, SPAN, BITS, ORDER)
+                store_codes(codes + row * length, y, scale, zero, first, columns, SPAN, BITS, ORDER, ASM)
 
 
 def launch(

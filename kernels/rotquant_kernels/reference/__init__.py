@@ -9,6 +9,7 @@ from rotquant_kernels.reference.experts import moe_experts
 from rotquant_kernels.reference.kv4 import (
     attend,
     kv4_attention,
+    kv4_gather,
     kv4_read,
     kv4_write,
     kv_planes,
@@ -25,6 +26,7 @@ __all__ = [
     "int_linear",
     "int_matmul",
     "kv4_attention",
+    "kv4_gather",
     "kv4_read",
     "kv4_write",
     "kv_planes",

@@ -120,6 +120,30 @@ def kv4_read(cache: Tensor, blocks: Tensor, head_dim: int, symmetric: bool) -> t
     return out[0], out[1]
 
 
+def kv4_gather(
+    cache: Tensor, block_table: Tensor, seq_lens: Tensor, head_dim: int, symmetric: bool, page: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """K (in the rotated basis) and V of sequences, one behind the other in pages of `page` tokens.
+
+    Zeros behind a sequence's end, up to the end of its last page. A NaN scale of V makes K NaN and V 0, so that it
+    shows where the position is seen and nowhere else: 0 * NaN is NaN.
+
+    Args:
+        block_table: int32 [B, P]; seq_lens: int32 [B].
+    Returns:
+        [pages, page, heads, d] in `dtype`, each.
+    """
+    both: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for blocks, length in zip(block_table, seq_lens.tolist(), strict=True):
+        used = blocks[: -(-length // cache.shape[2])].long()
+        keys, values = (x[:, :length].transpose(0, 1) for x in kv4_read(cache, used, head_dim, symmetric))
+        lost = values.isnan().any(-1, keepdim=True)
+        for made, x in zip(both, (keys.masked_fill(lost, torch.nan), values.masked_fill(lost, 0)), strict=True):
+            padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, -length % page))
+            made.append(padded.unflatten(0, (-1, page)))
+    return torch.cat(both[0]), torch.cat(both[1])
+
+
 def kv4_attention(
     query: Tensor,
     cache: Tensor,

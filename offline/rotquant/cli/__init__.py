@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+import rotquant
 from rotquant.cli import environment, making, measuring
 from rotquant.cli.verb import RAW
 from rotquant.common.faults import is_disk_full
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "  vllm serve qwen3-w4 --quantization rotquant      serve it\n\n"
         "`rotquant VERB --help` explains each verb with examples.",
     )
+    top.add_argument("--version", action="version", version=f"rotquant {rotquant.__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         making.add_quantize,

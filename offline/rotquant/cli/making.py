@@ -24,7 +24,7 @@ def add_quantize(verbs: Verbs) -> None:
         more="Works layer by layer: memory stays near that of two layers and the vocabulary's tables, whatever their"
         " number; recipes that learn end to end (spinquant, ostquant) hold the whole model.",
     ).add_argument
-    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: README)")
+    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: docs/models.md)")
     add("-o", "--output", metavar="OUT", required=True, help="folder to write; must not exist, except to --resume")
     add("--recipe", default="best", metavar="NAME|FILE", help="shipped recipe (`rotquant recipes`) or a .yaml file")
     add("--scheme", choices=["w4a4kv4", "w4a8kv4", "auto"],

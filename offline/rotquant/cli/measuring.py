@@ -109,7 +109,7 @@ def add_compare(verbs: Verbs) -> None:
         more="A recipe is `[LABEL@]NAME|FILE.yaml[:KEY=VALUE,...]`. Each recipe and seed is quantized and measured in\n"
         "a process of its own. Finished runs are kept in -o or --json and not repeated. Exit code 1 if a run failed.",
     ).add_argument
-    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: README)")
+    add("model", metavar="MODEL", help="local folder or hub id of a causal language model (families: docs/models.md)")
     add("--recipes", required=True, metavar="A,B,...", help="recipes to compare, or `all` that are shipped")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the bundled held-out text)")
     add("--tokens", type=positive, metavar="N", help="use only the first N tokens of the text (default: all)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeAlias
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +18,7 @@ HEADERS = (
     "recipe", "perplexity", "KL to full precision, nats", "top-1 agreement", "same greedy tokens, of 32",
     "quantization time", "peak memory", "size", "online multiply-adds a token",
 )  # fmt: skip
+SHORT = ("recipe", "perplexity", "KL, nats", "top-1", "time", "memory", "online")  # for a terminal of 80 columns
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ class Comparison:
         return f"{tokens}median (lowest to highest) of {seeds} seeds" if seeds > 1 else f"{tokens}one seed"
 
     def table(self) -> Table:
-        """For a terminal."""
-        table = Table(*HEADERS, caption="\n".join([self.summary(), *map(escape, self.failures())]))
-        for cells in self.rows():
-            table.add_row(*map(escape, cells))
+        """For a terminal of 80 columns or more: ranges below their medians."""
+        said = "\n".join([self.summary(), *map(escape, self.failures())])
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=said)
+        for name in SHORT:
+            table.add_column(name, no_wrap=name in ("recipe", "perplexity", "top-1"))
+        for label, *cells in self.rows():
+            table.add_row(escape(label), *(escape(below(cell)) for cell in cells))
         return table
 
     def markdown(self) -> str:
@@ -85,6 +90,12 @@ def spread(runs: Sequence[Run], key: str, show: Callable[[float], str]) -> str:
         return "?"
     low, middle, high = show(min(values)), show(median(values)), show(max(values))
     return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def below(cell: str) -> str:
+    """`1.5 (1 to 2)` on two lines."""
+    value, _, spread = cell.partition(" (")
+    return f"{value}\n{spread.removesuffix(')')}" if spread else value
 
 
 def number(value: float) -> str:

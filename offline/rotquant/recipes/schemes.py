@@ -40,7 +40,7 @@ def scheme_settings(scheme: str | None, budget: str | None) -> list[str]:
 INT4_CORES = ((8, 0), (8, 6), (8, 9))  # of GPUs that multiply 4-bit integers faster than 8-bit ones
 SPEED = (
     "8-bit activations cost no speed where the kernels multiply in int8 anyway: on CPUs (measured with AVX-512 VNNI)"
-    " and on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with ROTQUANT_CUDA_LINEAR=humming"
+    " and on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with humming-kernels installed"
 )
 
 
@@ -55,7 +55,7 @@ def pays_on_gpu(major: int, minor: int) -> str:
     """Which scheme to take on a GPU, by its compute capability."""
     if (major, minor) in INT4_CORES:
         return (
-            "w4a4kv4 or auto with ROTQUANT_CUDA_LINEAR=humming and activations.symmetric=true, which uses int4 tensor"
+            "w4a4kv4 or auto with humming-kernels installed and activations.symmetric=true, which uses int4 tensor"
             " cores; else w4a8kv4, as fast as w4a4kv4 in int8"
         )
     return "w4a8kv4: no int4 tensor cores here, so that 4-bit activations are multiplied in int8, no faster"

@@ -93,6 +93,20 @@ def test_humming_has_a_plan_for_our_layers(gpu):
         assert not any(tiles["use_stream_k"] for _, _, tiles in plan)
 
 
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setattr(humming, "wanted", lambda: "humming")
+
+
+@pytest.mark.parametrize("gpu", GPUS, indirect=True)
+def test_unasked_it_runs_what_gains_by_it(gpu, monkeypatch):
+    monkeypatch.setattr(humming, "wanted", lambda: "auto")
+    layer = humming.Layer(256, 384, 4, 4, True, False)
+    assert humming.misfit(layer, 1, False, torch.bfloat16, gpu) == ("" if gpu < 90 else "sm_90 multiplies no int4")
+    if gpu < 90:
+        assert humming.misfit(layer._replace(act_bits=8), 1, False, torch.bfloat16, gpu) == "W4A8 gains nothing"
+
+
 @pytest.mark.parametrize("gpu", [90], indirect=True)
 def test_layers_that_do_not_fit_are_named(gpu):
     layer, bf16 = humming.Layer(256, 384, 4, 4, True, False), torch.bfloat16

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import empty_steps
 from rotquant_kernels import reference
-from rotquant_kernels.cuda import kv4
+from rotquant_kernels.cuda import kv4, kv4_dense, workspace
 from test_kv4_native import Batch, make_batch, randn, rows_to_write, strided
+from test_linear_native import same
 
 SEEDS = st.integers(0, 2**31)
 # head size, block of R3 or 0
@@ -72,6 +73,57 @@ def test_attention_adds_little_to_the_error_of_four_bits(
     out, codes, real = attend(batch).double(), batch.exact(quantized=True), batch.exact(quantized=False)
     rounding = torch.finfo(dtype).eps * codes.norm()
     assert (out - codes).norm() <= 0.2 * (codes - real).norm() + rounding
+
+
+def over_sdpa(query, keys, values, out, starts, lens, table, most_new, longest, scale):
+    """torch's attention in the place of FlashAttention; reads the workspace as that does, by its table."""
+    for b, length in enumerate(lens.tolist()):
+        rows = slice(int(starts[b]), int(starts[b + 1]))
+        k, v = (x[table[b].long()].flatten(0, 1)[:length].movedim(1, 0) for x in (keys, values))
+        q, new = query[rows].movedim(1, 0), rows.stop - rows.start
+        assert (new <= most_new, length <= longest) == (True, True)
+        seen = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+        product = torch.nn.functional.scaled_dot_product_attention
+        out[rows] = product(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).movedim(1, 0)
+
+
+@few(6)
+@given(SEEDS, st.lists(st.integers(1, 300), min_size=1, max_size=3), HEADS, PAGES, DTYPES, st.booleans())
+def test_gathered_pages_are_the_references_bit_for_bit(seed, lens, head, page, dtype, symmetric):
+    dtype = torch.float16 if dtype == torch.bfloat16 else dtype  # which the interpreter rounds by truncation
+    batch = make_batch(lens, [1] * len(lens), 2, 1, head[0], page, head[1], symmetric, dtype, seed)
+    slot = batch.table[0, :1].long() * page  # V of a sequence's first token is not finite
+    bad = torch.full((1, 2, head[0]), float("nan"))
+    reference.kv4_write(torch.ones_like(bad), bad, batch.cache, slot, head[1], symmetric, 1.0, 1.0)
+    room = workspace.workspace([n + 5 for n in lens], torch.device("cpu"))  # an upper bound is enough
+    got = kv4_dense.gather(batch.cache, batch.table, batch.lens, room, head[0], dtype, symmetric)
+    expected = reference.kv4_gather(batch.cache, batch.table, batch.lens, head[0], symmetric, workspace.PAGE, dtype)
+    counts = [-(-n // workspace.PAGE) for n in lens]
+    for one, other in zip(got, expected, strict=True):
+        for b, part in enumerate(other.split(counts)):
+            assert same(one[room.table[b, : counts[b]].long()], part)
+    turned = reference.hadamard(batch.query.float(), head[1]) if head[1] else batch.query.float()
+    assert same(kv4_dense.turned(batch.query, head[1]), turned.to(dtype))
+
+
+@few(4)
+@given(SEEDS, HEADS, PAGES, st.booleans(), st.sampled_from([0.1, 1.0, 4.0]))
+def test_a_long_prefill_over_the_workspace_adds_little_to_the_error_of_four_bits(seed, head, page, symmetric, size):
+    lens, steps = [200, 70], [100, 70]
+    batch = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed, size)
+    rounded = batch.query[: sum(steps)].bfloat16().float()  # as the workspace of a model in bfloat16 would be
+    room = workspace.workspace(lens, torch.device("cpu"))
+    out = torch.empty_like(batch.query[: sum(steps)])
+
+    def dense(query, keys, values, *rest):
+        over_sdpa(*(x.bfloat16().float() for x in (query, keys, values)), *rest)
+
+    kv4_dense.attention(
+        rounded, batch.cache, batch.starts, batch.lens, batch.table, out, batch.scale, head[1], symmetric, room,
+        max(steps), dense,
+    )  # fmt: skip
+    codes, real = batch.exact(quantized=True), batch.exact(quantized=False)
+    assert (out.double() - codes).norm() <= 0.2 * (codes - real).norm()
 
 
 @few(4)

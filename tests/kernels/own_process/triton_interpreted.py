@@ -1,6 +1,9 @@
 """The Triton kernels of linear layers in Triton's interpreter, on CPU tensors: run by `test_cuda_linear.py` in a
 process of its own, since Triton decides at its import whether it interprets."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 import empty_steps
 from rotquant_kernels import KINDS, convention, reference
 from rotquant_kernels.cuda import gemm, layout, linear, rows
+from rotquant_kernels.cuda.device import Device
 from test_linear_native import activations, gate_up, linear_case, same
 
 SEEDS = st.integers(0, 2**31)
@@ -101,13 +105,37 @@ def test_the_layout_holds_every_code_and_every_sum(seed, shape, bits):
        st.sampled_from([(64, 0, 1), (100, 4, 1), (77, 0, 1), (512, 256, 4), (192, 64, 2), (96, 32, 3), (2048, 0, 8),
                         (192, 0, 2), (480, 0, 3)]),
        st.sampled_from([1, 63, 130]), st.sampled_from([torch.float32, torch.float16]), st.sampled_from([4, 8]),
-       st.sampled_from([4, 8]), st.booleans(), st.booleans())  # fmt: skip
-def test_linear_is_the_reference_bit_for_bit(seed, m, shape, n, dtype, w_bits, a_bits, symmetric, with_bias):
+       st.sampled_from([4, 8]), st.booleans(), st.booleans(), st.booleans())  # fmt: skip
+def test_linear_is_the_reference_bit_for_bit(seed, m, shape, n, dtype, w_bits, a_bits, symmetric, with_bias, split):
     k, block, groups = shape
+    if split:  # the columns, among the many processors of a GPU
+        k, block, groups = {64: 1024, 100: 1536, 77: 2047}.get(k, k), 0, 1
     x, packed, scale, bias = linear_case(seed, m, k, n, dtype, groups, w_bits)
     rest = (bias if with_bias else None, w_bits, "hadamard" if block else "none", block, None, a_bits, symmetric, 0.8)
-    actual = gemm.int_linear(x, layout.pack_weight(packed, w_bits, k, groups), scale, *rest)
+    with mock.patch.object(gemm, "device_of", return_value=Device(132, 8, 90 * split)) if split else nullcontext():
+        actual = gemm.int_linear(x, layout.pack_weight(packed, w_bits, k, groups), scale, *rest)
     assert same(actual, reference.int_linear(x, packed, scale, *rest))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_columns_in_parts_are_the_whole(splits):
+    """More parts than steps, and parts that do not divide them; a branch and a bias are added once."""
+    _, packed, scale, bias = linear_case(4, 1, 700, 70, torch.float32, 1, 4)
+    generator = torch.Generator().manual_seed(splits)
+    x, (down, up) = torch.randn(33, 700), (torch.randn(s, generator=generator) for s in ((700, 20), (20, 70)))
+    rest = layout.pack_weight(packed, 4, 700, 1), scale, bias, 4, "none", 0, None, 4, False, 0.8
+    launches = []
+    real = gemm.tiles
+
+    def cut(*given):
+        launches.append(splits)
+        return real(*given)._replace(splits=splits)
+
+    for branch in ((None, None), (down, up)):
+        whole = gemm.int_linear(x, *rest, *branch)
+        with mock.patch.object(gemm, "tiles", cut):
+            assert same(gemm.int_linear(x, *rest, *branch), whole)
+    assert launches == [splits, splits]
 
 
 def test_the_largest_integers_are_exact():
@@ -152,6 +180,16 @@ def test_results_do_not_depend_on_the_batch_or_the_strides():
     assert same(run(x.view(2, 18, 128)).view(36, -1), whole)
     assert same(run(x.t().contiguous().t()), whole)
     assert run(x[:0]).shape == (0, 40)
+
+
+def test_every_tile_of_a_long_batch_is_made():
+    """Also where the tiles of tokens that go together are no whole number of them."""
+    x, packed, scale, _ = linear_case(7, 1100, 64, 200, torch.float32, 1, 4)
+    rest = (None, 4, "none", 0, None, 4, False, 0.9)
+    expected = reference.int_linear(x, packed, scale, *rest)
+    for device in (Device(1, 8), Device(132, 8, 90)):  # narrow tiles, and Hopper's wide ones
+        with mock.patch.object(gemm, "device_of", return_value=device):
+            assert same(gemm.int_linear(x, layout.pack_weight(packed, 4, 64, 1), scale, *rest), expected)
 
 
 def nearly(got, expected) -> None:

@@ -17,7 +17,7 @@ WIDTH = 48
 
 
 def test_words_are_those_that_have_a_start() -> None:
-    assert set(STARTS) == {*get_args(OnlineWord), "heads"}
+    assert set(STARTS) == {*get_args(OnlineWord), "heads"} - {"hadamard"}  # which needs no look at a model
     assert OnlineStages(o=list(STARTS)).of("o") == list(STARTS)
 
 

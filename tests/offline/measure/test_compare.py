@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import rotquant
 from checkpoints import BLOCK, INTERMEDIATE, VOCAB, edit_config, random_model, tiny, write_checkpoint
@@ -343,6 +345,10 @@ def test_table_is_sorted_and_shows_the_spread() -> None:
     assert quarot[3:] == ("50.0%", "20.2", "1:01", "0.50 GB", "3 MB", "1,200 (1.23% of GEMM)")
     assert rtn[1:3] == ("22.2 (20.09 to 24.53)", "0.31 (0.3 to 0.32)")
     assert (rtn[5], rtn[8]) == ("?", "0")
+    terminal = Console(width=80, file=io.StringIO())
+    terminal.print(comparison.table())
+    assert "…" not in terminal.file.getvalue()
+    assert "2.718 to 3.32" in terminal.file.getvalue()
     lines = comparison.markdown().splitlines()
     assert all(line.count("|") == 10 for line in lines[:5])
     assert lines[-2:] == ["30 tokens; median (lowest to highest) of 3 seeds  ", "bad|one, seed 1: failed: no [luck]  "]

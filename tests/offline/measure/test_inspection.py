@@ -21,6 +21,7 @@ from rotquant.common import metrics
 from rotquant.learn.quantizers import fake_quantize
 from rotquant.measure.evaluate import text_windows
 from rotquant.measure.inspection import TEXT, Inspection, inspect
+from rotquant.measure.inspection.findings import findings
 from rotquant.measure.inspection.html import spread
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.measure.inspection.table import change
@@ -160,6 +161,28 @@ def test_rotation_in_numbers(rotated: Inspection) -> None:
     assert snr["before"] + 0.5 < snr["after"] < 25
 
 
+def test_three_findings_lead(rotated: Inspection) -> None:
+    first, second, third = rotated.facts["findings"]
+    peaks = [
+        f"{fmean(s[when]['peak_to_rms'] for s in rotated.facts['sites'] if s['site'] in LINEAR_INPUTS):.1f}"
+        for when in ("before", "after")
+    ]
+    assert f"was {peaks[0]} times its RMS, and is now {peaks[1]}; rounding noise fell by a factor of" in first
+    assert (
+        f"K {mean(rotated.facts, 'k', 'snr', 'before'):.1f} → {mean(rotated.facts, 'k', 'snr', 'after'):.1f}" in second
+    )
+    worst = min((s for s in rotated.facts["sites"] if s["site"] != "h"), key=lambda s: s["after"]["snr"])
+    assert f"of layer {worst['layer']}, {worst['after']['snr']:.1f} dB" in third
+    text = Parts(rotated.html())
+    assert str(rotated).startswith("1. Activations")
+    assert [line for line in text.items if line[:2] in ("Ac", "KV", "We")] == [first, second, third]
+    sites = [s | {when: s[when] | {"snr": None} for when in ("before", "after")} if s["site"] in "kv" else s
+             for s in rotated.facts["sites"]]  # fmt: skip
+    assert findings({"against": None, "sites": sites})[1] == "KV cache: not quantized."
+    alone = findings({"against": None, "sites": [s | {"after": s["before"]} for s in rotated.facts["sites"]]})
+    assert "hard to round to 4 bits" in alone[0]
+
+
 def test_portable_has_no_kv_format_and_is_measured_all_the_same(demo: Demo) -> None:
     facts = inspect(str(demo.portable), against=str(demo.rtn), **SMALL).as_dict()
     assert {s["format"]["rotate"] for s in facts["sites"]} == {0}
@@ -193,6 +216,7 @@ class Parts(HTMLParser):
         self.ids: set[str] = set()
         self.attributes: set[str] = set()
         self.scripts: list[str] = []
+        self.items: list[str] = []
         self.tag = ""
         self.feed(text)
 
@@ -204,6 +228,8 @@ class Parts(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tag == "script" and data.strip():
             self.scripts.append(data)
+        if self.tag == "li":
+            self.items.append(data)
 
 
 def test_report_stands_alone(rotated: Inspection) -> None:

@@ -138,13 +138,12 @@ def test_recipes_become_what_the_model_has(source: Path, tmp_path: Path, capsys:
         fitted(load_recipe("flatquant"), arch)
 
 
-@pytest.mark.parametrize("recipe", ["best", "best-tuned", "flatquant", "spinquant"])
+@pytest.mark.parametrize("recipe", ["best", "flatquant", "spinquant"])
 def test_every_way_of_learning_computes_the_same_function(source: Path, tmp_path: Path, recipe: str) -> None:
     """Where rounding is fine the checkpoint's logits are the model's: surrogate, tuning, blockwise, end to end."""
     short = {
         "flatquant": ["learn.blockwise.epochs=1", "online.o=[]"],
         "spinquant": ["learn.end_to_end.steps=2", "learn.end_to_end.batch=1"],
-        "best-tuned": ["tune.steps=2"],
     }
     quick = ["learn.surrogate.steps=10"] if recipe.startswith("best") else []
     settings = [*all_candidates(recipe), *quick, *short.get(recipe, []), *FINE]

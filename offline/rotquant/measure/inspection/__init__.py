@@ -26,6 +26,7 @@ The JSON object:
     routing              of each layer with experts {"layer", "tokens", "agreement"}: tokens that go to each expert of
                          `model`, and the share of the choices of `against` that it makes too, null without
     token_texts          how the tokenizer writes the tokens named above
+    findings             the three sentences that the table and the report begin with
 
 Memory: the model, and for each site sums over rows, channels, pairs of channels (up to 1024) and 64 tokens.
 """
@@ -42,6 +43,7 @@ from torch import Tensor
 from rotquant.data import DATA
 from rotquant.measure.evaluate import text_windows, window_length
 from rotquant.measure.inspection.collect import Formats
+from rotquant.measure.inspection.findings import findings
 from rotquant.measure.inspection.routing import Choices, routing_facts
 from rotquant.measure.inspection.subject import (
     Subject,
@@ -135,6 +137,7 @@ def inspect(
     }
     named = {site[when]["massive"]["token"] for site in facts["sites"] for when in figures}
     facts["token_texts"] = {str(token): text for token, text in token_texts(after.folder, named).items()}
+    facts["findings"] = findings(facts)
     return Inspection(facts, landscapes)
 
 

@@ -29,6 +29,7 @@ def page(facts: dict[str, Any], landscapes: dict[tuple[str, int, str], Tensor]) 
     }
     parts = {
         "title": _escaped(f"rotquant inspect: {facts['model']}"),
+        "findings": "".join(f"<li>{_escaped(line)}</li>" for line in facts["findings"]),
         "style": _resource("report.css"),
         "script": _resource("report.js") + _resource("landscape.js"),
         # In a script element only "</" and "<!--" could end the data early.

@@ -142,15 +142,27 @@ function signalToNoise() {
 
 // ---- massive tokens, table, meanings ----------------------------------------------------------------
 
+// Neighbouring layers whose massive tokens are the same, together: the stream carries them on.
+function runs(sites, when) {
+  const same = (a, b) => ["count", "position", "channel"].every(k => a[when].massive[k] === b[when].massive[k])
+    && number(a[when].massive.largest) === number(b[when].massive.largest) && b.layer === a.layer + 1;
+  const out = [];
+  for (const site of sites) {
+    if (out.length && same(out.at(-1).last, site)) out.at(-1).last = site; else out.push({ first: site, last: site });
+  }
+  return out;
+}
+
 function massive() {
   const stream = facts.sites.filter(s => s.site === "h");
   const series = Object.fromEntries(WHEN.map(w => [w, stream.map(s => s[w].massive.largest)]));
   $("massive-chart").innerHTML = `<div class="small"><h3>largest |x| <span class="what">entering each layer</span></h3>${chart(series, true, false, 460, 190)}</div>`;
-  const rows = WHEN.flatMap(w => stream.filter(s => s[w].massive.count).slice(0, 40).map((s, i) => {
-    const m = s[w].massive, text = facts.token_texts[m.token] ?? "";
-    return `<tr class="${i ? "" : "first"}"><td class="l ${w}">${both && !i ? w : ""}</td><td>${s.layer}</td><td>${m.count}</td>`
-      + `<td class="l">${m.positions.slice(0, 3).map(p => `${p[0]} (${p[1]}×)`).join(", ")}${m.positions.length > 3 ? " …" : ""}</td>`
-      + `<td>${number(m.largest)}</td><td>${number(m.largest / m.median)}×</td><td class="l">${esc(text)} · ch ${m.channel}</td></tr>`;
+  const rows = WHEN.flatMap(w => runs(stream.filter(s => s[w].massive.count), w).slice(0, 40).map(({ first, last }, i) => {
+    const m = first[w].massive, text = facts.token_texts[m.token] ?? "";
+    const layers = first === last ? first.layer : `${first.layer}–${last.layer}`;
+    return `<tr class="${i ? "" : "first"}"><td class="l ${w}">${both && !i ? w : ""}</td><td>${layers}</td><td>${m.count}</td>`
+      + `<td class="l">${m.positions.slice(0, 2).map(p => `${p[0]} (${p[1]}×)`).join(", ")}${m.positions.length > 2 ? " …" : ""}</td>`
+      + `<td>${number(m.largest)}</td><td>${number(m.largest / m.median)}×</td><td class="l">${esc(text).replace(/Ġ/g, "␣")} · ch ${m.channel}</td></tr>`;
   })).join("");
   $("massive-list").innerHTML = rows
     ? `<div class="scroll"><table><tr><th></th><th>layer</th><th>tokens</th><th class="l">at position</th><th>largest |x|</th><th>over median</th><th class="l">which</th></tr>${rows}</table></div>`

@@ -26,6 +26,9 @@ def render(facts: dict[str, Any]) -> str:
     terminal = sys.stdout.isatty()
     width = max(NARROWEST, shutil.get_terminal_size().columns if terminal else 0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
+    for number, line in enumerate(facts["findings"], 1):
+        console.print(f"{number}. {line}", highlight=False, markup=False)
+    console.print()
     for table in (_sites(facts), _overall(facts), _linears(facts)):
         console.print(table)
     for line in (*massive_lines(facts), *experts_lines(facts)):

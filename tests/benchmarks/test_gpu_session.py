@@ -1,0 +1,54 @@
+"""The two runs on a GPU, rehearsed without one: every phase is entered, keeps to its limit, leaves its lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_phases  # noqa: E402
+import gpu_serve  # noqa: E402
+import gpu_session  # noqa: E402
+
+
+def test_the_limits_of_a_part_fit_the_time_that_a_gpu_is_held():
+    for phases in gpu_session.PARTS.values():
+        assert sum(phase.seconds for phase in phases.values()) <= 340
+
+
+def test_every_phase_is_entered_and_leaves_lines(tmp_path):
+    """Of part A; part B has the same phases, but for what it serves."""
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--part", "A", "--rehearse", "--work", tmp_path / "work"]
+    done = subprocess.run(command, env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith((tmp_path / "gpu-A.md").read_text() + "\n")
+    lines = [json.loads(line) for line in (tmp_path / "gpu-A.jsonl").read_text().splitlines()]
+    for name in gpu_session.PARTS["A"]:
+        own = [line for line in lines if line["phase"] == name]
+        assert len(own) >= 2, name
+        assert not [line for line in own if "error" in line], own
+    assert {line["op"] for line in lines if "op" in line} >= {"int_linear", "kv4_attention"}
+    assert any("rotquant W4A4" in line for line in lines)
+
+
+def test_part_b_serves_every_format(monkeypatch):
+    monkeypatch.setattr(gpu_phases, "REHEARSAL", True)
+    named = {name.removeprefix("serve ") for name in gpu_session.PARTS["B"] if name.startswith("serve ")}
+    assert named == set(gpu_serve.FORMATS)
+    said = {name: str(list(gpu_session.PARTS["B"][f"serve {name}"].run())) for name in named}
+    assert all("FULL_DECODE_ONLY" in arguments for arguments in said.values())
+    assert {name for name, arguments in said.items() if "'quantization'" in arguments} == {"fp8", "rotquant"}
+
+
+def test_a_phase_that_is_stopped_costs_itself_alone(tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    gpu_session.write(lines, {"phase": "facts", "value": 1.5})
+    ended = gpu_session.run_phase("A", "right", 0.2, lines, tmp_path / "log", {"ROTQUANT_GPU_DEVICE": "cpu"})
+    assert ended["error"].startswith("stopped after")
+    gpu_session.write(lines, ended)
+    said = gpu_session.report(lines)
+    assert "1.5" in said
+    assert "stopped after" in said

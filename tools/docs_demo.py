@@ -1,0 +1,39 @@
+"""What `rotquant demo --once` printed (benchmarks/results/demo.txt), shortened for the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from docs_results import RESULTS
+
+FENCE = "```\n{}\n```"
+
+
+def lines() -> list[str]:
+    return (RESULTS / "demo.txt").read_text(encoding="utf-8").splitlines()
+
+
+def proof() -> str:
+    """The start-up check, as one rank logged it."""
+    found = lines()
+    start = next(i for i, line in enumerate(found) if line.startswith("rotquant start-up check"))
+    stop = next(i for i in range(start, len(found)) if not found[i].strip())
+    return FENCE.format("\n".join(found[start:stop]))
+
+
+def demo() -> str:
+    """The first answer and the table of perplexities."""
+    found = lines()
+    asked = next(i for i, line in enumerate(found) if line.startswith("chat: "))
+    answer = found[asked : found.index("", asked)]
+    table = next(i for i, line in enumerate(found) if "perplexity on" in line)
+    scores = found[table : found.index("", table)]
+    return FENCE.format("\n".join([*answer, *scores]))
+
+
+def quickstart() -> str:
+    """The commands of the quick start and what they printed, shortened (benchmarks/results/quickstart.txt)."""
+    return FENCE.format((RESULTS / "quickstart.txt").read_text(encoding="utf-8").rstrip())
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof, "quickstart": quickstart}

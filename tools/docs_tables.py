@@ -1,0 +1,236 @@
+"""The tables that `write_docs.py` puts into README.md and docs/: one function for each block, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from docs_results import (
+    ABSENT,
+    Compared,
+    Served,
+    four_digits,
+    milliseconds,
+    minutes,
+    nats,
+    percent,
+    perplexity,
+    rate,
+    read,
+    seconds,
+    table,
+)
+
+REAL = "compare-smollm2"
+BF16, W8A8, W4A4, W4A8 = "bf16", "w8a8", "rotquant-w4a4kv4", "rotquant-w4a8kv4"
+FORMATS = {
+    BF16: "bf16", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)", "w8a8-head8": "W8A8 with int8 lm_head",
+    W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**",
+}  # fmt: skip
+
+# label in compare-smollm2.json, the served format whose speed it has, when to take it
+GLANCE = (
+    ("full precision", "full precision", BF16, "you have the memory and the time"),
+    ("round to nearest, `rtn`", "rtn", W4A4, "never: it is what rotations repair"),
+    ("`quarot`", "quarot", W4A4, "you want a result in a minute, without calibrating for long"),
+    ("`best`", "best", W4A4, "W4A4KV4, the usual choice: as fast as `quarot`, closer to the original"),
+    ("`best-online`", "best-online", "", "quality counts more than speed: a 16-bit branch runs beside the linears"),
+    ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, and GPUs from sm_90 on"),
+)  # fmt: skip
+
+
+def glance() -> str:
+    """README's six rows: quality on the real model, speed of the 0.5B shape, when to take what."""
+    real, served = Compared.of(REAL), Served.of()
+    rows = []
+    for name, label, form, when in GLANCE:
+        quality = ["1", "0"]
+        if label != "full precision":
+            known = label in real.groups
+            ratio = (real.median(label, "perplexity") or 0) / real.full
+            quality = [f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2f}", real.cell(label, "kl", nats)]
+            quality = quality if known else [ABSENT] * 2
+        rows.append([name, *quality, *_speed(served, form), when])
+    heads = [
+        "",
+        "perplexity, times full",
+        "KL, nats",
+        "ms a token",
+        "tokens/s, 16 at once",
+        "tokens in 1 GiB of KV cache",
+    ]
+    return table([*heads, "take it when"], rows)
+
+
+def _speed(served: Served, form: str) -> list[str]:
+    if not form:
+        return [ABSENT, ABSENT, f"{served.server(W4A4, 'kv_tokens'):,.0f}"]
+    return [
+        f"{served.run('1024/32', form, 'median_tpot_ms'):.0f}",
+        f"{served.run('128/64 all', form, 'output_throughput'):.0f}",
+        f"{served.server(form, 'kv_tokens'):,.0f}",
+    ]
+
+
+def headline() -> str:
+    """The sentence under README's figure."""
+    served = Served.of()
+    ours, eight, full = (served.run("1024/32", form, "median_tpot_ms") for form in (W4A4, W8A8, BF16))
+    pages = served.server(W4A4, "kv_tokens") / served.server(BF16, "kv_tokens")
+    return (
+        f"A token takes {ours:.0f} ms in W4A4KV4, {eight:.0f} ms in vLLM's W8A8 and {full:.0f} ms in bf16."
+        f" The KV cache holds {pages:.1f} times as many tokens."
+    )
+
+
+def real_model() -> str:
+    """All that is known of SmolLM2."""
+    real = Compared.of(REAL)
+    names = {
+        "auto": "`best --scheme auto`, 8-bit activations at a quarter of the sites",
+        "w4a8kv4": "`best --scheme w4a8kv4`",
+        "quarot-w4a8kv4": "`quarot --scheme w4a8kv4`",
+        "uncalibrated": "to nearest, block Hadamards in front of every linear, 16-bit KV cache; no calibration",
+    }
+    rows = [["full precision", perplexity(real.full), "", "", ""]]
+    for label in sorted(real.groups, key=lambda label: -(real.median(label, "kl") or 0)):
+        cells = [real.cell(label, k, w) for k, w in (("perplexity", perplexity), ("kl", nats), ("agreement", percent))]
+        rows.append([names.get(label, f"`{label}`"), *cells, real.cell(label, "quantize_seconds", minutes)])
+    return table(["SmolLM2-135M-Instruct", "perplexity", "KL, nats", "top-1", "minutes of one core"], rows)
+
+
+# Labels of compare-llama.json and compare-qwen3.json, in the order of the table.
+TOYS = (
+    "quarot", "gsr", "smoothrot", "rrs", "dfrot", "kurtail", "dartquant", "spinquant (2 windows)",
+    "ostquant (2 windows)", "best", "baseq", "flatquant", "frtq", "svd", "ruquant", "ruquant-ft", "best-online", "rtn",
+)  # fmt: skip
+PARTS = {
+    "best": "`best`", "no R4": "no R4", "RTN": "weights to nearest instead of GPTQ",
+    "random R1": "R1 a random Hadamard",
+    "no attention weight": "GPTQ without attention weights", "gradients only": "R1 by gradients only",
+    "Procrustes only": "R1 by Procrustes only", "no R2": "no R2", "symmetric activations": "symmetric activations",
+    "symmetric KV": "symmetric KV", "KV clips 1": "KV clips 1", "activation clip 1": "activation clip 1",
+}  # fmt: skip
+
+
+def toys() -> str:
+    """Every recipe on the two hardened models."""
+    models = [Compared.of(f"compare-{name}") for name in ("llama", "qwen3")]
+    rows = [["full precision", perplexity(models[0].full), "", "", perplexity(models[1].full), "", "", ""]]
+    for label in TOYS:
+        name, _, remark = label.partition(" ")
+        cells = [f"`{name}`" + (f" {remark}" if remark else "")]
+        for model in models:
+            cells += [model.cell(label, "perplexity", perplexity, spread=True), model.cell(label, "kl", nats)]
+            cells.append(model.cell(label, "agreement", percent))
+        rows.append([*cells, models[0].cell(label, "online_share", percent)])
+    each = ["perplexity", "KL, nats", "top-1"]
+    heads = ["recipe", f"Llama: {each[0]}", *each[1:], f"Qwen3: {each[0]}", *each[1:], "online work"]
+    return table(heads, rows)
+
+
+def parts() -> str:
+    """Each part of the fixed recipe taken out alone."""
+    models = [Compared.of(f"compare-{name}") for name in ("llama", "qwen3")]
+    rows = []
+    for label, name in PARTS.items():
+        cells = [name]
+        for model in models:
+            cells += [model.cell(label, "perplexity", perplexity, spread=True), model.cell(label, "kl", four_digits)]
+        rows.append(cells)
+    return table(["", "Llama: perplexity", "KL", "Qwen3: perplexity", "KL"], rows)
+
+
+def claims() -> str:
+    found = read("claims")["rows"]
+    rows = []
+    for row in found:
+        change = [f"{low:g} → {high:g}" for low, high in (row["llama"], row["qwen3"])]
+        others = [f"{value:g}" for value in row.get("quarot", [])]
+        rows.append([row["claim"], row["where"], row["figure"], row["from"], *change, ", ".join(others)])
+    return table(["claim", "where", "figure", "before", "Llama", "Qwen3", "`quarot` has"], rows)
+
+
+def released() -> str:
+    ours = Compared.of("compare-llama")
+    rows = []
+    for row in read("released-code")["rows"]:
+        theirs = " and ".join(map(perplexity, row["perplexity"]))
+        mine = [ours.cell(row["ours"], "perplexity", perplexity), ours.cell(row["ours"], "kl", nats)]
+        rows.append([row["method"], theirs, nats(row["kl"]), str(row["seeds"]), f"`{row['ours'].split()[0]}`", *mine])
+    return table(["released code", "perplexity", "KL", "seeds", "recipe here", "perplexity", "KL"], rows)
+
+
+def engines() -> str:
+    found = read("engines")["percent"]
+    rows = [[f"`{name}`", *(f"{v:+.2f}%" for v in both), *([""] * (2 - len(both)))] for name, both in found.items()]
+    return table(["recipe", "one model", "the other"], rows)
+
+
+def serving() -> str:
+    served = Served.of()
+    loads = (
+        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", milliseconds),
+        ("128/64 all", "output_throughput", rate), ("2048/32", "output_throughput", rate),
+        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", milliseconds),
+    )  # fmt: skip
+    rows = []
+    for form, name in FORMATS.items():
+        cells = [write(served.run(load, form, metric)) for load, metric, write in loads]
+        rows.append([name, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
+    heads = ["format", "1024-token prompt: first token", "one stream: ms a token", "16 x 128/64 at once: tokens/s"]
+    heads += ["2 x 2048/32: tokens/s", "one 128/64 a second: first token", "ms a token", "tokens in 1 GiB of KV cache"]
+    return table(heads, rows)
+
+
+PEERS = {
+    "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)",
+    "ggml-q4_0": "llama.cpp Q4_0",
+}  # fmt: skip
+
+
+def kernels() -> str:
+    """The linear layer at 4096 x 4096 on one thread and on two, and the peers in the same alternating run."""
+    runs = [r for r in read("kernels-xeon-cascade-lake-2-threads")["runs"] if r["section"] == "linear"]
+    found = {(r["threads"], r["rows"]): r["kernels"] for r in runs if r["case"] == {"k": 4096, "n": 4096}}
+    rows = []
+    for tokens in sorted({rows for _, rows in found}):
+        one, two = found[1, tokens], found[2, tokens]
+        ours = [at["rotquant-w4a4"]["wall_us"] for at in (one, two)]
+        cells = [str(tokens), f"{ours[0] / 1000:.2f}, {ours[1] / 1000:.2f} ms"]
+        cells += [
+            ", ".join(f"{at[peer]['wall_us'] / own:.1f}x" for at, own in zip((one, two), ours, strict=True))
+            for peer in PEERS
+        ]
+        rows.append(cells)
+    return table(["tokens", "rotquant W4A4", *PEERS.values()], rows)
+
+
+def attention() -> str:
+    """Attention over the 4-bit cache against vLLM's bf16, same runs."""
+    rows = []
+    for run in read("kernels-xeon-cascade-lake-2-threads")["runs"]:
+        if run["section"] == "attention":
+            case, ours = run["case"], run["kernels"]["rotquant-kv4"]["wall_us"]
+            theirs = run["kernels"]["vllm-bf16"]["wall_us"]
+            what = [case["work"], str(case["batch"]), f"{case['context']:,}", str(run["threads"])]
+            rows.append([*what, f"{ours / 1000:.2f} ms", f"{theirs / 1000:.2f} ms", f"{theirs / ours:.1f}x"])
+    return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
+
+
+def soak() -> str:
+    found = read("soak")
+    total = sum(found["requests"].values())
+    rows = [
+        ["requests", f"{total:,}"], ["of these aborted by the client", f"{found['requests']['abort']:,}"],
+        ["failed", str(len(found["failures"]))], ["served tokens compared", f"{found['compared']:,}"],
+        ["of these not the fake-quantized model's first choice", f"{found['not_first_choice']} (near ties)"],
+        ["growth of memory", percent(found["growth"])],
+    ]  # fmt: skip
+    return table([f"{found['minutes']} minutes of mixed load", ""], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
+    "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
+    "soak": soak,
+}  # fmt: skip
