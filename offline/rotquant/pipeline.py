@@ -44,6 +44,7 @@ from rotquant.recipes.schemes import scheme_settings
 from rotquant.resources import check_disk, check_memory
 from rotquant.run import Run, Settings, begin, fingerprint, finished, learner, prepare, provenance, tuner, with_choice
 from rotquant.transforms.fold import by_rows
+from rotquant.transforms.gains import norm_gains, scale_to
 from rotquant.transforms.space import Transforms
 from rotquant.weights import rtn
 from rotquant.weights.experts import ExpertsQuantizer
@@ -252,13 +253,21 @@ def tune_layers(run: Run, journal: Journal) -> Run:
         tensors = journal.kept(f"layer {index}") or {}
         if run.recipe.tune:
             tensors, clips = layer_of(tuned, index)
-            kind = run.arch.kinds[index]
-            s_attn, s_mlp = (tensors[f"{block.norm}.weight"].double() for block in (kind.attention, kind.mlp))
+            s_attn, s_mlp = tuned_scales(run, index, tensors)
             layer = replace(transforms.layers[index], clips=clips, s_attn=s_attn, s_mlp=s_mlp)
             transforms.layers[index] = layer
         if not journal.done(f"tuned layer {index}"):
             write_layer(run, journal, f"tuned layer {index}", index, tensors)
     return replace(run, transforms=transforms)
+
+
+def tuned_scales(run: Run, index: int, tensors: Tensors) -> list[torch.Tensor]:
+    """The tuned gains of the norms of attention and MLP as S_n: R1 has taken the original's into the linears."""
+    tuned = [tensors[f"{norm}.weight"].double() for norm in run.arch.kinds[index].norms.values()]
+    if run.transforms.r1:
+        return tuned
+    own = norm_gains(run.source, run.arch, index).values()
+    return [scale_to(gain, original) for gain, original in zip(tuned, own, strict=True)]
 
 
 def write_head(run: Run, journal: Journal) -> None:

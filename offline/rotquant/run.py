@@ -31,6 +31,7 @@ from rotquant.recipe import Recipe
 from rotquant.recipes import load_recipe
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
+from rotquant.transforms.gains import with_gains_in_linears
 from rotquant.transforms.space import Transforms
 
 
@@ -93,7 +94,7 @@ def prepare(model: str, asked: Settings) -> Run:
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
     recipe = for_mixture(recipe, arch)
-    transforms = initial_transforms(recipe, arch, asked.tp_max, asked.seed)
+    transforms = with_gains_in_linears(initial_transforms(recipe, arch, asked.tp_max, asked.seed), arch, source)
     calibrated = None
     if recipe.needs_calibration:
         length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
@@ -208,7 +209,9 @@ def begin(run: Run, recipe: Recipe) -> Job:
     """The run's work with another recipe, as its profile can express it: checked, and nothing learned yet."""
     recipe = fitted(recipe, run.arch).for_profile(run.profile).check_learning()
     check_shapes(recipe, run.arch)
-    return learner(replace(run, recipe=recipe, transforms=initial_transforms(recipe, run.arch, run.tp_max, run.seed)))
+    transforms = initial_transforms(recipe, run.arch, run.tp_max, run.seed)
+    transforms = with_gains_in_linears(transforms, run.arch, run.source)
+    return learner(replace(run, recipe=recipe, transforms=transforms))
 
 
 def with_choice(run: Run, choice: Choice) -> Run:

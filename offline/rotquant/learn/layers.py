@@ -94,7 +94,9 @@ class SampleLearner:
         scales, layer, x = self.recipe.scales, self.layer, self.x
         if scales.norms == "smooth":
             layer.s_attn, layer.s_mlp = 1 / self.scale("attn"), 1 / self.scale("mlp")
-            x["attn"], x["mlp"] = x["attn"] * layer.s_attn.float(), x["mlp"] * layer.s_mlp.float()
+        for site in ("attn", "mlp"):
+            if (factors := layer.norm_scale(site)) is not None:
+                x[site] = x[site] * factors.float()
         if scales.values == "smooth" and (attention := self.kind.attends):
             layer.s_ov = 1 / self.values_scale(attention)
             per_head = per_query_head(layer.s_ov.view(attention.kv_heads, -1), attention).flatten()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import rotquant
 from drawn_transforms import random_orthogonal
+from rotquant.basis.sidecar import FILE
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.fitting import fitted
@@ -24,6 +25,7 @@ from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
+from rotquant.transforms.gains import with_gains_in_linears
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant_kernels import Stage
 from source_models import all_candidates, source_model
@@ -41,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_online_changes_nothing_and_a_rotated_stream_would(source: Path) -> None:
     arch, random = read_architecture(source), torch.Generator().manual_seed(1)
     recipe = fitted(load_recipe("quarot"), arch)
-    online = initial_transforms(recipe, arch, 1, 0)
+    online = with_gains_in_linears(initial_transforms(recipe, arch, 1, 0), arch, Source(source))
     assert online.layers[0].inputs == {
         site: [Stage("hadamard", n)] for site, n in (("attn", 128), ("mlp", 128), ("down", 16))
     }
@@ -69,16 +71,26 @@ def test_recipes_become_what_the_model_has(source: Path, capsys: pytest.CaptureF
     assert fitted(load_recipe("rtn"), arch) == load_recipe("rtn")
 
 
-@pytest.mark.parametrize("recipe", ["quarot", "best-tuned", "flatquant"])
+@pytest.mark.parametrize("recipe", ["quarot", "best", "flatquant"])
 def test_every_way_of_learning_computes_the_same_function(source: Path, tmp_path: Path, recipe: str) -> None:
     """Where rounding is fine the checkpoint's logits are the model's; the embedding's factor is that of bfloat16."""
-    short = {"flatquant": ["learn.blockwise.epochs=1"], "best-tuned": ["tune.steps=2"]}
+    short = {"flatquant": ["learn.blockwise.epochs=1"], "best": ["tune={steps: 2}"]}
     settings = [*all_candidates(recipe), *short.get(recipe, []), *FINE]
     out = quantize(str(source), tmp_path / "out", recipe=recipe, samples=4, seq_len=64, settings=settings)
     with torch.no_grad():
         got = rotquant.load(out)(TOKENS[None]).logits.float()
         expected = AutoModelForCausalLM.from_pretrained(source)(TOKENS[None]).logits.float()
     assert (got - expected).norm() < 0.1 * expected.norm()
+    basis, stored, original = load_file(out / FILE), Source(out), Source(source)
+    for site, norm in (
+        ("attn", "input_layernorm"),
+        ("mlp", "pre_feedforward_layernorm"),
+    ):  # what adapters are divided by
+        own, now = (1 + files.get(f"model.layers.1.{norm}.weight").double() for files in (original, stored))
+        # What adapters are divided by.
+        assert torch.allclose(own * basis[f"basis.layers.1.s_{site}"].double(), now, atol=0.02)
+        if recipe == "quarot":  # no outlier that a gain makes is left in front of the Hadamard
+            assert torch.equal(now, own.sign())
     config = json.loads((out / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention", "full_attention"]
 
