@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rotquant.common.progress import say
 from rotquant.common.signals import terminated_like_interrupted
@@ -26,7 +27,8 @@ from rotquant.service.smollm2 import NAME, smollm2
 
 SERVED = "best"
 RECIPES = ("rtn", "quarot", SERVED)
-SCORED_TOKENS, WINDOW, SAMPLES = 4096, 512, 16  # little text, to be quick
+SCORED_TOKENS, WINDOW, SAMPLES = 4096, 512, 16  # little text and few steps of tuning, to be quick
+QUICK = {SERVED: ["choose.tune.steps=8"]}
 ANSWER_TOKENS = 48
 FULL = "full precision"
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -134,8 +136,8 @@ def quantized(folder: Path, subject: Subject, source: Path, recipe: str) -> Path
         from rotquant.pipeline import quantize
 
         say(f"demo: quantizing {subject.name} to 4-bit weights, activations and KV cache, recipe {recipe}")
-        text = str(subject.calibration)
-        quantize(str(source), output, recipe=recipe, calibration=text, samples=SAMPLES, seq_len=WINDOW, resume=True)
+        little: dict[str, Any] = {"samples": SAMPLES, "seq_len": WINDOW, "settings": QUICK.get(recipe, [])}
+        quantize(str(source), output, recipe=recipe, calibration=str(subject.calibration), resume=True, **little)
     return output
 
 
