@@ -40,7 +40,8 @@ def check_sizes(config: Any, source: Source) -> Architecture:
     check_shapes(where, arch, source)
     known = KNOWN_BY_CLASS[config.architectures[0]]
     if (activation := getattr(config, known.activation[0])) != known.activation[1]:
-        raise RotQuantError(f"{where}: {known.activation[0]} is {activation!r}, supported is {known.activation[1]!r}")
+        field, supported = known.activation
+        raise RotQuantError(f"{where}: {field} is {activation!r}, the supported activation is {supported!r}")
     if config.return_dict is not True:
         raise RotQuantError(f"{where}: return_dict is {config.return_dict!r}, expected true")
     for entry in config.rope_parameters.values() if known.rope_by_layer else (config.rope_parameters,):

@@ -145,7 +145,7 @@ def check_fields(where: str, raw: Fields) -> None:
     check_values(where, raw)
     field, name = known.activation
     if raw.get(field, name) != name:
-        raise RotQuantError(f"{where}: {field} is {short(repr(raw[field]), 60)}, supported is {name!r}")
+        raise RotQuantError(f"{where}: {field} is {short(repr(raw[field]), 60)}, the supported activation is {name!r}")
     check_windows(where, raw, known)
     for name, value in raw.items():
         if name in known.fields:

@@ -84,7 +84,7 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (QWEN35, {"attn_output_gate": False}, "attn_output_gate is False, expected is True"),
         (QWEN35, {"attention_bias": True}, "attention_bias is true"),
         (QWEN35, {"layer_types": ["sliding_attention"] * 64}, "layer_types has layers other than"),
-        (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation is 'silu', supported is 'gelu_pytorch_tanh'"),
+        (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation is 'silu', the supported activation is"),
         (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: soft caps are not supported"),
         (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: attention in both dir"),
         (GEMMA3, {"torch_dtype": "float16"}, "torch_dtype is 'float16', expected is 'float32' or 'bfloat16'"),
