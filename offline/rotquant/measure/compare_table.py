@@ -18,7 +18,8 @@ HEADERS = (
     "recipe", "perplexity", "KL to full precision, nats", "top-1 agreement", "same greedy tokens, of 32",
     "quantization time", "peak memory", "size", "online multiply-adds a token",
 )  # fmt: skip
-SHORT = ("recipe", "perplexity", "KL, nats", "top-1", "time", "memory", "online")  # for a terminal of 80 columns
+# The same for a terminal of 80 columns; what has no name here is left to `--markdown`.
+SHORT = ("recipe", "perplexity", "KL, nats", "top-1", "", "time", "memory", "", "online")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Comparison:
         """For a terminal of 80 columns or more: ranges below their medians."""
         said = "\n".join([self.summary(), *map(escape, self.failures())])
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=said)
-        for name in SHORT:
+        for name in filter(None, SHORT):
             table.add_column(name, no_wrap=name in ("recipe", "perplexity", "top-1"))
-        for label, *cells in self.rows():
-            table.add_row(escape(label), *(escape(below(cell)) for cell in cells))
+        for cells in self.rows():
+            label, *others = (cell for cell, name in zip(cells, SHORT, strict=True) if name)
+            table.add_row(escape(label), *(escape(below(cell)) for cell in others))
         return table
 
     def markdown(self) -> str:
