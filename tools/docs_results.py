@@ -28,10 +28,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """The finished runs of one file of `rotquant compare`, by their labels.
-
-    A run with the key `noted` was copied from a page that named no file. It counts only where no other has its label.
-    """
+    """The finished runs of one file of `rotquant compare`, by their labels."""
 
     groups: dict[str, list[Run]]
 
@@ -41,7 +38,7 @@ class Compared:
         for run in read(name)["runs"]:
             if "error" not in run:
                 groups.setdefault(run["label"], []).append(run)
-        return cls({label: [r for r in runs if "noted" not in r] or runs for label, runs in groups.items()})
+        return cls(groups)
 
     def values(self, label: str, key: str) -> list[float]:
         return [run[key] for run in self.groups.get(label, []) if run.get(key) is not None]
