@@ -93,4 +93,5 @@ def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Ite
             setattr(model.get_submodule(parent), leaf, FloatLinear(folder, tensors, spec, name, module.bias))
     for prompt in prompts:
         with torch.inference_mode():
-            yield model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+            logprobs = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+        yield logprobs  # outside: two of these generators in step would leave each other's mode on
