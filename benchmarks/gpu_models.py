@@ -92,7 +92,7 @@ def write_model(shape: str, checkpoint: str, folder: Path) -> Path:
     for number, sizes in enumerate(groups.values(), 1):
         tensors = {key: t for name, size in sizes.items() for key, t in random_tensors(name, size, checkpoint).items()}
         if checkpoint == "rotquant" and number == 1:
-            marker = writer.marker("mlp.down_proj", r4_block(shape), torch.bfloat16)
+            marker = writer.marker(f"mlp.down_proj.{writer.HADAMARDS['down']}", r4_block(shape), torch.bfloat16)
             tensors |= {f"model.layers.0.{key}": tensor for key, tensor in marker.items()}
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_tensors(folder / file, tensors)

@@ -18,6 +18,7 @@ import torch
 import gpu_checks
 import gpu_kernels
 from gpu_attention import DEVICE, Attention
+from gpu_deadline import deadline, late
 from gpu_fused import Norm, Silu
 from gpu_kernels import Linear, Rows
 from rotquant_kernels import ops, reference
@@ -28,16 +29,6 @@ SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "dow
 SMALL = {"qkv": (256, 384), "o": (256, 256), "gate_up": (256, 512), "down": (768, 256)}
 SLOW_PEERS = ("Humming W4A16", "Marlin W4A16")  # the first compiles with nvcc, the second is Machete's elder
 SWEPT = (("down", 128), ("o", 64), ("down", 64), ("gate_up", 256), ("o", 128), ("gate_up", 2048), ("down", 16))
-
-
-def late(seconds: float = 3) -> bool:
-    """Whether something of so many seconds would end after this phase's deadline."""
-    return time.time() + seconds > deadline()
-
-
-def deadline() -> float:
-    """Seconds since 1970."""
-    return float(os.environ.get("ROTQUANT_GPU_DEADLINE", "inf"))
 
 
 def shapes() -> dict[str, tuple[int, int]]:

@@ -144,8 +144,8 @@ def loads(name: str, first: bool) -> Iterator[dict[str, Any]]:
     """Starts vLLM and runs the loads, a line each: the start, decoding alone and with others, a long prompt, many."""
     from vllm import LLM, SamplingParams
 
+    from gpu_deadline import late
     from gpu_models import write_config
-    from gpu_phases import late
 
     folder = work() / f"config-{name}"
     write_config("llama-3-8b", FORMATS[name].checkpoint, folder)

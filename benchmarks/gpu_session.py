@@ -24,7 +24,7 @@ GRACE = 5  # seconds between a phase's deadline and its end by force
 
 
 class Phase(NamedTuple):
-    """Args: seconds: limit; run: yields lines; may end as early as it likes where `gpu_phases.late` says so."""
+    """Args: seconds: limit; run: yields lines; may end as early as it likes where `gpu_deadline.late` says so."""
 
     seconds: int
     run: Callable[[], Iterator[Line]]

@@ -21,13 +21,16 @@ rotquant.transforms
 rotquant.models
 rotquant.transforms.fold
 rotquant.checkpoint
+rotquant.transforms.gains
 rotquant.weights
 rotquant.basis
 rotquant.gate
 rotquant.resources
+rotquant.fitting
 rotquant.learn
 rotquant.choose
 rotquant.run
+rotquant.choose.tuning
 rotquant.pipeline
 rotquant.measure
 rotquant.service
@@ -38,8 +41,10 @@ vllm_rotquant.features
 vllm_rotquant.compat
 vllm_rotquant.environment     vllm_rotquant.names    vllm_rotquant.holders    vllm_rotquant.intake
 vllm_rotquant.rotation        vllm_rotquant.low_rank vllm_rotquant.adapters   vllm_rotquant.boundary
+vllm_rotquant.windows         vllm_rotquant.steps    vllm_rotquant.recurrent
 vllm_rotquant.warmup          vllm_rotquant.witness  vllm_rotquant.reading    vllm_rotquant.agreement
 vllm_rotquant.fusion          vllm_rotquant.collector
+vllm_rotquant.window_proof
 vllm_rotquant.linear          vllm_rotquant.kv_cache vllm_rotquant.experts
 vllm_rotquant.proof           vllm_rotquant.reload
 vllm_rotquant.experts_proof

@@ -12,8 +12,8 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 
-import rotquant
 from rotquant.cli import environment, making, measuring
 from rotquant.cli.verb import RAW
 from rotquant.common.faults import is_disk_full
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "  vllm serve qwen3-w4 --quantization rotquant      serve it\n\n"
         "`rotquant VERB --help` explains each verb with examples.",
     )
-    top.add_argument("--version", action="version", version=f"rotquant {rotquant.__version__}")
+    top.add_argument("--version", action="version", version=f"rotquant {version('rotquant')}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         making.add_quantize,
