@@ -31,7 +31,7 @@ from stand_in_gpu import GPUS, Compiled, stand_in
 
 Launch = tuple[str, Callable[[], Any]]  # in words, the call
 # Bytes of registers of a thread that may lie in memory. Prefill keeps a block of sums besides its tile; 8-bit weights
-# in large groups keep two. Decode leaves room for three programs a multiprocessor: 160 bytes on sm_100 under Triton 3.8.
+# in large groups keep two. Decode leaves room for three programs a multiprocessor: 160 on sm_100 under Triton 3.8.
 SPILLED = {"prefill": 640, "linear_kernel": 288, "decode": 160}
 SPILLED_ELSE = 128
 BATCHES = (1, 2, 16, 33)  # numbers that Triton tells apart: 1, multiples of 16, others

@@ -26,7 +26,7 @@ from torch import Tensor
 from rotquant_kernels.cuda import layout, rows
 
 SWITCH = "ROTQUANT_CUDA_LINEAR"
-# Of humming-kernels; vLLM 0.32 carries 0.1.17. 0.1.20 converts weights on a GPU only, so that nothing here can check it.
+# Of humming-kernels; vLLM 0.32 carries 0.1.17. 0.1.20 converts weights on a GPU only, so it cannot be checked without.
 SUPPORTED = ((0, 1, 17), (0, 1, 20))
 INT4 = (80, 86, 87, 89)  # whose tensor cores multiply int4
 _choice: str | None = None  # of `choose`
