@@ -33,7 +33,7 @@ GLANCE = (
     ("round to nearest, `rtn`", "rtn", W4A4, "never: it is what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in a minute, without calibrating for long"),
     ("`best`", "best", W4A4, "W4A4KV4, the usual choice: as fast as `quarot`, closer to the original"),
-    ("`best-online`", "best-online", "", "`compare` says that it wins: a 16-bit branch runs beside the linears"),
+    ("`best-online`", "best-online", "", "quality counts more than speed: a 16-bit branch runs beside the linears"),
     ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, and GPUs from sm_90 on"),
 )  # fmt: skip
 
