@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 import boundary_serving as serving
 import vllm_serving
 from checkpoints import Spec, edited, prompts, write_checkpoint
+from child import Child, child_process
 from eagle_drafts import write_draft
 from rotquant.basis.draft import turn_draft
 from rotquant.errors import RotQuantError
@@ -25,7 +23,6 @@ pytestmark = pytest.mark.vllm
 
 PROMPTS = prompts((5, 17, 30))
 EIGHT = ["weights.method=rtn", "weights.bits=8", "activations.bits=8"]  # close to the original, so that bases show
-Child = Callable[..., Any]
 
 
 class Folders(NamedTuple):
@@ -41,9 +38,8 @@ class Folders(NamedTuple):
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """Runs a function of `boundary_serving` in one process for all tests."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=vllm_serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(vllm_serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

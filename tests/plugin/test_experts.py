@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import ranks
 import rotquant
 import vllm_serving as serving
 from checkpoints import prompts
+from child import Child, child_process
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
@@ -31,10 +30,10 @@ DOWN = "model.layers.1.mlp.experts.2.down_proj"
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Any]:
+def child() -> Iterator[Child]:
     """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import rotquant
 import vllm_serving as serving
+from child import Child, child_process
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
 
@@ -21,14 +18,13 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Callable[..., Any]]:
+def child() -> Iterator[Child]:
     """Runs a function of `vllm_serving` in a child process."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
-def test_what_is_measured_is_served(child: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_measured_is_served(child: Child, tmp_path: Path) -> None:
     """In chunks of 32 tokens, contexts of four windows; all that vLLM reads of config.json as transformers does."""
     out = quantize(
         str(source_model(tmp_path / "m", "gemma3")), tmp_path / "out", recipe="quarot", samples=4, seq_len=128

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import hybrid_serving
 import ranks
 import rotquant
 import vllm_serving as serving
+from child import Child, child_process
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
@@ -26,11 +24,10 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Callable[..., Any]]:
+def child() -> Iterator[Child]:
     """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=hybrid_serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(hybrid_serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def rows(log: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in lines[1:14] if line.startswith("  ")}
 
 
-def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Callable[..., Any], made: Path) -> None:
+def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Child, made: Path) -> None:
     """Two steps a prompt, so that states and pages are read again; both kinds of layer are in the start-up check."""
     prompts = [torch.randint(VOCABULARY, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
     batches = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
@@ -69,7 +66,7 @@ def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Callable[...
     assert block == 128 * math.ceil(state / (128 * token))
 
 
-def test_a_stage_of_one_kind_of_layer(child: Callable[..., Any], made: Path) -> None:
+def test_a_stage_of_one_kind_of_layer(child: Child, made: Path) -> None:
     first, second = child(ranks.run, ranks.load_stage, made, "1,1", "bfloat16", pipeline=True)
     assert "in_proj_qkvz" in rows(first)
     assert "KV cache: not quantized (no attention on this rank)" in first
@@ -86,7 +83,7 @@ def test_a_stage_of_one_kind_of_layer(child: Callable[..., Any], made: Path) -> 
     ],
 )
 def test_what_would_end_the_server_at_its_first_request_is_refused(  # last: it leaves vLLM's groups in the process
-    child: Callable[..., Any], made: Path, options: dict[str, Any], message: str
+    child: Child, made: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RotQuantError, match=message):
         child(serving.load_only, made, **options)

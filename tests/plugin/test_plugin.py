@@ -5,13 +5,10 @@ Every `LLM(...)` runs in one child process, so that vLLM is imported once and th
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from checkpoints import (
     write_checkpoint,
     write_plain,
 )
+from child import Child, child_process
 from float_model import expected_logprobs
 from lora_adapters import edit_adapter, merged, write_adapter
 from online_extras import everything
@@ -56,15 +54,13 @@ PROMPTS = prompts((7, 33, 70))
 # The native attention kernel is within 1% of exact arithmetic, which random models turn into other activation
 # codes. Tests that compare with float64 leave it out; test_kv4_native holds it to its own bound.
 EXACT = "exact attention"
-Child = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """Runs a function of `vllm_serving` in the child process."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

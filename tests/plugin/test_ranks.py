@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 import ranks
 import vllm_serving as serving
 from checkpoints import Spec, prompts, write_checkpoint
+from child import Child, child_process
 from rotquant.errors import RotQuantError
 
 pytestmark = pytest.mark.vllm
@@ -26,10 +25,10 @@ TOKENS = prompts((33,))[0]
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Any]:
+def child() -> Iterator[Child]:
     """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import vllm_reload
 import vllm_serving as serving
 from checkpoints import Spec, edited, prompts, without, write_checkpoint
+from child import Child, child_process
 from online_extras import everything
 
 pytestmark = pytest.mark.vllm
@@ -30,14 +29,14 @@ MISSING = "model.layers.0.mlp.down_proj.weight_packed"
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Callable[..., Any]]:
+def child() -> Iterator[Child]:
     """Runs a function in a child process with vLLM."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_reloads(child: Callable[..., Any], tmp_path: Path, name: str) -> None:
+def test_reloads(child: Child, tmp_path: Path, name: str) -> None:
     spec, swap = SPECS[name]
     a, b = (write_checkpoint(tmp_path / folder, replace(spec, seed=i)) for i, folder in enumerate("ab"))
     other = edited(b, tmp_path / "other", lambda config: config["rotquant"]["activation_clip"].update(default=0.5))
@@ -76,6 +75,6 @@ def test_reloads(child: Callable[..., Any], tmp_path: Path, name: str) -> None:
         ({"rope_scaling": {}}, "rope_scaling"),
     ],
 )
-def test_settings_that_differ(child: Callable[..., Any], change: dict[str, Any], expected: str) -> None:
+def test_settings_that_differ(child: Child, change: dict[str, Any], expected: str) -> None:
     served = {"rms_norm_eps": 1e-6, "rotquant": {"kv_clip": {"key": 1.0}, "provenance": {"seed": 1}}}
     assert child(vllm_reload.difference, served, served | change) == expected

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,6 +16,7 @@ from torch import Tensor
 import rotquant
 import vllm_serving as serving
 from checkpoints import Spec, model_config, prompts, write_checkpoint
+from child import Child, child_process
 from float_model import expected_logprobs
 from rotquant.errors import RotQuantError
 from rotquant.models import describe
@@ -44,15 +42,13 @@ QWEN2 = Spec(
 MISTRAL = Spec(architecture="mistral", symmetric=False, config={"sliding_window": WINDOW})
 PROMPTS = prompts((7, 61, 150))
 OPTIONS = {"block_size": 16, "enable_prefix_caching": False}
-Child = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """Runs a function of `vllm_serving` in a child process."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

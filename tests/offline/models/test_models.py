@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import rotquant
 import vllm_serving as serving
 from checkpoints import edited
+from child import Child, child_process
 from drawn_transforms import everything, random_orthogonal
 from rotquant.checkpoint.layers import read_gain
 from rotquant.checkpoint.source import Source
@@ -120,11 +118,10 @@ RECIPES = [
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Callable[..., Any]]:
+def child() -> Iterator[Child]:
     """Runs a function of `vllm_serving` in a child process."""
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=serving.prepare) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    with child_process(serving.prepare) as run:
+        yield run
 
 
 def made(folder: Path, source: Path, recipe: str) -> Path:
@@ -133,9 +130,7 @@ def made(folder: Path, source: Path, recipe: str) -> Path:
 
 
 @pytest.mark.parametrize(("name", "recipe"), RECIPES)
-def test_both_engines_agree(
-    sources: dict[str, Path], child: Callable[..., Any], tmp_path: Path, name: str, recipe: str
-) -> None:
+def test_both_engines_agree(sources: dict[str, Path], child: Child, tmp_path: Path, name: str, recipe: str) -> None:
     """Perplexity within 0.5%; a rounding that falls otherwise now and then changes single tokens by more."""
     out = made(tmp_path, sources[name], recipe)
     prompts = [torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
@@ -149,9 +144,7 @@ def test_both_engines_agree(
     assert online_cost(out).gemm == passed
 
 
-def test_queries_that_vllm_would_not_scale_are_noticed(
-    sources: dict[str, Path], child: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_queries_that_vllm_would_not_scale_are_noticed(sources: dict[str, Path], child: Child, tmp_path: Path) -> None:
     """A checkpoint of Ministral 3 says what vLLM reads of it, without which the start-up check refuses."""
     out = made(tmp_path, sources["ministral3"], "rtn")
     assert json.loads((out / "config.json").read_text())["llama_4_scaling"] == {
