@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from rotquant_kernels.cuda import scaled_mm
 from vllm_rotquant import agreement, compat
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.experts_proof import experts_rows
@@ -33,6 +34,7 @@ class Startup:
             defaults: `settings.from_environment` of the server's first process.
         """
         if self.ranks is None:
+            scaled_mm.provide(compat.integer_products())
             self.ranks, settings = agreement.begin(defaults)
             self.strict = settings.strict
             self.identity = agreement.checkpoint_facts(compat.origin())

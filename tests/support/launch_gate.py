@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, workspace
+from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, unpack, workspace
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import GPUS, Compiled, stand_in
 
@@ -79,6 +79,12 @@ def linear(
         quantized, words, torch.empty(n, groups), torch.empty(n, dtype=dtype) if bias else None, bits, symmetric,
         dtype, *branch,
     )  # fmt: skip
+
+
+def unpacked(n: int, k: int, bits: int = 4) -> None:
+    """The weight of a layer [n, k] for a GEMM of the server's."""
+    shape = layout.multiple(k, layout.COLUMNS) * bits // 128, layout.multiple(n, layout.CHANNELS), layout.CHUNK
+    unpack.unpacked(torch.empty(shape, dtype=torch.int8), bits, k, n)
 
 
 def quantize(
@@ -154,6 +160,7 @@ def core() -> Iterator[Launch]:
     yield "linear, 1 token", lambda: linear(1, 4096, 512)  # its columns among programs, whose parts are added up
     yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
+    yield "a weight unpacked", lambda: unpacked(512, 4096)
     yield "prefill, 1 sequence", lambda: attend(700, 1)
     yield "prefill by a workspace", lambda: attend_dense(700, 1)
 
@@ -193,6 +200,7 @@ def odd() -> Iterator[Launch]:
     """Shapes and settings of no particular model."""
     for m in (1, 20, 64, 200):
         yield f"odd linear, {m}", lambda m=m: linear(m, 100, 70, symmetric=True)
+        yield f"unpacked, {m}", lambda m=m: unpacked(16 * m, 112, 8)
         yield f"one column, {m}", lambda m=m: linear(m, 1, 1)
         for size in (32, 64, 96, 128, 160, 256, 1024):
             for bits in (4, 8):

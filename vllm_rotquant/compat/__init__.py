@@ -67,6 +67,7 @@ from vllm_rotquant.compat.models import (
     rotary_rows,
     silu_mul_before,
 )
+from vllm_rotquant.compat.products import integer_products
 from vllm_rotquant.compat.ranks import (
     from_all,
     get_tensor_model_parallel_rank,
@@ -145,6 +146,7 @@ __all__ = [
     "has_final_norm",
     "head_major_layouts",
     "holds_some_layers",
+    "integer_products",
     "is_decoder",
     "is_recurrent",
     "let_attention_use_amx",
