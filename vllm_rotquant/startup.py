@@ -11,6 +11,7 @@ from vllm_rotquant import agreement, compat
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.experts_proof import experts_rows
 from vllm_rotquant.fusion import fuse
+from vllm_rotquant.positions import join_rope
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
 from vllm_rotquant.recurrent import check_recurrent, count_recurrent
 from vllm_rotquant.reload import Reload
@@ -62,6 +63,7 @@ class Startup:
             self.when_loaded(model)
         if not collected.lora:
             fuse(collected.linears, holders)
+            join_rope(collected.attention, holders)
         check = partial(run_checks, collected, strict=self.strict, model=self.model)
         check(experts_rows(collected) + readings)
         warm_linears(layer for layer, _ in collected.packed.values())

@@ -64,6 +64,7 @@ from vllm_rotquant.compat.models import (
     is_recurrent,
     logits_changed,
     norm_before,
+    rotary_before,
     rotary_rows,
     silu_mul_before,
 )
@@ -165,6 +166,7 @@ __all__ = [
     "pipeline_stage",
     "ranks_of_model",
     "register_weight_loader_v2_supported_method",
+    "rotary_before",
     "rotary_rows",
     "routed",
     "silu_mul_before",

@@ -12,6 +12,7 @@ GEMM = ("int_linear", "quantized_linear")
 class Triton(Backend):
     name = "triton"
     device = "cuda"
+    turns_positions = True
 
     def kernel(self, op: str) -> str:
         if op not in GEMM:
