@@ -212,6 +212,7 @@ def times() -> Iterator[Line]:
 def sweep() -> Iterator[Line]:
     """Other cuts of the products that starve first; the best of each is a row for `tiles.json`, beside the results."""
     rows: list[dict[str, int]] = []
+    yield from paged()
     yield from unpacked()
     for turn, (name, m) in enumerate(SWEPT):
         share = (deadline() - time.time()) / (len(SWEPT) - turn)
@@ -225,6 +226,14 @@ def sweep() -> Iterator[Line]:
             rows.append({"least_tokens": m // 2 + 1, "tokens": m, "columns": k, "channels": n} | best[1])
             folder = Path(os.environ.get("ROTQUANT_GPU_LINES", "lines")).parent
             (folder / "tiles-found.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def paged() -> Iterator[Line]:
+    """Decoding over pages of 64 and 128 tokens, in the place of vLLM's 16."""
+    batch, context = (1, 40) if REHEARSAL else (16, 16384)
+    for page in (16, 64, 128):
+        call = gpu_kernels.PEERS[Attention]["rotquant KV4"](Attention(batch, context, 1, page))
+        yield {"attention": f"batch {batch} context {context}", "page": page, "us": gpu_kernels.time_us(call)["us"]}
 
 
 def unpacked() -> Iterator[Line]:
