@@ -26,6 +26,7 @@ LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
 RESIDENT = 3  # programs that a processor holds at once, by the registers of one that takes a part
+MOST_REGISTERS = 168  # of a thread on Hopper, so that it does; Blackwell would spill
 MERGED_TOGETHER = 8
 PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
@@ -179,7 +180,8 @@ def attention(
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device), window)
+    device = device_of(query.device)
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window)
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
     parts = tokens * heads * splits if splits > 1 else 0
@@ -193,6 +195,7 @@ def attention(
         scale * LOG2_E, **shared, **constants(rope), HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1,
         WINDOWED=window > 0, ASSEMBLER=not INTERPRETED, num_warps=4 if rows <= PREFILL_ROWS else 8,
         num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
+        **({"maxnreg": MOST_REGISTERS} if rows < PREFILL_ROWS and device.sm == 90 else {}),
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
