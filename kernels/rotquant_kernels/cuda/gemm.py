@@ -214,9 +214,8 @@ def product(
         raise ValueError(f"bias {list(bias.shape)} is not one number for each of {channels} channels")
     if up is not None and (down is None or up.shape != (down.shape[1], channels)):
         raise ValueError(f"low_rank_up {list(up.shape)} does not follow low_rank_down and {channels} channels")
-    out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
     if not tokens or not channels:
-        return out
+        return codes.new_empty((tokens, channels), dtype=dtype)
     rank = 0 if up is None else up.shape[0]
     # A branch in full precision has no registers for the largest tiles.
     cut = tiles(min(tokens, 1024) if rank else tokens, Shape(columns, channels, groups), device_of(codes.device))
@@ -225,6 +224,7 @@ def product(
         whole = unpacked(words, bits, columns, channels).t()
         taken = (None, None) if symmetric else (sums[:, :channels], zero)
         return server.call(codes, whole, scale, weight_scale.contiguous(), dtype, *taken)
+    out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
     branch = down, None if up is None else up.contiguous(), None if bias is None else bias.contiguous()
     run(
         (codes, scale, zero, words, sums, weight_scale.contiguous(), *branch, out), rank, cut,
