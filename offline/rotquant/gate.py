@@ -23,9 +23,9 @@ from rotquant.checkpoint.original_mixture import original_mixture
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
-from rotquant.models.architecture import Experts
 from rotquant.models.decoder import decoders, rms_norm
 from rotquant.models.expert_tensors import each
+from rotquant.models.mlp import Experts
 from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 
 TOLERANCE = 1e-4

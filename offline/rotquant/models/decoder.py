@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotquant.models.architecture import Architecture, Attention, Experts, Layer, PositionScale, Tensors
+from rotquant.models.architecture import Architecture
+from rotquant.models.attention import Attention, PositionScale
 from rotquant.models.delta import DeltaNet, delta_attention
+from rotquant.models.layer import Layer, Tensors
 from rotquant.models.mixture import inner, mixture
+from rotquant.models.mlp import Experts
 from rotquant.models.reading import rotary
 from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import KVFormat

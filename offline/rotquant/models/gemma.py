@@ -13,9 +13,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from rotquant.models.architecture import Architecture, Family, GatedMLP, Layer
+from rotquant.models.architecture import Architecture, Family
 from rotquant.models.config_rules import Known, number, one_of, whole
+from rotquant.models.layer import Layer
 from rotquant.models.llama import attention, model, windowed
+from rotquant.models.mlp import GatedMLP
 from rotquant.models.windows import FULL, SLIDING
 
 LEFT = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
