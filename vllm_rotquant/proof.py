@@ -107,8 +107,9 @@ def reading_rows(modules: list[Any], settings: Any) -> list[Row]:
     known = is_known(config)
     decoders = [module for module in modules if known and compat.is_decoder(module)]
     decoders.sort(key=layer_number)
-    divisor = describe(config).logits_divisor if known else 1.0
-    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+    arch = describe(config) if known else None
+    divisor, cap = (arch.logits_divisor, arch.logits_cap) if arch else (1.0, None)
+    for change in filter(None, (compat.logits_changed(module, divisor, cap) for module in modules)):
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     rows = []
     norms = [module.norm for module in modules if compat.has_final_norm(module)]
@@ -230,7 +231,10 @@ def attention_row(layer: Any, count: int) -> Row:
         ways.append(torch.cat(served_attention(layer, query, key, value, dense=1)))
         kernels.add(f"{layer.impl.dense[0]} for prefills")
     expected = torch.cat(
-        [float_attention(q, k, v, layer.impl.scale, kv, window) for q, k, v in zip(query, key, value, strict=True)]
+        [
+            float_attention(q, k, v, layer.impl.scale, kv, window, layer.impl.cap)
+            for q, k, v in zip(query, key, value, strict=True)
+        ]
     )
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
     errors = [*(distance(way, expected) for way in ways), *([window_distance(layer, KV4Metadata)] if window else [])]

@@ -15,6 +15,7 @@ from rotquant.models.reading import (
     read_config,
     rotary,
     skeleton,
+    torch_attention,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "read_config",
     "rotary",
     "skeleton",
+    "torch_attention",
 ]

@@ -45,6 +45,8 @@ class Names:
 class Architecture:
     """A whole model: h = embedding_scale E[token], its layers, logits = W norm(h) / logits_divisor.
 
+    logits_cap: then logits z become cap tanh(z / cap).
+
     scale_rounded: embedding_scale is a number of the model's dtype.
 
     tied: lm_head is the embedding: config.json says so, and the files hold no lm_head of their own (see `original`).
@@ -57,7 +59,9 @@ class Architecture:
     embedding_scale: float = 1.0
     scale_rounded: bool = False
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
     names: Names = Names()
+    stays_tied: bool = False  # vLLM's class has no lm_head, but the embedding in its place
     beside: tuple[str, ...] = ()  # how tensors begin that are no part of what is quantized, and are copied
     left: tuple[str, ...] = ()  # and that are left out
     served: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint's config.json says for vLLM besides
@@ -98,6 +102,11 @@ class Architecture:
     def eps(self) -> float:
         """Of the final norm."""
         return self.kinds[0].eps
+
+    @property
+    def caps_scores(self) -> bool:
+        """Whether attention has a soft cap."""
+        return any(attention.cap is not None for attention in self.attentions.values())
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.names.layers}{index}."

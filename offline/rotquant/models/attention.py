@@ -19,6 +19,7 @@ class PositionScale:
 class Attention:
     """Causal grouped-query attention: softmax(scale q kᵀ) v with RoPE on queries and keys.
 
+    cap: scores s become cap tanh(s / cap) before the softmax ("soft cap").
     gated: times sigmoid(gate x); the query linear gives of each head its query, then its gate.
     """
 
@@ -38,6 +39,7 @@ class Attention:
     position_scale: PositionScale | None = None
     gated: bool = False
     window: int | None = None  # positions that a query sees at most, its own and those before it
+    cap: float | None = None
     rope: str | None = None  # the entry of `rope_parameters` that holds here, where kinds of layer have their own
 
     @property
