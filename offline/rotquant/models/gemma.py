@@ -95,8 +95,14 @@ GEMMA2 = Family(
             windows="layers",
             activation=("hidden_activation", "gelu_pytorch_tanh"),
             fields=FIELDS
-            | {"attn_logit_softcapping": CAP, "final_logit_softcapping": CAP, "tie_word_embeddings": exactly(True)},
+            | {
+                "attn_logit_softcapping": CAP,
+                "final_logit_softcapping": CAP,
+                "sliding_window_size": whole(1, 2**31),
+                "tie_word_embeddings": exactly(True),  # whatever it says, vLLM's class has no lm_head
+            },
             harmless=HARMLESS,
+            synonyms=(("sliding_window", "sliding_window_size"),),
         )
     },
     describe2,
