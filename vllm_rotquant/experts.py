@@ -17,7 +17,7 @@ from rotquant.checkpoint import stored
 from rotquant.checkpoint.experts_format import ExpertsFormat
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 from rotquant_kernels import calls, kernel_of, prepare_experts
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.collector import Collector

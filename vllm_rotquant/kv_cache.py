@@ -48,7 +48,7 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
         kinds = {}
         for layer in compat.built_layers(vllm_config, layer_names):
             shape = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype
-            kinds[shape, layer.impl.kv.rotate, layer.impl.window] = layer
+            kinds[shape, layer.impl.kv.rotate, layer.impl.window, layer.impl.cap] = layer
         for layer in kinds.values():
             warm_attention(layer, kv_cache_spec.block_size, device)
         self.limits: steps.Limits | None = None
@@ -93,8 +93,9 @@ class KV4Impl(compat.AttentionImpl):
         previous: Any = layer.impl
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
-        self.kv, self.window = kv, layer.sliding_window
-        whole = layer.dtype == torch.bfloat16 and self.window is None  # pages before a window may be gone
+        self.kv, self.window, self.cap = kv, layer.sliding_window, previous.logits_soft_cap or None
+        # Pages before a window may be gone; FlashAttention's soft cap has not been held against the reference.
+        whole = layer.dtype == torch.bfloat16 and self.window is None and self.cap is None
         self.dense = compat.dense_attention() if whole else None
         self.rope: Rope | None = None  # where it is not vLLM's to run: `positions`
 
@@ -167,9 +168,11 @@ class KV4Impl(compat.AttentionImpl):
             from rotquant_kernels.cuda import kv4  # imports Triton
 
             given = query, cache, query_start, seq_lens, block_table, output, self.scale
-            kv4.attention(*given, self.kv.rotate, self.kv.symmetric, self.window or 0, self.rope)
+            settings = self.kv.rotate, self.kv.symmetric, self.window or 0, self.cap or 0.0, self.rope
+            kv4.attention(*given, *settings)
             return
-        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv, self.window)
+        settings = self.scale, self.kv, self.window, self.cap
+        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, *settings)
 
 
 class KV4Backend(compat.AttentionBackend):
@@ -235,15 +238,18 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
     """
 
     def __init__(
-        self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, collector: Collector
-    ) -> None:
-        """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`."""
+        self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, cap: float | None,
+        collector: Collector,
+    ) -> None:  # fmt: skip
+        """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`; cap: on
+        scores, as transformers reads config.json."""
         super().__init__(config)
-        self.format, self.prefix, self.head_dim, self.window, self.collector = kv, prefix, head_dim, window, collector
+        self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
+        self.window, self.cap = window, cap
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
-        for feature, used in compat.attention_refusals(layer).items():
+        for feature, used in compat.attention_refusals(layer, self.cap).items():
             if used:
                 raise RotQuantError(
                     f"{self.prefix}: this build of rotquant does not run the 4-bit KV cache with {feature}"

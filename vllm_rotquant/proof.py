@@ -108,8 +108,9 @@ def reading_rows(modules: list[Any], settings: Any) -> list[Row]:
     known = is_known(config)
     decoders = [module for module in modules if known and compat.is_decoder(module)]
     decoders.sort(key=layer_number)
-    divisor = describe(config).logits_divisor if known else 1.0
-    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+    arch = describe(config) if known else None
+    divisor, cap = (arch.logits_divisor, arch.logits_cap) if arch else (1.0, None)
+    for change in filter(None, (compat.logits_changed(module, divisor, cap) for module in modules)):
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     rows = []
     norms = [module.norm for module in modules if compat.has_final_norm(module)]
@@ -232,7 +233,7 @@ def attention_row(layer: Any, count: int) -> Row:
         kernels.add(f"{layer.impl.dense[0]} for prefills")
     expected = torch.cat(
         [
-            float_attention(placed(layer, q), placed(layer, k), v, layer.impl.scale, kv, window)
+            float_attention(placed(layer, q), placed(layer, k), v, layer.impl.scale, kv, window, layer.impl.cap)
             for q, k, v in zip(query, key, value, strict=True)
         ]
     )

@@ -116,6 +116,7 @@ struct KVQuery {
   int64_t rotate;
   int64_t window;  // positions that a token sees at most, its own among them; 0 for all
   float scale;
+  float cap;  // scores s become cap tanh(s / cap); 0 for none
 
   // The first position that the token at `position` sees.
   int64_t begin(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }

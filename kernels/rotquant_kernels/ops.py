@@ -34,7 +34,7 @@ OPS = {
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
-    " Tensor(a!) out, float scale, int rotate, bool symmetric, int window=0) -> ()",
+    " Tensor(a!) out, float scale, int rotate, bool symmetric, int window=0, float cap=0.0) -> ()",
 }
 
 _library = torch.library.Library("rotquant", "DEF")

@@ -273,7 +273,8 @@ def tuned_scales(run: Run, index: int, tensors: Tensors) -> list[torch.Tensor]:
 
 
 def write_head(run: Run, journal: Journal) -> None:
-    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so; what is copied."""
+    """Final norm and lm_head, untied from the embeddings where vLLM allows it and quantized if the recipe says so; what
+    is copied."""
     if journal.done("head"):
         return
     names = run.arch.names
@@ -287,7 +288,7 @@ def write_head(run: Run, journal: Journal) -> None:
         scale = rtn.weight_scale(folded, form, run.dtype)
         packed = pack(form.quantize(folded, scale), scale, form)
         tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
-    else:
+    elif not run.arch.stays_tied:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     if left := run.source.beginning(run.arch.left):
         say(

@@ -17,7 +17,7 @@ import torch
 
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, Layer
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 
 Windows = tuple[int, ...]  # calibration samples, tokens of each

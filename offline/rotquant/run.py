@@ -93,6 +93,7 @@ def prepare(model: str, asked: Settings) -> Run:
     recipe = fitted(recipe, arch).for_profile(asked.profile).check_learning()
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
+    check_head(recipe, arch)
     recipe = for_mixture(recipe, arch)
     transforms = with_gains_in_linears(initial_transforms(recipe, arch, asked.tp_max, asked.seed), arch, source)
     calibrated = None
@@ -141,6 +142,17 @@ def check_windows(recipe: Recipe, arch: Architecture) -> None:
             f"config.json: layer_types: vLLM's {name} gives no window to single layers. The plugin does, with a 4-bit"
             " KV cache: quantize with kv.bits=4 and --profile full, or set use_sliding_window to false"
         )
+
+
+def check_head(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses an lm_head of its own where vLLM's class takes the embedding in its place."""
+    if not arch.stays_tied:
+        return
+    (name,) = arch.config.architectures or [""]
+    if recipe.lm_head.form:
+        raise RotQuantError(f"vLLM's {name} has no lm_head but the embedding: quantize with --set lm_head.bits=16")
+    if not arch.tied:
+        raise RotQuantError(f"{arch.names.head}: vLLM's {name} would take the embedding in its place; leave it out")
 
 
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:

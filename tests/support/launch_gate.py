@@ -132,14 +132,14 @@ def write(
 def attend(
     tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
     page: int = 16, symmetric: bool = False, longest: int = 16384, dtype: torch.dtype = torch.bfloat16,
-    window: int = 0, rope: bool = False,
+    window: int = 0, cap: float = 0.0, rope: bool = False,
 ) -> None:  # fmt: skip
     """A step of so many new tokens, over pages of sequences of at most `longest`."""
     query = torch.empty(tokens, heads, dim, dtype=dtype)
     pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
     starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
     table = torch.zeros(sequences, -(-longest // page), dtype=torch.int32)
-    settings = 0.1, rotate, symmetric, window, rope_of(dim, rope, dtype)
+    settings = 0.1, rotate, symmetric, window, cap, rope_of(dim, rope, dtype)
     kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), *settings)
 
 
@@ -244,6 +244,8 @@ def odd() -> Iterator[Launch]:
         for symmetric in (False, True):
             yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
             yield f"workspace {shape}", lambda a=shape, s=symmetric: attend_dense(*a, symmetric=s)
+    for tokens in (1, 700):
+        yield f"attention of {tokens}, soft cap", lambda t=tokens: attend(t, 1, cap=50.0)
     for tokens, window in ((1, 128), (1, 4096), (700, 128), (700, 4096)):
         yield f"attention of {tokens}, window {window}", lambda t=tokens, w=window: attend(t, 1, window=w)
     for dim in (16, 64, 80, 96, 256):

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 # else reads them.
 MODELS = "vllm.model_executor.models."
 MLPS = (
+    "gemma2.Gemma2MLP",
     "gemma3.Gemma3MLP",
     "granite.GraniteMLP",
     "llama.LlamaMLP",
@@ -23,6 +24,7 @@ MLPS = (
     "qwen2_moe.Qwen2MoeMLP",
 )
 ATTENTIONS = (
+    "gemma2.Gemma2Attention",
     "gemma3.Gemma3Attention",
     "granite.GraniteAttention",
     "llama.LlamaAttention",
@@ -60,7 +62,7 @@ DECODERS = (
     "qwen3_5.Qwen3_5DecoderLayer",
 )
 # Decoder layers with a norm in front of and behind attention and MLP each, none of which can quantize.
-SANDWICHES = ("gemma3.Gemma3DecoderLayer",)
+SANDWICHES = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
@@ -140,15 +142,15 @@ def has_final_norm(module: Any) -> bool:
     return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) in (RMSNorm, GemmaRMSNorm)
 
 
-def logits_changed(model: Any, divisor: float) -> str:
-    """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
+def logits_changed(model: Any, divisor: float, cap: float | None) -> str:
+    """What a causal language model does to its logits beyond W h / divisor and this soft cap; "" for nothing."""
     logits = getattr(model, "logits_processor", None)
     if logits is None:
         return ""
-    scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
+    scale, own = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None) or None
     if scale != 1 / divisor:
         return f"multiplies logits by {scale} (logit_scale)"
-    return f"caps logits at {cap}" if cap else ""
+    return f"caps logits at {own} (final_logit_softcapping)" if own != cap else ""
 
 
 def rotary_rows(rotary: Any) -> int | None:

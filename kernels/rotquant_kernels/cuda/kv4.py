@@ -11,6 +11,7 @@ be captured in CUDA graphs.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -156,6 +157,7 @@ def attention(
     rotate: int,
     symmetric: bool,
     window: int = 0,
+    cap: float = 0.0,
     rope: Rope | None = None,
 ) -> None:
     """`reference.kv4_attention` on integers, see `kv4_tiles`. Block numbers are not checked.
@@ -177,6 +179,7 @@ def attention(
     check(query_start.shape[0] == sequences + 1, f"query_start must have {sequences + 1} entries")
     check(block_table.shape[0] >= sequences and block_table.stride(1) == 1, "block_table must have a row a sequence")
     check(window >= 0, f"window {window} must be positive, or 0 for none")
+    check(0 <= cap < math.inf, f"cap {cap} must be positive, or 0 for none")
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
@@ -192,8 +195,9 @@ def attention(
     attend[grid](
         query, pages, query_start, seq_lens, block_table, table_of(rope, query), out, partial, state,
         *strides(query), *strides(pages), block_table.stride(0), *strides(out), tokens, sequences, splits, window,
-        scale * LOG2_E, **shared, **constants(rope), HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1,
-        WINDOWED=window > 0, ASSEMBLER=not INTERPRETED, num_warps=4 if rows <= PREFILL_ROWS else 8,
+        scale * LOG2_E, cap * LOG2_E, **shared, **constants(rope), HEADS=heads, GROUP=group, ROWS=rows,
+        PARTS=splits > 1, WINDOWED=window > 0, CAPPED=cap > 0, ASSEMBLER=not INTERPRETED,
+        num_warps=4 if rows <= PREFILL_ROWS else 8,
         num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
         **({"maxnreg": MOST_REGISTERS} if rows < PREFILL_ROWS and device.sm == 90 else {}),
     )  # fmt: skip

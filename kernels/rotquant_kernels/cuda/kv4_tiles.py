@@ -136,6 +136,14 @@ def load_scales(
 
 
 @triton.jit
+def capped(x, cap):
+    """cap tanh(x / cap); NaN for NaN."""
+    e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / cap))
+    size = cap * (1 - e) / (1 + e)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
 def nibbles(packed, ASSEMBLER: tl.constexpr):
     """Low and high nibbles of bytes as int8, four at a time where there is an assembler."""
     if ASSEMBLER:

@@ -28,7 +28,7 @@ from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
 from rotquant.learn.stream import Job, forward
 from rotquant.models import Architecture
-from rotquant.models.decoder import decoders, rms_norm
+from rotquant.models.decoder import capped, decoders, rms_norm
 from rotquant.models.expert_tensors import each
 from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 from rotquant.weights.experts import ExpertsQuantizer
@@ -194,7 +194,7 @@ class Judge:
         normed = rms_norm(h.to(device), read_gain(source, self.arch).float().to(device), self.arch.eps)
         head = source.get(names.embedding if self.arch.tied else names.head)
         for rows in head.split(VOCABULARY_ROWS):
-            yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
+            yield capped((normed / self.arch.logits_divisor) @ rows.float().to(device).T, self.arch.logits_cap)
 
 
 def basis(job: Job, size: int) -> Tensor | None:

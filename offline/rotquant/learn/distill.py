@@ -14,44 +14,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rotquant.models.decoder import capped
+
 ROWS = 128
 
 
-def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """The loss above, a float32 scalar.
 
     Args:
         student: x, float32 [n, hidden], with gradients; teacher: t [n, hidden] and head: W [vocab, hidden], in the
-            dtype of products.
+            dtype of products; cap: of the logits (`decoder.capped`).
     """
-    loss: Tensor = _Divergence.apply(student, teacher, head)
+    loss: Tensor = _Divergence.apply(student, teacher, head, cap)
     return loss
 
 
 @torch.no_grad()
-def token_kl(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+def token_kl(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """The loss of each token, float32 [n]."""
     found = []
     for x, t in zip(student.split(ROWS), teacher.split(ROWS), strict=True):
-        log_q, log_p = ((rows.to(head.dtype) @ head.mT).float().log_softmax(-1) for rows in (x, t))
+        log_q, log_p = (capped((rows.to(head.dtype) @ head.mT).float(), cap).log_softmax(-1) for rows in (x, t))
         found.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(found)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, cap: float | None) -> Tensor:
         total, grads = student.new_zeros(()), []
         for x, t in zip(student.split(ROWS), teacher.split(ROWS), strict=True):
-            log_q = (x.to(head.dtype) @ head.mT).float().log_softmax(-1)
-            log_p = (t @ head.mT).float().log_softmax(-1)
+            z = capped((x.to(head.dtype) @ head.mT).float(), cap)
+            log_q, log_p = z.log_softmax(-1), capped((t @ head.mT).float(), cap).log_softmax(-1)
             p = log_p.exp()
             total += (p * log_p.sub_(log_q)).sum()
-            grads.append((log_q.exp_().sub_(p).to(head.dtype) @ head).float())
+            slope = log_q.exp_().sub_(p)
+            slope = slope if cap is None else slope * (1 - (z / cap).square())  # tanh' = 1 - tanh²
+            grads.append((slope.to(head.dtype) @ head).float())
         ctx.save_for_backward(torch.cat(grads).div_(len(student)))
         return total / len(student)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.saved_tensors[0], None, None
+        return grads[0] * ctx.saved_tensors[0], None, None, None

@@ -21,7 +21,7 @@ from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
 from rotquant.learn.stream import Capture, Job, forward
 from rotquant.models import Tensors
-from rotquant.models.architecture import Attention
+from rotquant.models.attention import Attention
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import smooth_scale

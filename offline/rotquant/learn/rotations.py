@@ -19,7 +19,7 @@ from rotquant.learn.initial import generator
 from rotquant.learn.options import Surrogate
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Job, forward
-from rotquant.models.architecture import Attention
+from rotquant.models.attention import Attention
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.klt import covariance, equal_variances

@@ -11,10 +11,10 @@ from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.models.architecture import Experts
 from rotquant.models.decoder import Decoder, Linear, decoders
 from rotquant.models.expert_tensors import each
 from rotquant.models.mixture import inner, route, shared_output
+from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 from rotquant.transforms.fold import fold_r1
 from rotquant.transforms.space import Transforms

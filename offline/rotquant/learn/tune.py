@@ -103,7 +103,7 @@ def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None, aside: Te
         for step in steps:
             chosen = windows[step]
             student = model(job.tokens[chosen].to(job.device))
-            loss = divergence(student, wanted[chosen].flatten(0, 1).to(job.device), model.head)
+            loss = divergence(student, wanted[chosen].flatten(0, 1).to(job.device), model.head, job.arch.logits_cap)
             loss.backward()
             steps.advance()
             progress.step(f"KL {loss.item():.4f}")
@@ -121,9 +121,9 @@ class Held:
     @torch.no_grad()
     def __call__(self, model: ServedModel) -> Tensor:
         """KL float32 [n (T - 1)] of each predicted token."""
-        device = model.job.device
+        device, cap = model.job.device, model.job.arch.logits_cap
         pairs = zip(self.windows, self.wanted, strict=True)
-        found = [token_kl(model(ids[None].to(device)), t.to(device), model.head)[:-1].cpu() for ids, t in pairs]
+        found = [token_kl(model(ids[None].to(device)), t.to(device), model.head, cap)[:-1].cpu() for ids, t in pairs]
         return torch.cat(found)
 
 

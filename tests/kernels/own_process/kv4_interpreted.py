@@ -31,7 +31,7 @@ def few(examples: int) -> settings:
 def attend(batch: Batch) -> torch.Tensor:
     """Rows of the batch; what follows them must be 0."""
     b, out = batch, strided(torch.full(batch.query.shape, 7.0), batch.query.dtype)
-    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric, b.window)
+    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric, b.window, b.cap)
     assert (out[int(b.starts[-1]) :] == 0).all()
     return out[: int(b.starts[-1])]
 
@@ -107,7 +107,7 @@ def test_rotary_positions_are_the_same_inside_a_launch(
     for plan in ((8, 2), (64, 1)):
         planned(*plan)
         out = torch.empty_like(batch.query)
-        given = batch.starts, batch.lens, batch.table, out, batch.scale, head[1], symmetric, 0
+        given = batch.starts, batch.lens, batch.table, out, batch.scale, head[1], symmetric, 0, 0.0
         kv4.attention(batch.query, batch.cache, *given, rope)
         assert same(out[:count], attend(batch._replace(query=placed)))
     given = head[1], batch.starts, batch.lens, rope
@@ -167,13 +167,13 @@ def test_a_long_prefill_over_the_workspace_adds_little_to_the_error_of_four_bits
 
 @few(4)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 12)), min_size=1, max_size=2), HEADS, PAGES,
-       st.booleans(), st.sampled_from([1, 17, 100, 130]),
+       st.booleans(), st.sampled_from([1, 17, 100, 130]), st.sampled_from([0.0, 0.5]),
        st.sampled_from([(8, 1), (8, 4), (64, 1), (64, 4)]))  # fmt: skip
-def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, plan):
+def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, cap, plan):
     """Pages that are gone among it; a window that is ignored, or one token too long, gives NaN."""
     planned(*plan)
     lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
-    whole = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed)
+    whole = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed)._replace(cap=cap)
     exact = whole._replace(window=window)
     out, codes, real = attend(whole.windowed(window)), exact.exact(quantized=True), exact.exact(quantized=False)
     assert (out - codes).norm() <= 0.2 * (codes - real).norm() + 1e-6 * codes.norm()
