@@ -138,9 +138,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     batch = text_windows(Path(job["text"]), folder, job["seq_len"], job["tokens"])
     full = load_any(folder)
     quantized, arch = load(checkpoint, device=full.device), read_architecture(folder)
-    with Progress(f"{job['label']}: window", len(batch)) as progress:
-        with choices_watched(full, arch) as before, choices_watched(quantized, arch) as after:
-            distance = measure(full, quantized, batch, progress.step)
+    with (
+        Progress(f"{job['label']}: window", len(batch)) as progress,
+        choices_watched(full, arch) as before,
+        choices_watched(quantized, arch) as after,
+    ):
+        distance = measure(full, quantized, batch, progress.step)
     routing = [layer["agreement"] for layer in routing_facts(arch, after, before)]
     greedy, cost = greedy_tokens(full, quantized, batch), online_cost(checkpoint)
     return asdict(distance) | {
