@@ -164,16 +164,13 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
     if not arch.mixtures:
         return recipe
     off = {
-        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.up": "none", "scales.order": "false",
-        "tune": "null",
+        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.order": "false",
     }  # fmt: skip
     asked = {
         "weights.rank": recipe.weights.rank > 0,
         "online.mlp": bool(recipe.online.of("mlp")),
         "online.down": bool(recipe.online.of("down")),
-        "scales.up": recipe.scales.up != "none",
         "scales.order": recipe.scales.order,
-        "tune": recipe.tune is not None,
     }
     if found := next((key for key, there in asked.items() if there), None):
         raise RotQuantError(

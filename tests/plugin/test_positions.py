@@ -110,9 +110,9 @@ def stand_in(monkeypatch, turned=rope.turned):
         key = turned(key, places(starts, lens.tolist()), given)
         reference.kv4_write(key, value, cache, slots, rotate, symmetric, k_clip, v_clip)
 
-    def attend(query, cache, starts, lens, table, out, scale, rotate, symmetric, window, given):
+    def attend(query, cache, starts, lens, table, out, scale, rotate, symmetric, window, cap, given):
         query = turned(query, places(starts, lens.tolist()), given)
-        reference.kv4_attention(query, cache, starts, lens, table, out, scale, rotate, symmetric, window)
+        reference.kv4_attention(query, cache, starts, lens, table, out, scale, rotate, symmetric, window, cap)
 
     monkeypatch.setattr(kv4, "write", write)
     monkeypatch.setattr(kv4, "attention", attend)

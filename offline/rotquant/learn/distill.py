@@ -30,6 +30,16 @@ def divergence(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None
     return loss
 
 
+def routing_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of the KL of two routers' probabilities, a float32 scalar.
+
+    Args:
+        student: logits [n, experts], with gradients; teacher: logarithms of probabilities [n, experts].
+    """
+    wanted = teacher.to(student)
+    return (wanted.exp() * (wanted - student.log_softmax(-1))).sum(-1).mean()
+
+
 @torch.no_grad()
 def token_kl(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """The loss of each token, float32 [n]."""
