@@ -115,7 +115,7 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
     kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
     wanted = recipe.tune.steps * tokens * arch.hidden_size * (4 + dtype.itemsize)  # at most
-    return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
+    return TUNED_BYTES * weights + vocabularies + kept + wanted + 2 * 4 * 512 * arch.vocab_size
 
 
 def gradients(arch: Architecture, tokens: int) -> int:

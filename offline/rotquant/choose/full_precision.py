@@ -1,4 +1,11 @@
-"""What others are compared to: the full-precision model over windows, a layer at a time, and the KL to it."""
+"""What others are compared to: the full-precision model over windows, a layer at a time, and the KL to it.
+
+With logits x Wᵀ of what the head reads, x, and the full-precision distribution p
+
+    KL = Σ p log p - Σ p x Wᵀ + log Σ exp(x Wᵀ),    Σ p x Wᵀ = x m,   m = Σ p_i W_i
+
+so that of p two numbers and a row of each token are kept, and p is computed once for all that are compared to it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.layers import read_gain, read_layer
-from rotquant.checkpoint.source import Source
+from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.devices import Devices
-from rotquant.learn.stream import forward
+from rotquant.learn.stream import forward, product_dtype
 from rotquant.models import Architecture
 from rotquant.models.decoder import decoders, rms_norm
 from rotquant.models.expert_tensors import each
@@ -39,25 +46,42 @@ class FullPrecision:
         """The chain after a layer."""
         read = read_layer(self.source, self.arch, index)
         tensors = each(read, lambda tensor: tensor.float().to(self.device))
-        return forward(self.devices, self.decoders[index].on(self.device), tensors, chain)
+        compute = product_dtype(DTYPES[self.source.dtypes[self.arch.names.embedding]], self.device)
+        return forward(self.devices, self.decoders[index].on(self.device), tensors, chain, compute=compute)
 
-    def kl(self, full: Tensor, quantized: Tensor) -> Tensor:
-        """KL float32 [n (T - 1)] of each predicted token, from the chains behind the last layer."""
-        return torch.cat([self._kl(p, q) for p, q in zip(full, quantized, strict=True)])
+    def wanted(self, chain: Tensor) -> dict[str, Tensor]:
+        """Σ p log p [n, T - 1] and m [n, T - 1, hidden], float32, of the chain behind the last layer."""
+        entropy, mean = zip(*map(self._wanted, chain), strict=True)
+        return {"entropy": torch.stack(entropy), "mean": torch.stack(mean)}
 
-    def _kl(self, full: Tensor, quantized: Tensor) -> Tensor:
-        """KL [T - 1] of one window [T, hidden] each."""
-        pairs = zip(*(h[:-1].split(LOGIT_ROWS) for h in (full, quantized)), strict=True)
-        rows = []
-        for p, q in pairs:
-            p, q = (torch.cat(list(self._logits(h)), -1).log_softmax(-1) for h in (p, q))
-            rows.append((p.exp() * (p - q)).sum(-1))
-        return torch.cat(rows).cpu()
+    def _wanted(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        entropies, means = [], []
+        for x in self._read(h):
+            log_p = torch.cat([x @ rows.T for rows in self._head()], -1).log_softmax(-1)
+            p = log_p.exp()
+            entropies.append((p * log_p).sum(-1).cpu())
+            parts = zip(p.split(VOCABULARY_ROWS, dim=-1), self._head(), strict=True)
+            means.append(torch.stack([part @ rows for part, rows in parts]).sum(0).cpu())
+        return torch.cat(entropies), torch.cat(means)
 
-    def _logits(self, h: Tensor) -> Iterator[Tensor]:
-        """float32 logits of rows h [n, hidden], the vocabulary in slices."""
-        names, source, device = self.arch.names, self.source, self.device
-        normed = rms_norm(h.to(device), read_gain(source, self.arch).float().to(device), self.arch.eps)
-        head = source.get(names.embedding if self.arch.tied else names.head)
-        for rows in head.split(VOCABULARY_ROWS):
-            yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
+    def kl(self, wanted: dict[str, Tensor], chain: Tensor) -> Tensor:
+        """KL float32 [n (T - 1)] of each predicted token: `wanted` to what another chain behind the last layer says."""
+        found = []
+        for entropy, mean, h in zip(wanted["entropy"], wanted["mean"], chain, strict=True):
+            parts = zip(entropy.split(LOGIT_ROWS), mean.split(LOGIT_ROWS), self._read(h), strict=True)
+            for e, m, x in parts:
+                total = torch.stack([(x @ rows.T).logsumexp(-1) for rows in self._head()]).logsumexp(0).cpu()
+                found.append(e - (m.double() * x.cpu()).sum(-1) + total)
+        return torch.cat(found).clamp(min=0).float()
+
+    def _read(self, h: Tensor) -> Iterator[Tensor]:
+        """What the head reads of one window [T, hidden] for the tokens that it predicts, some rows at a time."""
+        gain = read_gain(self.source, self.arch).float().to(self.device)
+        for rows in h[:-1].split(LOGIT_ROWS):
+            yield rms_norm(rows.to(self.device), gain, self.arch.eps) / self.arch.logits_divisor
+
+    def _head(self) -> Iterator[Tensor]:
+        """W float32 [vocabulary, hidden], in slices."""
+        names = self.arch.names
+        head = self.source.get(names.embedding if self.arch.tied else names.head)
+        return (rows.float().to(self.device) for rows in head.split(VOCABULARY_ROWS))

@@ -103,7 +103,7 @@ class Judge:
 
     @torch.no_grad()
     def _full_precision(self) -> dict[str, Tensor]:
-        """Residual streams float32 [n, T, hidden] entering each stretch, and the judged ones behind the last layer."""
+        """Residual streams float32 [n, T, hidden] entering each stretch, and what the judged ones shall come to."""
         starts = {stretch.start for stretch in self.stretches}
         tokens, judged = (self.full.embedded(windows) for windows in (self.model.tokens, self.model.judged))
         found: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ class Judge:
                     tokens = self.full.layer(index, tokens)
                 judged = self.full.layer(index, judged)
                 progress.step()
-        return found | {"judged": judged}
+        return found | self.full.wanted(judged)
 
     def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
@@ -136,7 +136,7 @@ class Judge:
                 following = stretch.stop
             for index in range(following, self.arch.layers):
                 done = self.full.layer(index, done)
-            return self.full.kl(self.judged("judged", turn), done)
+            return self.full.kl({name: self.judged(name, turn) for name in ("entropy", "mean")}, done)
 
     def judged(self, where: str, turn: int) -> Tensor:
         """Half of the judged windows in full precision; where there is but one window, that."""

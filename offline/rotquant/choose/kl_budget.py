@@ -96,7 +96,8 @@ class BudgetMeter:
                 progress.step()
         matrix = basis(self.job, self.job.arch.hidden_size)
         own = (h.float() if matrix is None else h.float() @ matrix.T for h in found["sets"])
-        return [self.full.kl(found["full"], h).mean().item() for h in own]
+        wanted = self.full.wanted(found["full"])
+        return [self.full.kl(wanted, h).mean().item() for h in own]
 
     def _embedded(self, windows: Tensor) -> Tensor:
         """What enters layer 0 as it is served, [n, T, hidden]."""

@@ -23,10 +23,10 @@ from rotquant.learn.distill import divergence, token_kl
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Job
+from rotquant.learn.stream import Job, product, product_dtype
 from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
-from rotquant.models.decoder import Linear, bias_of, rms_norm
+from rotquant.models.decoder import rms_norm
 from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
@@ -157,24 +157,6 @@ def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> Tensor:
     gain, r1 = read_gain(job.source, arch).float(), job.transforms.r1
     found = [rms_norm(h, torch.ones_like(gain) if r1 else gain, arch.eps) / arch.logits_divisor for h in chain]
     return torch.stack([(r1.rows(x) if r1 else x).to(compute) for x in found])
-
-
-def product(tensors: Tensors, compute: torch.dtype) -> Linear:
-    """The original's linears, float32 in and out."""
-    weights = {name: t.to(compute) for name, t in tensors.items() if t.dim() == 2}
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        made = torch.nn.functional.linear(x.to(compute), weights[f"{name}.weight"]).float()
-        bias = bias_of(tensors, name)
-        return made if bias is None else made + bias.float()
-
-    return linear
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
 
 
 def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:

@@ -109,19 +109,19 @@ class TunedLayer(nn.Module):
             made = self._product(name, seen[3])
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
             if down in self.branch:
-                made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
+                made = made + seen[2].to(self.compute) @ self._low(down) @ self._low(up)
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
         return self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
 
     def _product(self, name: str, x: Tensor) -> Tensor:
-        """x Wᵀ, float32, the scales as stored."""
+        """x Wᵀ in the dtype of products, as it is served; the scales as stored."""
         codes, scale = self.codes[name], self.scales[key(name)].exp()
         scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
         if scale.shape[1] == 1:  # no gradient of W is needed for that of s
-            return nn.functional.linear(x, codes.flatten(1)).float() * scale.flatten()
-        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
+            return nn.functional.linear(x, codes.flatten(1)) * scale.flatten().to(self.compute)
+        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1))
 
     def _low(self, name: str) -> Tensor:
         return self._factor(name).to(self.compute)
