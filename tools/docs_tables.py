@@ -152,7 +152,8 @@ def claims() -> str:
 
 def dominates() -> str:
     """What each quantizer alone costs SmolLM2."""
-    return table(["quantized", "KL, nats"], [[row["what"], f"{row['kl']:.4f}"] for row in read("error-smollm2")["alone"]])
+    rows = [[row["what"], f"{row['kl']:.4f}"] for row in read("error-smollm2")["alone"]]
+    return table(["quantized", "KL, nats"], rows)
 
 
 def noise() -> str:
