@@ -53,6 +53,7 @@ def test_a_budget_is_kept_with_as_few_sites_as_it_takes(
 ) -> None:
     """One that cannot be kept takes all sites, and says so; one halfway between takes some, and the model served keeps
     it. A run that was killed among its layers gives the same bytes."""
+    monkeypatch.setattr("rotquant.choose.judge.JUDGED", 256)
     found: list[list[float]] = []
     call = BudgetMeter.__call__
     monkeypatch.setattr(BudgetMeter, "__call__", lambda *a: found.append(call(*a)) or found[-1])  # type: ignore[func-returns-value]
