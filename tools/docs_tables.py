@@ -150,6 +150,18 @@ def claims() -> str:
     return table(["claim", "where", "figure", "before", "Llama", "Qwen3", "`quarot` has"], rows)
 
 
+def dominates() -> str:
+    """What each quantizer alone costs SmolLM2."""
+    rows = [[row["what"], f"{row['kl']:.4f}"] for row in read("error-smollm2")["alone"]]
+    return table(["quantized", "KL, nats"], rows)
+
+
+def noise() -> str:
+    """Signal to noise of each site of SmolLM2, as `rotquant inspect` has it."""
+    rows = [[row["site"], f"{row['snr']:.1f} dB", f"{row['worst']:.1f} dB"] for row in read("error-smollm2")["snr"]]
+    return table(["site", "signal to noise, mean over layers", "worst layer"], rows)
+
+
 def released() -> str:
     ours = Compared.of("compare-llama")
     rows = []
@@ -232,5 +244,5 @@ def soak() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
     "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
-    "soak": soak,
+    "soak": soak, "dominates": dominates, "noise": noise,
 }  # fmt: skip

@@ -168,8 +168,7 @@ class KV4Impl(compat.AttentionImpl):
             from rotquant_kernels.cuda import kv4  # imports Triton
 
             given = query, cache, query_start, seq_lens, block_table, output, self.scale
-            settings = self.kv.rotate, self.kv.symmetric, self.window or 0, self.cap or 0.0, self.rope
-            kv4.attention(*given, *settings)
+            kv4.attention(*given, self.kv.rotate, self.kv.symmetric, self.window or 0, self.cap or 0.0, self.rope)
             return
         settings = self.scale, self.kv, self.window, self.cap
         calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, *settings)

@@ -29,6 +29,7 @@ from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import Source
 from rotquant.choose.choice import Choice
+from rotquant.choose.kl_budget import affordable
 from rotquant.choose.search import Search, learned
 from rotquant.choose.tuning import aside, judged, too_large
 from rotquant.common.faults import is_disk_full
@@ -174,7 +175,7 @@ def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
 
 def widen_sites(run: Run, journal: Journal) -> Transforms:
     """The run's transforms, with 8-bit activations at the sites that need them most, if the recipe has a budget."""
-    step, recipe, arch = "precision", run.recipe, run.arch
+    step, count, recipe, arch = "precision", "sites at 8 bits", run.recipe, run.arch
     if not recipe.activations.mixed:
         return run.transforms
     assert run.calibrated is not None
@@ -184,7 +185,13 @@ def widen_sites(run: Run, journal: Journal) -> Transforms:
         meter = DamageMeter(recipe, arch, run.source, run.transforms, tokens, run.dtype, run.devices)
         known = {"damage": meter(Slot(journal, step))}
         journal.keep(step, known, [Slot.name(step)])
-    return widen(recipe, arch, run.transforms, known["damage"])
+    damage = known["damage"]
+    if recipe.activations.most_kl is None:
+        return widen(arch, run.transforms, damage, recipe.activations.wide(len(damage)))
+    if not journal.done(count):
+        found = affordable(learner(run), run.calibrated.aside, damage, Slot(journal, count))
+        journal.keep(count, {"count": torch.tensor(found)}, [Slot.name(count)])
+    return widen(arch, run.transforms, damage, int((journal.kept(count) or {})["count"]))
 
 
 def write_embedding(run: Run, journal: Journal) -> None:

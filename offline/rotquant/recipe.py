@@ -30,8 +30,9 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.options import Learning, Tuning
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
-# A share of all sites, or a number of them.
-Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%|\d{1,6})$")]
+# A share of all sites, a number of them, or a KL in hundredths of a nat.
+Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%( KL)?|\d{1,6})$")]
+KL = "% KL"
 
 
 class Rotations(Part):
@@ -129,7 +130,9 @@ class Activations(Part):
     symmetric: bool = True
     clip: Ratio = 1.0
     budget: Budget = Field(
-        default="0", description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"'
+        default="0",
+        description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"; or as many'
+        ' as bring the KL to at most "5% KL", 0.05 nats a token',
     )
 
     @property
@@ -139,10 +142,15 @@ class Activations(Part):
     @property
     def mixed(self) -> bool:
         """True where some sites may get more bits than `bits`."""
-        return float(self.budget.removesuffix("%")) > 0
+        return float(self.budget.removesuffix(" KL").removesuffix("%")) > 0
+
+    @property
+    def most_kl(self) -> float | None:
+        """The KL to full precision, nats a token, that the budget allows; None where it counts sites."""
+        return float(self.budget.removesuffix(KL)) / 100 if self.budget.endswith(KL) else None
 
     def wide(self, sites: int) -> int:
-        """How many of a model's `sites` the budget lets have 8 bits."""
+        """How many of a model's `sites` a budget that counts them lets have 8 bits."""
         number = float(self.budget.removesuffix("%"))
         return min(sites, int(sites * number / 100 if self.budget.endswith("%") else number))
 
@@ -150,8 +158,10 @@ class Activations(Part):
     def _room(self) -> Activations:
         if self.budget.endswith("%") and float(self.budget[:-1]) > 100:
             raise ValueError(f"budget {self.budget} is more than all sites")
+        if self.most_kl == 0:
+            raise ValueError(f"budget {self.budget}: nothing quantized has a KL of 0; give it more, or take bits 8")
         if self.bits == 8 and self.mixed:
-            raise ValueError(f"budget {self.budget} of sites at 8 bits, and all have 8 bits as it is; take bits 4")
+            raise ValueError(f"budget {self.budget}, and all sites have 8 bits as it is; take bits 4")
         return self
 
 

@@ -120,7 +120,7 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     wanted = recipe.tune.steps * tokens * arch.hidden_size * (4 + dtype.itemsize)  # at most
     if arch.mixtures:
         wanted += recipe.tune.steps * tokens * 2 * sum(block.count for block in arch.mixtures.values())
-    return held + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
+    return held + vocabularies + kept + wanted + 2 * 4 * 512 * arch.vocab_size
 
 
 def gradients(arch: Architecture, tokens: int) -> int:

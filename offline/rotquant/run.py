@@ -100,13 +100,16 @@ def prepare(model: str, asked: Settings) -> Run:
     if recipe.needs_calibration:
         length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
         count = asked.samples or recipe.calibration.samples
-        aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
+        effort = recipe.choose.effort if recipe.choose and recipe.chooses else 0
+        if recipe.activations.most_kl is not None:
+            effort = max(1, effort)
+        aside = judged_windows(length, effort) if effort else 0
         more = max(0, tuned_windows(recipe) - count)
         tokenizer = read_tokenizer(folder)
         calibrated = calibration_tokens(asked.calibration, tokenizer, count, length, asked.seed, aside, more)
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
-        if aside and calibrated.aside is None:
+        if recipe.chooses and calibrated.aside is None:
             say(f"calibration text gives no window to choose by: recipe {recipe.name} stays at its base")
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
     return Run(

@@ -37,8 +37,9 @@ def add_quantize(verbs: Verbs) -> None:
         " what their kernels read, which is symmetric activations, one scale a channel, no low-rank branch. The others"
         " multiply 4-bit activations in int8, where 8-bit ones cost nothing: w4a8kv4, unless --scheme says otherwise."
         " --set wins over both")  # fmt: skip
-    add("--budget", metavar="N|P%", help="of --scheme auto: at most so many of the (layer, site) pairs, or so large a"
-        " share of them, get 8 bits (default: 25%%)")  # fmt: skip
+    add("--budget", metavar="N|P%|'P% KL'", help="of --scheme auto: at most so many of the (layer, site) pairs, or so"
+        " large a share of them, get 8 bits (default: 25%%); or as few as bring the KL to full precision to at most so"
+        " much: '5%% KL' is 0.05 nats a token, about 5%% of perplexity")  # fmt: skip
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
     add("--samples", type=positive, metavar="N", help="calibration windows (default: the recipe's)")
     add("--seq-len", type=positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")

@@ -19,7 +19,7 @@ from rotquant.learn.options import Blockwise
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
-from rotquant.learn.stream import Capture, Job, forward
+from rotquant.learn.stream import Capture, Job, forward, product_dtype
 from rotquant.models import Tensors
 from rotquant.models.attention import Attention
 from rotquant.models.mlp import GatedMLP
@@ -59,7 +59,8 @@ class LayerLearner:
         """
         job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
         seen = Capture(decoder.kind, ROWS, len(self.chain), self.chain.shape[1], generator(job.seed, f"layer.{index}"))
-        after = forward(job.devices, decoder, tensors, self.chain, seen)
+        exactly = torch.float32 if self.block else product_dtype(job.dtype, job.device)  # gradients want the difference
+        after = forward(job.devices, decoder, tensors, self.chain, seen, exactly)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
             layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)

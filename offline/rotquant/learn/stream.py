@@ -11,7 +11,7 @@ from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.models.decoder import Decoder, Linear, decoders
+from rotquant.models.decoder import Decoder, Linear, bias_of, decoders
 from rotquant.models.expert_tensors import each
 from rotquant.models.mixture import inner, route, shared_output
 from rotquant.models.mlp import Experts
@@ -115,23 +115,45 @@ class Capture:
         return torch.cat([torch.empty(0), *(rows for rows in self.kept[site] if rows is not None)])
 
 
+def product(tensors: Tensors, compute: torch.dtype) -> Linear:
+    """The original's linears, float32 in and out."""
+    weights = {name: t.to(compute) for name, t in tensors.items() if t.dim() == 2}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        made = torch.nn.functional.linear(x.to(compute), weights[f"{name}.weight"]).float()
+        bias = bias_of(tensors, name)
+        return made if bias is None else made + bias.float()
+
+    return linear
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32.
+
+    What that rounds is 58 dB below what it rounds; 8-bit activations are at 45 dB, 4-bit ones at 20.
+    """
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
+
+
 @torch.no_grad()
 def forward(
     devices: Devices, decoder: Decoder, tensors: Tensors, chain: Tensor, seen: Capture | None = None,
-    routed: list[Tensor] | None = None,
+    compute: torch.dtype = torch.float32, routed: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The chain [samples, T, hidden] after a full-precision layer.
 
     Args:
-        seen: samples what its sites see; routed: gets what a router says of all tokens, parts of [n, experts].
+        seen: samples what its sites see; compute: dtype of its products, of a layer with experts float32.
+        routed: gets what a router says of all tokens, parts of [n, experts].
     """
     if isinstance(decoder.kind.mlp, Experts):
         return _forward_mixture(devices, decoder, decoder.kind.mlp, tensors, chain, seen, routed)
-    layers = [(decoder.on(p), t) for p, t in zip(devices.places, devices.copies(tensors), strict=True)]
+    copies = zip(devices.places, devices.copies(tensors), strict=True)
+    layers = [(decoder.on(p), t, product(t, compute)) for p, t in copies]
 
     def layer(on: int, window: int, h: Tensor) -> Tensor:
-        decoder, tensors = layers[on]
-        linear = decoder.float_linear(tensors)
+        decoder, tensors, linear = layers[on]
         return decoder.layer(tensors, h, seen.watching(linear, window) if seen else linear)
 
     return devices.map(layer, chain, out=torch.empty_like(chain))

@@ -23,12 +23,12 @@ from rotquant.learn.distill import divergence, routing_divergence, token_kl
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Job, forward
+from rotquant.learn.stream import Job, forward, product, product_dtype
 from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
-from rotquant.models.mlp import Experts
-from rotquant.models.decoder import Decoder, Linear, bias_of, rms_norm
+from rotquant.models.decoder import Decoder, rms_norm
 from rotquant.models.expert_tensors import each
+from rotquant.models.mlp import Experts
 from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
@@ -187,24 +187,6 @@ def through_mixture(job: Job, index: int, decoder: Decoder, chain: Tensor) -> tu
     tensors = each(job.read(index), lambda tensor: tensor.float().to(job.device))
     after = forward(job.devices, decoder, tensors, chain, routed=said)
     return after, torch.cat(said).log_softmax(-1).half().view(*chain.shape[:2], -1)
-
-
-def product(tensors: Tensors, compute: torch.dtype) -> Linear:
-    """The original's linears, float32 in and out."""
-    weights = {name: t.to(compute) for name, t in tensors.items() if t.dim() == 2}
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        made = torch.nn.functional.linear(x.to(compute), weights[f"{name}.weight"]).float()
-        bias = bias_of(tensors, name)
-        return made if bias is None else made + bias.float()
-
-    return linear
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
 
 
 def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:

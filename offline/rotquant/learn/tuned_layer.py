@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
-from rotquant.models.architecture import Experts
 from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
@@ -114,7 +114,7 @@ class TunedLayer(nn.Module):
             made = self._product(name, seen[3])
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
             if down in self.branch:
-                made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
+                made = made + seen[2].to(self.compute) @ self._low(down) @ self._low(up)
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
@@ -123,15 +123,15 @@ class TunedLayer(nn.Module):
         return after, exact[block.router] if isinstance(block, Experts) else None
 
     def _product(self, name: str, x: Tensor) -> Tensor:
-        """x Wᵀ, float32, the scales as stored."""
+        """x Wᵀ in the dtype of products, as it is served; the scales as stored."""
         codes, scale = self.codes[name], self.scales[key(name)].exp()
         scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
         unpack = partial(self._unpacked, name, groups=scale.shape[1])
         if scale.shape[1] == 1:  # no gradient of W is needed for that of s
             made = Unpacking.apply(x, codes, unpack) if codes.dim() == 2 else nn.functional.linear(x, codes.flatten(1))
-            return made.float() * scale.flatten()
+            return made * scale.flatten().to(self.compute)
         codes = unpack(codes) if codes.dim() == 2 else codes
-        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
+        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1))
 
     def _unpacked(self, name: str, packed: Tensor, groups: int) -> Tensor:
         """Codes [N, G, K / G]."""

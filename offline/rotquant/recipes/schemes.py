@@ -2,8 +2,9 @@
 
 w4a4kv4   4-bit weights, activations and KV cache
 w4a8kv4   8-bit activations, of which no range is clipped
-auto      4-bit activations, and 8-bit ones at the sites where 4 bits do most damage, as many as --budget allows:
-          a share of the model's (layer, site) pairs, "25%", or a number of them, "12"
+auto      4-bit activations, and 8-bit ones at the sites where 4 bits do most damage: as many as --budget allows, a
+          share of the model's (layer, site) pairs, "25%", or a number of them, "12"; or as few as bring the KL to full
+          precision to what it allows, "5% KL", which is 0.05 nats a token
 """
 
 from __future__ import annotations

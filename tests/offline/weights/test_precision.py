@@ -238,6 +238,8 @@ def test_what_is_set_by_hand_wins_over_the_target() -> None:
         ("auto", "150%", "budget 150% is more than all sites"),
         ("auto", "-3", "activations.budget"),
         ("auto", "many", "activations.budget"),
+        ("auto", "5 KL", "activations.budget"),
+        ("auto", "0% KL", "nothing quantized has a KL of 0"),
         ("w4a8kv4", "3", "goes with --scheme auto"),
         (None, "3", "goes with --scheme auto"),
         ("w2a2", None, "take w4a4kv4, w4a8kv4, auto"),
