@@ -13,7 +13,8 @@ def test_every_page_that_holds_a_tensor_is_asked_for_and_keeps_its_bytes() -> No
     part, before = whole[777 : PAGE + 999], whole.clone()
     first, last = part.data_ptr() // PAGE, (part.data_ptr() + part.numel() - 1) // PAGE
     pages, given = torch.ops.rotquant.large_pages(part)
-    assert pages == last - first + 1 and 0 <= given <= pages
+    assert pages == last - first + 1
+    assert 0 <= given <= pages
     assert torch.equal(whole, before)
 
 
@@ -23,4 +24,5 @@ def test_packed_weights_are_asked_for() -> None:
     before = torch.ops.rotquant.weight_pages()
     packed = ops.prepare_weight(convention.pack_int32(codes, 4), 4, 4096)
     pages, given = (now - then for now, then in zip(torch.ops.rotquant.weight_pages(), before, strict=True))
-    assert pages >= packed.numel() // PAGE and 0 <= given <= pages
+    assert pages >= packed.numel() // PAGE
+    assert 0 <= given <= pages
