@@ -19,7 +19,7 @@ constexpr int64_t BLOCK_STEPS = 256;
 inline int64_t block_steps(int64_t tiles) { return tiles < 8 ? 32 : BLOCK_STEPS; }
 
 // How nibbles are fetched: in so many streams at once, since the hardware follows each only to the end of its 4 KiB page,
-// and so many bytes ahead. Measured on both makes: Xeons with matrix units; Zen 4 and 5, which the other tier is for.
+// and so many bytes ahead. Four streams were tried on a Xeon with matrix units alone; other processors keep one.
 #if defined(RQ_AMX)
 constexpr int64_t STREAMS = 4, STREAM_AHEAD = 4096, UNPACK_AHEAD = 2048;
 #else
