@@ -57,21 +57,21 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
   const int64_t block = tiles <= 1 ? steps : block_steps(tiles);
   const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
+  const int64_t done = matrix(w, nibbles, a, lda, count, steps, s.bytes, s.acc);
+  steps -= done, w += done * (nibbles ? 256 : 512), a += 8 * done;
   for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
     const int64_t part = steps - k < block ? steps - k : block;
     if (unpacked) unpack(w, part, s.bytes);
     const uint8_t* bytes = unpacked ? s.bytes : w;
-    const int64_t done = nibbles && !unpacked ? 0 : matrix_block(bytes, a, lda, count, part, s.acc);
-    if (done == part) continue;
     // While this block is multiplied the next one is fetched, a share with every tile: a step has 4 lines of nibbles.
-    Ahead ahead{w + 256 * part, unpacked && !done ? (32 + tiles - 1) / tiles : 0};
+    Ahead ahead{w + 256 * part, unpacked ? (32 + tiles - 1) / tiles : 0};
     for (int64_t r = 0; r < count; r += TILE_ROWS, ahead.at += 8 * part * ahead.lines) {
       const int many = int(count - r < TILE_ROWS ? count - r : TILE_ROWS);
-      const int8_t* rest = a + r * lda + 8 * done;
+      const int8_t* rest = a + r * lda;
       if (nibbles && !unpacked)
         rows<true>(w, rest, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
       else
-        rows<false>(bytes + 512 * done, rest, lda, many, part - done, g.act_bits, ahead, s.acc + r * PANEL);
+        rows<false>(bytes, rest, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
     }
   }
 }
