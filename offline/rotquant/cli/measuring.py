@@ -63,14 +63,14 @@ def add_inspect(verbs: Verbs) -> None:
         "  rotquant inspect llama-w4 --against meta-llama/Llama-3.2-1B --html report.html  what the rotations did\n"
         "  rotquant inspect out-quarot --against out-rtn --json > figures.json         two checkpoints",
         more="Runs the model over a text and looks at the inputs of its linears, at K and V as the cache gets them,\n"
-        "and at the weights. Reading the columns:\n"
-        "  peak/RMS    largest |x| of a token over its RMS: 1 flat, 3 Gaussian, sqrt(d) one spike    lower is better\n"
-        "  GSR         quantizer step over standard deviation; rounding costs GSR²/12 of the energy  lower is better\n"
-        "  kurtosis    1.8 uniform, 3 Gaussian, large: few channels hold the energy                  lower is better\n"
-        "  difficulty  how unequal the channels' norms are, 0 to 1                                   lower is better\n"
-        "  QSUR        share of the quantizer's range that the data fill, 1 for a ball               higher is better\n"
-        "  SNR         energy over quantization error of 4-bit inputs and KV, in dB                  higher is better\n"
-        "  massive     tokens whose peak is over 10 times that of the median token\n"
+        "and at the weights. Reading the columns (- the lower the better, + the higher the better):\n"
+        "  peak/RMS   -  largest |x| of a token over its RMS: 1 flat, 3 Gaussian\n"
+        "  GSR        -  step over standard deviation; rounding costs GSR²/12\n"
+        "  kurtosis   -  1.8 uniform, 3 Gaussian, large: few channels hold the energy\n"
+        "  difficulty -  how unequal the channels' norms are, 0 to 1\n"
+        "  QSUR       +  share of the quantizer's range that is filled, 1 for a ball\n"
+        "  SNR        +  energy over quantization error of 4-bit inputs and KV, in dB\n"
+        "  massive       tokens whose peak is over 10 times that of the median token\n"
         "Sites: h residual stream; attn_in, o_in, mlp_in, down_in inputs of q/k/v, o, gate/up, down; k, v the cache.",
     ).add_argument
     add("model", metavar="OUT|MODEL", help="checkpoint folder, or a full-precision model (folder or hub id)")

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import TypeAlias
 
-RAW = argparse.RawDescriptionHelpFormatter
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, RAW):
-    """Shows defaults, but not those that say nothing; leaves the examples as they are written."""
+WIDEST = 110  # columns of a sentence, however wide the terminal is
+BESIDE = re.compile(r"(?P<example> +\S.*?) {2,}(?P<remark>\S.*)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but not those that say nothing. Sentences fill the terminal; indented lines, such as examples,
+    stay as they are written where they fit."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for sentences, group in groupby(text.splitlines(), lambda line: bool(line) and not line.startswith(" ")):
+            lines += textwrap.wrap(" ".join(group), min(width, WIDEST)) if sentences else _fitted(group, width)
+        return "\n".join(indent + line for line in lines)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
+
+
+def _fitted(lines: Iterable[str], width: int) -> Iterator[str]:
+    """Indented lines; what stands beside an example is put below it where both do not fit into one."""
+    for line in lines:
+        beside = BESIDE.fullmatch(line) if len(line) > width else None
+        yield from (beside["example"], f"      {beside['remark']}") if beside else (line,)
 
 
 def add_verb(

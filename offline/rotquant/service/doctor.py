@@ -52,8 +52,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
+        width = max((len(name) for facts in self.facts.values() for name in facts), default=0)
         for section, facts in self.facts.items():
-            lines += [section, *(f"  {name:<20} {value}" for name, value in facts.items())]
+            lines += [section, *(f"  {name:<{width}} {value}" for name, value in facts.items())]
         lines += [f"note: {note}" for note in self.notes]
         for number, problem in enumerate(self.problems, 1):
             lines += [f"problem {number}: {problem.what}", f"  mend: {problem.mend}"]
