@@ -38,6 +38,11 @@ class FullPrecision:
         self.source, self.arch, self.devices = source, arch, devices
         self.decoders, self.device = decoders(arch, positions), devices.first
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of what `wanted` finds."""
+        return ("entropy", "mean") if self.arch.logits_cap is None else ("chain",)
+
     def embedded(self, windows: Tensor) -> Tensor:
         """What enters layer 0 of windows int64 [n, T]."""
         rows = self.source.get(self.arch.names.embedding)[windows]

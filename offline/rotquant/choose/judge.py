@@ -136,7 +136,7 @@ class Judge:
                 following = stretch.stop
             for index in range(following, self.arch.layers):
                 done = self.full.layer(index, done)
-            return self.full.kl({name: self.judged(name, turn) for name in ("entropy", "mean")}, done)
+            return self.full.kl({name: self.judged(name, turn) for name in self.full.kept}, done)
 
     def judged(self, where: str, turn: int) -> Tensor:
         """Half of the judged windows in full precision; where there is but one window, that."""
