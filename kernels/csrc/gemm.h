@@ -21,6 +21,10 @@
 #include "tile_avx512.h"
 #elif defined(RQ_AVX2)
 #include "tile_avx2.h"
+#elif defined(RQ_I8MM)
+#include "tile_i8mm.h"
+#elif defined(RQ_NEON)
+#include "tile_neon.h"
 #else
 #include "tile_scalar.h"
 #endif

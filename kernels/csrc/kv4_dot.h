@@ -11,6 +11,10 @@
 
 #include "vec.h"
 
+#if defined(RQ_NEON)
+#include "kv4_dot_neon.h"
+#else
+
 namespace RQ_TIER {
 namespace {
 
@@ -171,3 +175,5 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 }  // namespace
 }  // namespace RQ_TIER
+
+#endif

@@ -158,6 +158,6 @@ struct Tier {
   int64_t kv_scratch;
 };
 
-extern const Tier tier_amx, tier_avx512, tier_avx2, tier_scalar;
+extern const Tier tier_amx, tier_avx512, tier_avxvnni, tier_avx2, tier_i8mm, tier_neon, tier_scalar;
 
 }  // namespace rotquant
