@@ -35,7 +35,11 @@ def quantized(calls: Calls):
         def check(data: bytes, k=k, x=x, stage=stage, expected=expected, silu=silu) -> bool:
             parts = numbers(data, torch.uint8).view(7, -1)
             turned, codes, scale, zero = parts.split([4 * k, k, 4, 4], 1)
-            actual = (codes.contiguous().view(torch.int8), scale.contiguous().view(torch.float32), zero.contiguous().view(torch.int32))
+            actual = (
+                codes.contiguous().view(torch.int8),
+                scale.contiguous().view(torch.float32),
+                zero.contiguous().view(torch.int32),
+            )
             if stage[0] != "none" and not silu:
                 wanted = reference.online_stage(x, *stage)
                 if not same(turned.contiguous().view(torch.float32).nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0)):
@@ -88,7 +92,9 @@ def floating(calls: Calls):
         plain = reference.int_linear(x.float(), packed, scale, bias.float(), 4, "none", 0, None, 4, True, 0.8).double()
         wanted = plain + x.double() @ down.double() @ up.double()
         arguments = (70, 1, 4, rank, ops.prepare_weight(packed, 4, k), scale, bias, down, up)
-        call = calls.add("linear", 5 * 70 * dtype.itemsize, *rows(x, ("none", 0, None), 4, True, 0.8, False), *arguments)
+        call = calls.add(
+            "linear", 5 * 70 * dtype.itemsize, *rows(x, ("none", 0, None), 4, True, 0.8, False), *arguments
+        )
 
         def close(data: bytes, dtype=dtype, wanted=wanted) -> bool:
             error = (numbers(data, dtype).view(5, 70) - wanted).abs().max()

@@ -30,7 +30,7 @@ def program(folder: Path, *flags: str) -> Path:
     def compiled(source: Path) -> str:
         made = str(folder / f"{source.stem}.o")
         own = build.tiers("aarch64").get(source.name, [])
-        build.call([COMPILER, *build.COMMON, *own, *flags, f"-I{build.SOURCES}", "-c", str(source), "-o", made])
+        build.call([COMPILER, *build.COMMON, "-O1", *own, *flags, f"-I{build.SOURCES}", "-c", str(source), "-o", made])
         return made
 
     with ThreadPoolExecutor(2) as pool:
