@@ -33,7 +33,8 @@ def is_for(header: Path, tier: str) -> bool:
     for kind in KINDS:
         if header.stem.startswith(f"{kind}_"):
             return header.stem == f"{kind}_{tier}"
-    return tier == "scalar" or any(f"RQ_{name}" in header.read_text() for name in ("AVX", "AMX", "NEON", "I8MM"))
+    text = header.read_text()
+    return tier == "scalar" or f"RQ_{tier.upper()}" in text
 
 
 def complaint(header: Path, tier: str, compiler: str, flags: list[str]) -> str:

@@ -48,14 +48,14 @@ struct Rows {
   bool silu_mul;
   Transform transform;
   ActFormat format;
-  Array<char> x;
-  Array<float> tensor;
+  Array<char> x, tensor;
 
   Rows()
       : dtype(DType(number())), count(number()), columns(number()), silu_mul(number()),
-        transform{Transform::Kind(number()), number(), nullptr}, format{int(number()), bool(number()), real()},
-        x(array<char>()), tensor(array<float>()) {
-    transform.matrix = tensor.get();
+        transform{Transform::Kind(number()), number()}, format{int(number()), bool(number()), real()},
+        x(array<char>()), tensor(array<char>()) {
+    transform.matrix = (const float*)tensor.get();
+    transform.order = (const int32_t*)tensor.get();
   }
 
   // Row m after its transform.
