@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from native_tiers import tier  # noqa: F401
-from rotquant_kernels import KINDS, OPS, Stage, backends, convention, kernel_of, native, ops, reference
+from rotquant_kernels import KINDS, OPS, Stage, backends, convention, kernel_of, native, online, ops, reference
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 K, BLOCK = 96, 16
 every = pytest.mark.parametrize("name", KINDS)
@@ -97,9 +98,10 @@ def test_stages_of_every_shape(name, columns, block, dtype, tier):  # noqa: F811
     assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
     assert torch.equal(torch.cat([ops.online_stage(row, *stage) for row in x.split(1)]), got)
     packed = convention.pack_int32(torch.ones(3, columns, dtype=torch.int8), 4)
-    layer = (ops.prepare_weight(packed, 4, columns), torch.ones(3, 1), None, 4)
-    inside = ops.int_linear(x.float(), *layer, *stage, 8, True, 1.0)
-    assert torch.equal(inside, ops.int_linear(got, *layer, "none", 0, None, 8, True, 1.0))
+    weight, scale, rows = ops.prepare_weight(packed, 4, columns), torch.ones(3, 1), RowFormat(8, True, 1.0)
+    inside = online.linear(x, weight, scale, None, WeightFormat(), [stage], rows)
+    outside = ops.int_linear(got, weight, scale, None, 4, "none", 0, None, 8, True, 1.0)
+    assert torch.equal(inside, outside.to(dtype))
 
 
 def test_wrong_stages_are_refused_by_name():
