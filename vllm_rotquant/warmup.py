@@ -43,7 +43,10 @@ def warm_attention(layer: Any, page: int, device: torch.device) -> None:
         nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
         starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, tokens], [tokens]))
         table = torch.zeros(1, pages, dtype=torch.int32, device=device)
-        layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
+        if layer.impl.rope is None:
+            layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
+        else:
+            layer.impl.store(key, key, cache, nowhere, starts, lens)
         layer.impl.attend(query, cache, starts, lens, table, torch.empty_like(query))
     if layer.impl.dense:
         for part in steps.parts([1], [1], starts[:2], lens[:1], table, layer.impl.limits(page)._replace(dense=1)):

@@ -40,7 +40,7 @@ from rotquant.learn.plan import learn
 from rotquant.learn.tune import NORM, layer_of, tune
 from rotquant.models import Tensors
 from rotquant.models.decoder import decoders
-from rotquant.recipes.schemes import scheme_settings
+from rotquant.recipes.schemes import scheme_settings, target_settings
 from rotquant.resources import check_disk, check_memory
 from rotquant.run import Run, Settings, begin, fingerprint, finished, learner, prepare, provenance, tuner, with_choice
 from rotquant.transforms.fold import by_rows
@@ -70,6 +70,7 @@ def quantize(
     max_memory: float | None = None,
     scheme: str | None = None,
     budget: str | None = None,
+    target: str | None = None,
 ) -> Path:
     """Quantizes a model.
 
@@ -86,13 +87,14 @@ def quantize(
         resume: continue an unfinished run of the same settings; the result has the same bytes.
         max_memory: refuse, before any work, a run that is estimated to need more GB.
         scheme: "w4a4kv4", "w4a8kv4" or "auto" (`recipes.schemes`), the recipe's where None; budget: of "auto".
+        target: device to serve on, such as "sm_86", whose kernels' wishes become settings; scheme and settings win.
     Returns:
         the output folder.
     Raises:
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    settings = [*scheme_settings(scheme, budget), *settings]
+    settings = [*target_settings(target, scheme), *scheme_settings(scheme, budget), *settings]
     asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
     run = prepare(model, asked)
     if max_memory is not None:

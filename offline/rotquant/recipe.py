@@ -12,6 +12,7 @@ kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip
 lm_head      16 (as it is) or 8 bits
 base         a shipped recipe, from which this one differs by what it says; resolved as the file is read
 choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
+target       the device that all this was chosen for; says so in the model card, and changes nothing by itself
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ class Calibration(Part):
     seq_len: int = Field(default=2048, ge=2)
 
 
+Target = Literal["none", "cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 OPEN = ("rotations", "scales", "online", "learn", "weights", "activations", "kv")  # what candidates may change
 
 
@@ -211,6 +213,7 @@ class Recipe(Part):
     lm_head: LMHead = LMHead()
     calibration: Calibration = Calibration()
     choose: Choose | None = None
+    target: Target = "none"
 
     @property
     def needs_calibration(self) -> bool:

@@ -31,6 +31,24 @@ ATTENTIONS = (
     "qwen3.Qwen3Attention",
     "qwen3_next.Qwen3NextAttention",
 )
+ROTATED = (  # those of them that run attn(*rotary_emb(positions, q, k), v)
+    "gemma3.Gemma3Attention",
+    "granite.GraniteAttention",
+    "llama.LlamaAttention",
+    "mistral.MistralAttention",
+    "qwen2.Qwen2Attention",
+    "qwen3.Qwen3Attention",
+)
+# Rotary embeddings that look cosines and sines up in one table, by a row's position alone.
+ROTARY = "vllm.model_executor.layers.rotary_embedding."
+TABLES = (
+    "base.RotaryEmbedding",
+    "dynamic_ntk_scaling_rope.DynamicNTKScalingRotaryEmbedding",
+    "linear_scaling_rope.LinearScalingRotaryEmbedding",
+    "llama3_rope.Llama3RotaryEmbedding",
+    "ntk_scaling_rope.NTKScalingRotaryEmbedding",
+    "yarn_scaling_rope.YaRNScalingRotaryEmbedding",
+)
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 MIXED = ("qwen3_5.Qwen3_5DecoderLayer",)  # those of models with two kinds of layer; other arguments
 DECODERS = (
@@ -47,9 +65,9 @@ SANDWICHES = ("gemma3.Gemma3DecoderLayer",)
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
 
-def known(module: Any, names: Sequence[str]) -> bool:
-    """Whether a module is of exactly one of these classes of vLLM's models."""
-    return f"{type(module).__module__}.{type(module).__qualname__}" in [MODELS + name for name in names]
+def known(module: Any, names: Sequence[str], prefix: str = MODELS) -> bool:
+    """Whether a module is of exactly one of these classes, of vLLM's models where nothing else is said."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in [prefix + name for name in names]
 
 
 def silu_mul_before(layer: Any, mlp: Any) -> bool:
@@ -72,6 +90,21 @@ def norm_before(layer: Any, decoder: Any) -> str | None:
     norm = getattr(decoder, name)
     plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
     return name if plain else None
+
+
+def rotary_before(layer: Any, attention: Any) -> tuple[torch.Tensor, bool] | None:
+    """RoPE that q and k of an attention layer come from, and nothing behind it: its table [positions, dims], cosines
+    and then sines, and whether it turns neighbours; None where that is not known."""
+    rotary = getattr(attention, "rotary_emb", None)
+    if not known(attention, ROTATED) or attention.attn is not layer or not known(rotary, TABLES, ROTARY):
+        return None
+    if getattr(attention, "do_llama_4_scaling", False) or not getattr(attention, "use_rope", True):
+        return None
+    names = ("cos_sin_cache", "head_size", "rotary_dim", "is_neox_style", "use_flashinfer")
+    table, size, dims, halves, elsewhere = (getattr(rotary, name, None) for name in names)
+    if table is None or halves is None or elsewhere or size != layer.head_size or table.shape[1:] != (dims,):
+        return None
+    return table, not halves
 
 
 def final_norm_holder(model: Any) -> Any:

@@ -36,12 +36,14 @@ class Backend:
 
     name: in reports. device: the type of device it is for, of KEYS.
     reads_quantized: whether `quantized_linear` reads its weights as fast as `int_linear`, so that a norm may quantize.
+    turns_positions: whether its kernels of the 4-bit KV cache can turn q and k to their positions (`cuda.rope`).
     takes_any: whether it runs every layer that its device's ops take at all, so that no backend behind it is asked.
     """
 
     name: str
     device: str
     reads_quantized = True
+    turns_positions = False
     takes_any = True
 
     def has(self, op: str) -> bool:

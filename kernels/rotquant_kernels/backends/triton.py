@@ -12,9 +12,15 @@ GEMM = ("int_linear", "quantized_linear")
 class Triton(Backend):
     name = "triton"
     device = "cuda"
+    turns_positions = True
 
     def kernel(self, op: str) -> str:
-        return "triton (int8 tensor cores)" if op in GEMM else self.name
+        if op not in GEMM:
+            return self.name
+        from rotquant_kernels.cuda import scaled_mm
+
+        server = scaled_mm.provided()
+        return "triton (int8 tensor cores)" + (f", {server.name} for many tokens" if server else "")
 
     def stages(self) -> tuple[str, ...]:
         from rotquant_kernels.cuda import rows

@@ -34,11 +34,11 @@ from rotquant_kernels.cuda.kv4_tiles import (
 
 @triton.jit(do_not_specialize=PER_STEP)
 def decode(
-    query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, splits, window, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr,
-    ASSEMBLER: tl.constexpr,
+    query, cache, query_start, seq_lens, table, cos_sin, out, partial, state, query_token, query_head, cache_block,
+    cache_head, table_row, out_token, out_head, tokens, sequences, splits, window, factor, DIM: tl.constexpr,
+    PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, one part of the context.
 
@@ -52,9 +52,11 @@ def decode(
     if any:
         head += tl.program_id(1) * GROUP
         dim = tl.arange(0, PADDED)
-        at = query + (token * query_token + head * query_head)[:, None] + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
-        low, high, query_sum, unit = load_queries(at, inside, factor, ROWS, PADDED, BLOCK, STAGES, NORM)
+        low, high, query_sum, unit = load_queries(
+            query + token * query_token + head * query_head, dim, inside, seen - 1, cos_sin, factor, ROWS, PADDED,
+            BLOCK, STAGES, NORM, ROPE, PAIRS,
+        )  # fmt: skip
         query_low, query_high = tl.trans(low), tl.trans(high)
         order = place_of(tl.arange(0, TILE))
         dither = dither_of(order)[:, None]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import empty_steps
 from rotquant_kernels import KINDS, convention, reference
-from rotquant_kernels.cuda import gemm, layout, linear, rows
+from rotquant_kernels.cuda import gemm, layout, linear, rows, scaled_mm
 from rotquant_kernels.cuda.device import Device
 from test_linear_native import activations, gate_up, linear_case, same
 
@@ -190,6 +190,43 @@ def test_every_tile_of_a_long_batch_is_made():
     for device in (Device(1, 8), Device(132, 8, 90)):  # narrow tiles, and Hopper's wide ones
         with mock.patch.object(gemm, "device_of", return_value=device):
             assert same(gemm.int_linear(x, layout.pack_weight(packed, 4, 64, 1), scale, *rest), expected)
+
+
+def served_product(codes, weight, scale, weight_scale, dtype, sums, zero):
+    """A server's GEMM in torch, as CUTLASS asks to be called and in the order in which it multiplies."""
+    assert (codes.dtype, weight.dtype, codes.stride(1), weight.stride(0)) == (torch.int8, torch.int8, 1, 1)
+    assert (len(codes) == len(scale), weight.shape[1] == len(weight_scale)) == (True, True)
+    acc = codes.double() @ weight.double()
+    if sums is not None:
+        assert (sums.dtype, zero.dtype, sums.shape) == (torch.int32, torch.int32, (1, weight.shape[1]))
+        acc = acc - zero.double() * sums
+    return (acc.float() * weight_scale.t() * scale).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_tokens_over_an_unpacked_weight_are_the_same(monkeypatch, bits, symmetric):
+    """From the table's number of tokens on; what the server's GEMM would not compute alike stays in Triton."""
+    calls = []
+    product = scaled_mm.Provided("-", lambda *given: calls.append(1) or served_product(*given))
+    monkeypatch.setattr(scaled_mm, "_provided", product)
+    monkeypatch.setattr(gemm, "device_of", lambda _: Device(132, 8, 90))
+    real = gemm.tiles
+    monkeypatch.setattr(gemm, "tiles", lambda tokens, *a: real(max(tokens, 5000), *a))  # an interpreter is slow
+    for k, n, dtype, biased, taken in (
+        (304, 208, torch.float16, False, 1), (64, 16, torch.bfloat16, False, 1), (64, 16, torch.float16, True, 0),
+        (64, 16, torch.float32, False, 0), (72, 16, torch.float16, False, 0), (64, 24, torch.float16, False, 0),
+    ):  # fmt: skip
+        x, packed, scale, bias = linear_case(k, 5, k, n, torch.float16, 1, bits)
+        codes = reference.quantize_rows(x, "none", 0, None, 8, symmetric, 0.9)
+        rest = scale, bias.to(dtype) if biased else None, bits, symmetric, dtype
+        y = gemm.quantized_linear(*codes, layout.pack_weight(packed, bits, k, 1), *rest)
+        assert same(y, reference.quantized_linear(*codes, packed, *rest))
+        assert len(calls) == taken
+        calls.clear()
+    monkeypatch.setattr(gemm, "tiles", real)
+    gemm.quantized_linear(*codes, layout.pack_weight(packed, bits, k, 1), *rest)
+    assert not calls
 
 
 def nearly(got, expected) -> None:
