@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "low_rank.h"
 #include "rows.h"
 #include "tier.h"
 #include "vec.h"
@@ -21,6 +22,10 @@
 #include "tile_avx512.h"
 #elif defined(RQ_AVX2)
 #include "tile_avx2.h"
+#elif defined(RQ_I8MM)
+#include "tile_i8mm.h"
+#elif defined(RQ_NEON)
+#include "tile_neon.h"
 #else
 #include "tile_scalar.h"
 #endif
@@ -34,6 +39,7 @@ struct PanelScratch {
   alignas(64) int32_t acc[GEMM_ROWS * PANEL];
   alignas(64) float total[GEMM_ROWS * PANEL];
   alignas(64) float scale[PANEL], bias[PANEL];
+  alignas(64) float up[UP_RANKS * PANEL];
 };
 static_assert(sizeof(PanelScratch) <= GEMM_SCRATCH);
 
@@ -93,17 +99,14 @@ inline void add_group(const Gemm& g, int64_t count, int64_t first, int64_t chann
 inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, PanelScratch& s) {
   memset(s.bias, 0, sizeof(s.bias));
   if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
-  const int64_t rank = g.low_rank.rank, up_size = size_of(g.low_rank.dtype);
   for (int64_t m = m0; m < m1; m++) {
     float* total = s.total + (m - m0) * PANEL;
     const F scale = set1(g.quant[m].scale);
     for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) * scale);
-    for (int64_t r = 0; r < rank; r++) {
-      const float x = g.down[m * rank + r];
-      const char* up = (const char*)g.low_rank.up + (r * g.weight.rows + first) * up_size;
-      read(up, g.low_rank.dtype, channels, [&](int64_t c, F u) { store(total + c, fma(set1(x), u, load(total + c))); },
-           [&](int64_t c, float u) { total[c] += x * u; });
-    }
+  }
+  add_low_rank(g, m0, m1, first, channels, s.total, s.up);
+  for (int64_t m = m0; m < m1; m++) {
+    float* total = s.total + (m - m0) * PANEL;
     if (g.bias)
       for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) + load(s.bias + c));
     write((char*)g.out + (m * g.weight.rows + first) * size_of(g.out_dtype), g.out_dtype, channels, total);

@@ -17,6 +17,7 @@
 #include "kv4_page.h"
 #include "kv4_softmax.h"
 #include "rows.h"
+#include "stages.h"
 #include "tier.h"
 #include "vec.h"
 

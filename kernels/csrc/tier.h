@@ -9,11 +9,12 @@ enum class DType { f32, bf16, f16 };
 
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// x (I (x) T) on blocks of `block`; matrix float32 [block, block] for dense.
+// A stage of a chain of online transforms (stages): its block, and its tensor, numbers or, of a permutation, places.
 struct Transform {
-  enum Kind { none, hadamard, dense } kind;
+  enum Kind { none, hadamard, dense, kronecker, permutation, reflection, shift } kind;
   int64_t block;
-  const float* matrix;
+  const float* matrix = nullptr;
+  const int32_t* order = nullptr;
 };
 
 // convention.py: 4 or 8 bits, symmetric or not, clip in (0, 1].
@@ -159,6 +160,6 @@ struct Tier {
   int64_t kv_scratch;
 };
 
-extern const Tier tier_amx, tier_avx512, tier_avx2, tier_scalar;
+extern const Tier tier_amx, tier_avx512, tier_avxvnni, tier_avx2, tier_i8mm, tier_neon, tier_scalar;
 
 }  // namespace rotquant
