@@ -61,7 +61,8 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
     const int64_t part = steps - k < block ? steps - k : block;
     if (unpacked) unpack(w, part, s.bytes);
     const uint8_t* bytes = unpacked ? s.bytes : w;
-    const int64_t done = nibbles && !unpacked ? 0 : matrix_block(bytes, a, lda, count, part, s.acc);
+    const uint8_t* next = unpacked ? w + 256 * part : nullptr;
+    const int64_t done = nibbles && !unpacked ? 0 : matrix_block(bytes, a, lda, count, part, next, s.acc);
     if (done == part) continue;
     // While this block is multiplied the next one is fetched, a share with every tile: a step has 4 lines of nibbles.
     Ahead ahead{w + 256 * part, unpacked && !done ? (32 + tiles - 1) / tiles : 0};

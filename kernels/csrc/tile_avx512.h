@@ -93,7 +93,9 @@ inline void unpack(const uint8_t* w, int64_t steps, uint8_t* to) {
   const __m512i low = _mm512_set1_epi8(15);
   for (int64_t k = 0; k < steps; k++, w += 256, to += 512)
     for (int j = 0; j < 4; j++) {
+#if !defined(RQ_AMX)
       _mm_prefetch((const char*)w + 8192 + 64 * j, _MM_HINT_T0);
+#endif
       const __m512i both = _mm512_loadu_si512(w + 64 * j);
       _mm512_store_si512(to + 64 * j, _mm512_and_si512(both, low));
       _mm512_store_si512(to + 256 + 64 * j, _mm512_and_si512(_mm512_srli_epi32(both, 4), low));
