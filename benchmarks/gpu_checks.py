@@ -97,7 +97,8 @@ def moe_experts(quick: bool) -> Iterator[Case]:
             stacks: list[Tensor] = []
             for n, k in ((2 * width, hidden), (hidden, width)):
                 codes = torch.randint(*convention.int_range(bits), (experts * n, k)).to(torch.int8)
-                stacks += [convention.pack_int32(codes, bits).view(experts, n, -1), torch.rand(experts, n, groups) / k**0.5]
+                scale = torch.rand(experts, n, groups) / k**0.5
+                stacks += [convention.pack_int32(codes, bits).view(experts, n, -1), scale]
             chosen = (torch.randn(tokens, experts) + torch.arange(experts)).topk(top).indices
             table = torch.arange(experts, dtype=torch.int32).sub(1)
             for acts in KINDS:

@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     add("--batches", default="1,8", help="sequences decoded at once (default: %(default)s)")
     add("--prefills", default="1024,4096", help="tokens of a prefill (default: %(default)s)")
     add("--writes", default="1,256", help="tokens written to the cache at once (default: %(default)s)")
-    add("--mixtures", default=MIXTURE, help="hidden size:experts:width of one:experts of a token (default: %(default)s)")
+    add("--mixtures", default=MIXTURE, help="hidden size:experts:width of one:top-k (default: %(default)s)")
     add("--tokens", default="1,16,1024", help="tokens of a step of experts (default: %(default)s)")
     add("--rounds", type=int, default=7, help="rounds; calls slower than a second get three (default: %(default)s)")
     add("--min-ms", type=float, default=5, help="how long a turn lasts at least (default: %(default)s)")

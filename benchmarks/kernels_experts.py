@@ -1,7 +1,7 @@
 """A mixture of experts: our grouped op and vLLM's, for one layer's experts and tokens that are spread over them.
 
 Every call takes the next of eight routings, so that a step of few tokens does not find its experts' weights in the
-cache. One token's eight routings are all experts of a layer, each once, where there are eight times as many as it takes.
+cache. One token's routings are all experts of a layer, each once, where there are eight times as many as it takes.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ def check(bits: int, act_bits: int, problem: Problem, x: Tensor, y: Tensor) -> d
     expected = torch.zeros(len(rows), problem.hidden)
     for i, row in enumerate(rows):
         for expert, share in zip(chosen[row].tolist(), weights[row], strict=True):
-            up, down = (seen(bits, 0, problem, w) for w in problem.expert(expert)) if bits == 16 else (
-                seen(bits, 0, problem, problem.expert(expert)[0]), seen(bits, block, problem, problem.expert(expert)[1])
-            )  # fmt: skip
+            first, second = problem.expert(expert)
+            up, down = seen(bits, 0, problem, first), seen(bits, block, problem, second)
             inside = convention.silu_mul((rounded(act_bits, 0, x[row][None]) @ up.T).bfloat16())
             expected[i] += share * (rounded(act_bits, block, inside) @ down.T)[0]
     read = [len(chosen.unique()) for chosen, _ in problem.routings(len(x))]
@@ -118,9 +117,7 @@ def weight_bytes(bits: int, problem: Problem) -> float:
     return problem.experts * (numbers + scales)
 
 
-def peer(
-    name: str, lane: str, bits: int, act_bits: int
-) -> Callable[[Callable[[Problem], Iterator[Call]]], Peer]:
+def peer(name: str, lane: str, bits: int, act_bits: int) -> Callable[[Callable[[Problem], Iterator[Call]]], Peer]:
     def register(build: Callable[[Problem], Iterator[Call]]) -> Peer:
         label = "bf16" if bits == 16 else f"W{bits}A{act_bits}"
         PEERS[name] = Peer(name, label, lane, build, partial(weight_bytes, bits), partial(check, bits, act_bits))

@@ -126,7 +126,8 @@ def distinct_tokens(hidden: int, width: int, groups: int, experts: int, top: int
     found: dict[Any, int] = {}
     for rows_each in (1, 17, 33, MOST_ROWS):
         tokens = -(-rows_each * experts // top)
-        cuts = [cut_of(tokens * top, experts, Shape(*shape, groups), device) for shape in ((hidden, 2 * width), (width, hidden))]
+        shapes = Shape(hidden, 2 * width, groups), Shape(width, hidden, groups)
+        cuts = [cut_of(tokens * top, experts, shape, device) for shape in shapes]
         found.setdefault(tuple(cut._replace(splits=1) for cut in cuts), tokens)
     return list(found.values())
 
@@ -148,14 +149,14 @@ def product(
     (tokens, columns), (experts, channels, groups) = codes.shape, weight_scale.shape
     words, _, _ = layout.unpack(weight[0], bits, columns, channels, groups)
     cut = cut_of(len(of), experts, Shape(columns, channels, groups), codes.device)
-    table = tiles_of(pairs, cut.m)
+    table, sums = tiles_of(pairs, cut.m), weight.view(-1)[words.numel() // 4 :]
     out = torch.empty((len(of), channels), dtype=dtype, device=codes.device)
     experts_kernel[triton.cdiv(channels, cut.n), len(table[0])](
-        codes, scale, zero, of, weight.view(torch.int8), weight.view(-1)[words.numel() // 4 :], weight_scale.contiguous(),
-        *table, out, tokens, columns, channels, words.shape[1], weight.shape[1], BITS=bits, GROUPS=groups,
-        STEPS=columns // (groups * cut.k) if groups > 1 else 0, SYMMETRIC=symmetric, EVEN=columns % cut.k == 0, TN=cut.n,
-        TM=cut.m, TK=cut.k, ASM=not triton.knobs.runtime.interpret, num_warps=cut.warps, num_stages=cut.stages,
-        **rows.EXACT,
+        codes, scale, zero, of, weight.view(torch.int8), sums, weight_scale.contiguous(), *table, out, tokens, columns,
+        channels, words.shape[1], weight.shape[1], BITS=bits, GROUPS=groups,
+        STEPS=columns // (groups * cut.k) if groups > 1 else 0, SYMMETRIC=symmetric, EVEN=columns % cut.k == 0,
+        TN=cut.n, TM=cut.m, TK=cut.k, ASM=not triton.knobs.runtime.interpret, num_warps=cut.warps,
+        num_stages=cut.stages, **rows.EXACT,
     )  # fmt: skip
     return out
 
