@@ -3,6 +3,7 @@
 
     python run.py demo            quantize a real chat model, serve it with vLLM, talk to it
     python run.py test [ARGS]     ruff, mypy and pytest (ARGS go to pytest)
+    python run.py test --release  the same with the tests that run before a release only
     python run.py VERB [ARGS]     any verb of `rotquant`, e.g. `quantize`, `eval`, `doctor`
 
 Needs Python 3.11 or newer and nothing else: this file uses the standard library only. With an NVIDIA
@@ -169,7 +170,9 @@ def main() -> int:
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time
     install_tritons_apart()
     code = 0
-    pytest = ["pytest", "-n", "2", "--dist", "loadfile", *arguments[1:]]
+    given = [argument for argument in arguments[1:] if argument != "--release"]
+    chosen = [] if "--release" in arguments else ["-m", "not release"]
+    pytest = ["pytest", "-n", "2", "--dist", "loadfile", *chosen, *given]
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):
         say(" ".join(check))
         code = subprocess.call([str(PYTHON), "-m", *check], cwd=ROOT) or code

@@ -64,6 +64,7 @@ COMMON: dict[str, Any] = {
 STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
+BRANCH = ("weights.rank=32", "weights.branch=svd")  # what `best-online` may put beside every linear
 EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
 LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -93,6 +94,7 @@ FORMATS = {
     "w4a16": Format("w4a16"),
     "rotquant-w4a4kv4": Format("rotquant-w4a4kv4", ROTQUANT),
     "rotquant-w4a8kv4": Format("rotquant-w4a8kv4", ROTQUANT),
+    "rotquant-w4a4kv4-branch": Format("rotquant-w4a4kv4-branch", ROTQUANT),
 }
 DEFAULT = ("bf16", "w8a8", "w4a16", "rotquant-w4a4kv4", "rotquant-w4a8kv4")
 
@@ -103,7 +105,7 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
     Args:
         work: folder in which made models are kept, each under its own name once it is complete.
         shape: key of SHAPES for a random model; model: folder or hub id of a real one, which wins over `shape`.
-        variant: bf16, a key of STOCK, rotquant-w4a4kv4 or rotquant-w4a8kv4.
+        variant: bf16, a key of STOCK, rotquant-w4a4kv4 or rotquant-w4a8kv4, or one of these with `-branch`.
     Returns:
         the folder, and the seconds it took to make it (of an earlier run, where it was there already).
     """
@@ -122,7 +124,8 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
             _renamed(output, lambda partial: write_rounded(base, variant, partial))
         else:
             bits = ("activations.bits=8", "activations.clip=1.0") if "w4a8" in variant else ("activations.bits=4",)
-            quantize(str(base), output, recipe="quarot", settings=[*CHEAP, *bits], resume=True)
+            branch = BRANCH if variant.endswith("-branch") else ()
+            quantize(str(base), output, recipe="quarot", settings=[*CHEAP, *bits, *branch], resume=True)
         note.write_text(f"{time.monotonic() - started:.1f}\n")
     return output, float(note.read_text()) if note.exists() else 0.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def runtime(name: str) -> str | None:
@@ -32,7 +32,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
         "LD_PRELOAD": " ".join(map(str, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "ROTQUANT_EXAMPLES": "15",
+        "ROTQUANT_EXAMPLES": "8",
     }
     files = [str(HERE / name) for name in ("test_linear_native.py", "test_kv4_native.py", "test_experts.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compiled_once", *files]

@@ -102,11 +102,21 @@ def steps_done(out: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize(("kill", "steps"), [(signal.SIGKILL, 2), (signal.SIGKILL, 5), (signal.SIGINT, 4)])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, kill, steps):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A model of ten layers, and what becomes of it in one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    source = source_model(folder / "m", "llama", layers=10)
+    return source, quantize(str(source), folder / "out", **QUICK)
+
+
+KILLS = [(signal.SIGKILL, 5), (signal.SIGINT, 4), pytest.param(signal.SIGKILL, 2, marks=pytest.mark.release)]
+
+
+@pytest.mark.parametrize(("kill", "steps"), KILLS)
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, uninterrupted, kill, steps):
     """Killed after so many steps: the gate, the embedding, then layers; enough are left to be killed in."""
-    folder = source_model(tmp_path / "m", "llama", layers=10)
-    whole = quantize(str(folder), tmp_path / "whole" / "out", **QUICK)
+    folder, whole = uninterrupted
     out = tmp_path / "killed" / "out"
     process = start(folder, out)
     while steps_done(out) < steps and process.poll() is None:

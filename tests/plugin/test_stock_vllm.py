@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 
-SCRIPT = """
-import sys, torch
 import pytest
-from vllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.vllm
+
+SCRIPT = """
+import sys, torch
+from vllm import LLM, SamplingParams
 # On CPUs with AMX its attention wants tile registers, which only a product of oneDNN asks Linux for: here is none.
 getattr(torch.cpu, "_init_amx", bool)()
 options = {"quantization": sys.argv[2]} if sys.argv[2:] else {}

@@ -67,7 +67,10 @@ def kinds_of_attention(log: str) -> dict[str, str]:
     return dict(re.findall(r"^  (attention(?:, window \d+)?) +(\d+)  ", log, re.M))
 
 
-@pytest.mark.parametrize("spec", [QWEN2, MISTRAL], ids=["some layers", "all layers"])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(QWEN2, id="some layers"), pytest.param(MISTRAL, id="all layers", marks=pytest.mark.release)],
+)
 def test_logprobs_are_those_of_float_arithmetic(child: Child, tmp_path: Path, spec: Spec) -> None:
     folder = write_checkpoint(tmp_path / "model", spec)
     got = child(serving.serve, folder, PROMPTS, swap="exact attention", **OPTIONS)

