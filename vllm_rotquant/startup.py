@@ -15,7 +15,7 @@ from vllm_rotquant.positions import join_rope
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
 from vllm_rotquant.recurrent import check_recurrent, count_recurrent
 from vllm_rotquant.reload import Reload
-from vllm_rotquant.warmup import warm_linears
+from vllm_rotquant.warmup import warm_experts, warm_linears
 
 
 class Startup:
@@ -67,4 +67,5 @@ class Startup:
         check = partial(run_checks, collected, strict=self.strict, model=self.model)
         check(experts_rows(collected) + readings)
         warm_linears(layer for layer, _ in collected.packed.values())
+        warm_experts(collected.mixtures[:1])
         Reload(collected, partial(check, [])).install(model)

@@ -34,6 +34,21 @@ def warm_linears(layers: Iterable[Any]) -> None:
 
 
 @torch.inference_mode()
+def warm_experts(layers: Iterable[Any]) -> None:
+    """Runs the experts of a layer on rows of zeros, as if tokens were evenly spread over those of this rank."""
+    for layer in layers:
+        method, device = layer.quant_method, layer.w13_weight_packed.device
+        here, top = list(method.here), method.block.top_k
+        groups = layer.w13_weight_scale.shape[2]
+        shape = method.hidden, method.width, groups, len(here), top
+        for tokens in backend_of("moe_experts", device).distinct_mixture_tokens(*shape, device):
+            chosen = torch.tensor(here, device=device).repeat(-(-tokens * top // len(here)))[: tokens * top]
+            x = torch.zeros(tokens, method.hidden, dtype=method.dtype, device=device)
+            shares = torch.zeros(tokens, top, device=device)
+            method.apply(layer, x, shares, chosen.view(tokens, top), None, None)
+
+
+@torch.inference_mode()
 def warm_attention(layer: Any, page: int, device: torch.device) -> None:
     """Runs an attention layer on zeros over one page of `page` tokens."""
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_size

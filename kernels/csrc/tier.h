@@ -148,9 +148,8 @@ struct Tier {
   void (*gemm_panel)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t panel, void* scratch);
   int64_t tile_rows;  // of which gemm_panel takes a multiple best
 
-  // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out; memory holds 2 n floats.
-  void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out,
-                   float* memory);
+  // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out.
+  void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out);
 
   // 4-bit KV cache. `scratch` is kv_scratch bytes, aligned to 64.
   void (*kv4_write)(const KVWrite& write, int64_t head, int64_t part, int64_t parts);

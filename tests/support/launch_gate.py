@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, unpack, workspace
+from rotquant_kernels.cuda import experts, gemm, kv4, kv4_dense, layout, rows, unpack, workspace
 from rotquant_kernels.cuda.rope import Rope
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import GPUS, Compiled, stand_in
@@ -86,6 +86,20 @@ def unpacked(n: int, k: int, bits: int = 4) -> None:
     """The weight of a layer [n, k] for a GEMM of the server's."""
     shape = layout.multiple(k, layout.COLUMNS) * bits // 128, layout.multiple(n, layout.CHANNELS), layout.CHUNK
     unpack.unpacked(torch.empty(shape, dtype=torch.int8), bits, k, n)
+
+
+def mixture(
+    tokens: int, count: int = 8, k: int = 2048, n: int = 1536, top: int = 2, bits: int = 4, groups: int = 1,
+    symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """A product of all experts, and their sum."""
+    pairs = experts.sorted_pairs(torch.zeros(tokens, top, dtype=torch.int64), None, count)
+    quantized = torch.empty(tokens, k, dtype=torch.int8), torch.empty(tokens, 1), torch.empty(tokens, 1).int()
+    rows_padded, columns = layout.multiple(n, layout.CHANNELS), layout.multiple(k, layout.COLUMNS)
+    words = torch.empty(count, columns * bits // 32 * rows_padded + groups * rows_padded, dtype=torch.int32)
+    scale, weights = torch.empty(count, n, groups), torch.empty(tokens, top)
+    y = experts.product(quantized, pairs.token, pairs, words, scale, bits, symmetric, dtype)
+    experts.added(y, pairs.place, weights, torch.empty(tokens, n, dtype=dtype))
 
 
 def quantize(
@@ -172,6 +186,7 @@ def core() -> Iterator[Launch]:
     yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
     yield "a weight unpacked", lambda: unpacked(512, 4096)
+    yield "experts, 64 rows each", lambda: mixture(256)
     yield "prefill, 1 sequence", lambda: attend(700, 1, rope=True)
     yield "prefill by a workspace", lambda: attend_dense(700, 1, rope=True)
 
@@ -220,6 +235,11 @@ def odd() -> Iterator[Launch]:
             yield f"rank {rank}, {m}", lambda m=m, r=rank: linear(m, 4096, 512, rank=r, bias=True)
         for dtype in (torch.float16, torch.float32):
             yield f"linear {dtype}, {m}", lambda m=m, d=dtype: linear(m, 4096, 512, dtype=d)
+    for tokens in (1, 20, 33, 80, 300):
+        for size in (0, 32, 64, 128, 256):
+            for bits in (4, 8):
+                shape = {"k": 3 * size or 768, "groups": 3 if size else 1, "bits": bits}
+                yield f"experts W{bits} g{size}, {tokens}", lambda t=tokens, s=shape: mixture(t, **s)
     for k in (1, 7, 100, 4096, 16384, 18944, 32768, 53248, 65536):
         block = k & -k
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

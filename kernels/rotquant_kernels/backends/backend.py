@@ -81,6 +81,12 @@ class Backend:
         """
         return ()
 
+    def distinct_mixture_tokens(
+        self, hidden: int, width: int, groups: int, experts: int, top: int, device: torch.device
+    ) -> list[int]:
+        """The same of a layer's experts on this rank, each of `width` channels, `top` of them for a token."""
+        return []
+
     def distinct_batches(self, group: int, page: int) -> list[tuple[int, int]]:
         """The same of attention over the 4-bit cache: batches of one sequence as (new tokens, pages of the table).
 

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import empty_steps
+import test_experts
 from rotquant_kernels import KINDS, convention, reference
-from rotquant_kernels.cuda import gemm, layout, linear, rows, scaled_mm
+from rotquant_kernels.cuda import experts, gemm, layout, linear, rows, scaled_mm
 from rotquant_kernels.cuda.device import Device
 from test_linear_native import activations, gate_up, linear_case, same
 
@@ -332,13 +333,39 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
     assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
 
 
+@pytest.mark.parametrize(("tokens", "bits", "groups", "places"), [(9, 4, 2, [5, 2, 6]), (13, 8, 1, None)])
+def test_experts_are_the_specification_bit_for_bit(monkeypatch, tokens, bits, groups, places):
+    """Some without tokens, some of another process; a row of zeros and one that is not finite."""
+    monkeypatch.setattr(test_experts, "HIDDEN", 64)
+    mixture = test_experts.Mixture(tokens, 64, 16, bits, groups, torch.float16)
+    expected = mixture.run(test_experts.SPECIFICATION, places=places, act_bits=bits, symmetric=bits == 8)
+    monkeypatch.setattr(test_experts, "prepare_experts", layout.pack_weight)
+    got = mixture.run(experts.moe_experts, places=places, act_bits=bits, symmetric=bits == 8)
+    assert same(got, expected)
+
+
+def test_tiles_of_experts_hold_every_pair_once():
+    """Of many pairs, whose tiles are more than one for an expert: by number, without a product."""
+    chosen = (torch.randn(300, 7, generator=torch.Generator().manual_seed(1)) + torch.arange(7)).topk(3).indices
+    pairs = experts.sorted_pairs(chosen, None, 7)
+    tables = experts.tiles_of(pairs, 32)
+    seen = []
+    for expert, first, count in zip(*(table.tolist() for table in tables), strict=True):
+        for pair in range(first, first + max(count, 0)):
+            assert expert in chosen[pairs.token[pair]]
+            seen.append(pair)
+    assert sorted(seen) == list(range(900))
+    assert torch.equal(pairs.token[pairs.place.long()].view(300, 3), torch.arange(300)[:, None].expand(-1, 3).int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_without_rows(dtype):
-    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS}
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS, **experts.IMPLEMENTATIONS}
     assert empty_steps.check(kernels, dtype) >= {
         "online_stage",
         "quantize_rows",
         "int_linear",
         "rms_norm_quantize",
         "quantized_linear",
+        "moe_experts",
     }
