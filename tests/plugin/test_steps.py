@@ -32,7 +32,7 @@ def batch(new, lens, seed=0):
 def impl():
     layer = SimpleNamespace(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=DIM, kv_cache_dtype="auto", dtype=torch.bfloat16,
-        impl=SimpleNamespace(scale=DIM**-0.5), sliding_window=None,
+        impl=SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=None), sliding_window=None,
     )  # fmt: skip
     return KV4Impl(layer, KVFormat(False, 1.0, 1.0, DIM))
 

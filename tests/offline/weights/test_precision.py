@@ -191,7 +191,7 @@ def test_a_run_that_was_stopped_while_measuring_gives_the_same_bytes(
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", 1e9)
     monkeypatch.setattr(DamageMeter, "_layer", stopped)
-    settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", **QUICK}
+    settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", "target": "sm_86", **QUICK}
     with pytest.raises(KeyboardInterrupt):
         quantize(str(model), tmp_path / "one", **settings)
     out = quantize(str(model), tmp_path / "one", resume=True, **settings)
@@ -253,7 +253,7 @@ def test_bad_budgets_are_refused_in_one_line(scheme: str | None, budget: str | N
 
 def test_a_budget_needs_sites_that_have_less(model: Path) -> None:
     settings = ["activations.bits=8", "activations.budget=3"]
-    with pytest.raises(RotQuantError, match="all have 8 bits as it is"):
+    with pytest.raises(RotQuantError, match="all sites have 8 bits as it is"):
         prepare(str(model), Settings("rtn", settings))
 
 
