@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-OURS = {"linear": "rotquant-w4a4", "attention": "rotquant-kv4"}
+OURS = {"linear": "rotquant-w4a4", "attention": "rotquant-kv4", "experts": "rotquant-w4a4"}
 QUANTIZE = "rotquant-quantize"
 Run = dict[str, Any]
 
@@ -104,6 +104,20 @@ def attention_table(results: Run, runs: Sequence[Run], threads: int, clock: str)
     return table([*headings, *peers], rows)
 
 
+def experts_table(results: Run, runs: Sequence[Run], threads: int, clock: str) -> str:
+    ours_name = OURS["experts"]
+    peers = [name for name in timed(runs) if name != ours_name]
+    reading = read_limit(results, threads, clock)
+    rows = []
+    for run in runs:
+        times = {name: seconds(one, clock, threads) for name, one in run["kernels"].items()}
+        ours = times.get(ours_name)
+        of_read = share(run["kernels"][ours_name]["bytes"] / ours, reading) if ours else "-"
+        sizes = ":".join(str(run["case"][name]) for name in ("hidden", "experts", "width", "top"))
+        rows.append([sizes, str(run["rows"]), cell(ours, None), of_read, *(cell(times.get(p), ours) for p in peers)])
+    return table(["hidden:experts:width:top", "M", f"{ours_name} µs", "of read", *peers], rows)
+
+
 def check_table(results: Run) -> str:
     """What every peer computes, how exactly, how steadily it was timed, or why it did not run."""
     rows = []
@@ -152,7 +166,7 @@ def report(results: Run, clock: str = "") -> str:
         f"rotate over {settings['cold_mb']} MB, so that they come from memory. In brackets: times ours.",
         limits_table(results),
     ]
-    tables = {"linear": linear_table, "attention": attention_table}
+    tables = {"linear": linear_table, "attention": attention_table, "experts": experts_table}
     for threads in settings["threads"]:
         chosen = clock or ("cpu" if threads == 1 else "wall")
         for section, make in tables.items():

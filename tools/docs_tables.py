@@ -233,6 +233,22 @@ def attention() -> str:
     return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
 
 
+def experts() -> str:
+    """A layer of experts against vLLM's bf16, with the share of the machine's reading that a step reaches."""
+    found, rows = read("kernels-experts-xeon-amx"), []
+    for run in found["runs"]:
+        threads = run["threads"]
+        ours, theirs = (run["kernels"][name] for name in ("rotquant-w4a4", "vllm-bf16"))
+        seconds = ours["cpu_us"] / threads * 1e-6
+        limits = [limit for limit in found["limits"] if limit["threads"] == threads]
+        most = max(limit[name]["cpu"] for limit in limits for name in ("read", "read_huge"))
+        share = percent(ours["bytes"] / seconds / most) if run["rows"] < 100 else ""
+        cells = [f"{run['rows']:,}", str(threads), f"{seconds * 1000:.2f} ms"]
+        cells += [f"{theirs['cpu_us'] / threads / 1000:.2f} ms", f"{theirs['cpu_us'] / ours['cpu_us']:.1f}x", share]
+        rows.append(cells)
+    return table(["tokens", "threads", "rotquant W4A4", "vLLM bf16", "times as fast", "of reading"], rows)
+
+
 def soak() -> str:
     found = read("soak")
     total = sum(found["requests"].values())
@@ -248,5 +264,5 @@ def soak() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
     "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
-    "soak": soak, "dominates": dominates, "noise": noise,
+    "soak": soak, "dominates": dominates, "noise": noise, "experts": experts,
 }  # fmt: skip

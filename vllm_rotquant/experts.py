@@ -67,7 +67,7 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
             words, groups = linear.weights.words(columns), linear.weights.groups(columns)
             tensors = {
                 "weight_packed": torch.zeros(num_experts, rows, words, dtype=torch.int32),
-                "weight_scale": torch.zeros(num_experts, rows, groups),
+                "weight_scale": torch.zeros(num_experts, rows, groups, dtype=torch.float32),
                 "weight_shape": torch.zeros(num_experts, 2, dtype=torch.int64),
             }
             for leaf, data in tensors.items():

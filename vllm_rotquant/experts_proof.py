@@ -15,7 +15,7 @@ from vllm_rotquant.proof import Row
 from vllm_rotquant.witness import distance, exact, float_linear, limit, sign_of_extreme, transformed, trial, trial_rows
 
 ROWS = 9  # tokens of a trial input for each expert that is looked at
-ROUTING = 1e-4  # of the weights of experts, which are float32
+ROUTING, STEPS = 1e-4, 4  # of the weights of experts, and so many steps of the dtype, in which vLLM computes them
 
 
 def experts_rows(collected: Collector) -> list[Row]:
@@ -35,7 +35,7 @@ def experts_rows(collected: Collector) -> list[Row]:
     )  # fmt: skip
     router = Row(
         "router", count, "vLLM", str(method.dtype).removeprefix("torch."), "-", f"top {block.top_k} of {block.count}",
-        routing_distance(layer, runner), ROUTING, method.prefix,
+        routing_distance(layer, runner), ROUTING + STEPS * torch.finfo(method.dtype).eps, method.prefix,
         "so tokens would go to other experts: config.json is read differently",
     )  # fmt: skip
     return [experts, router]
@@ -86,10 +86,14 @@ def trial_of(method: Any, weights: Experts) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def routing_distance(layer: Any, runner: Any) -> float:
-    """Of the weights that vLLM's router gives to all experts, on random logits."""
+    """Of the weights that vLLM's router gives to all experts, on logits in random order.
+
+    Those of the first 256 are different numbers in every dtype: of two alike vLLM may choose the other one.
+    """
     method = layer.quant_method
     block, dtype, device = method.block, method.dtype, layer.w13_weight_packed.device
-    logits = 3 * trial(ROWS, block.count, dtype=dtype, device=device, seed=11)
+    ranks = trial(ROWS, block.count, dtype=torch.float32, device=device, seed=11).argsort(-1).argsort(-1)
+    logits = (ranks / -4).to(dtype)
     chosen, weights = compat.routed(runner, trial(ROWS, method.hidden, dtype=dtype, device=device, seed=12), logits)
     own = route(block, exact(logits))
     return distance(spread(chosen.cpu().long(), weights, block.count), spread(own.chosen, own.weights, block.count))

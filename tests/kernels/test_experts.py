@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from native_tiers import gemm_tier, tier  # noqa: F401
-from rotquant_kernels import convention, moe_experts, native, ops, prepare_experts
+from rotquant_kernels import convention, moe_experts, native, ops, prepare_experts, prepare_weight
 from rotquant_kernels.backends import REFERENCE
 
 EXPERTS, HIDDEN = 7, 88
@@ -52,8 +52,9 @@ class Mixture:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width", "block", "bits", "groups"), [(0, 48, 16, 4, 1), (1, 48, 0, 4, 1),
-                         (5, 64, 64, 8, 1), (70, 48, 16, 4, 2), (500, 32, 8, 4, 1)])  # fmt: skip
+                         (5, 64, 64, 8, 1), (70, 48, 16, 4, 2), (700, 32, 8, 4, 1)])  # fmt: skip
 def test_the_native_op_is_the_specification_bit_for_bit(gemm_tier, tokens, width, block, bits, groups, dtype):  # noqa: F811
+    """The last case has more pairs than one wave."""
     mixture = Mixture(tokens, width, block, bits, groups, dtype)
     for act_bits, symmetric in ((4, False), (8, True)):
         got = mixture.run(moe_experts, act_bits=act_bits, symmetric=symmetric)
@@ -61,6 +62,12 @@ def test_the_native_op_is_the_specification_bit_for_bit(gemm_tier, tokens, width
         assert got.dtype == dtype
         assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
         assert got.shape == (tokens, HIDDEN)
+
+
+def test_a_stack_is_each_experts_weight_in_one_piece(tier):  # noqa: F811
+    packed, _ = stack(3, 70, HIDDEN, 4, 2, torch.Generator().manual_seed(1))
+    made = prepare_experts(packed, 4, HIDDEN, 2)
+    assert all(torch.equal(one, prepare_weight(given, 4, HIDDEN, 2)) for one, given in zip(made, packed, strict=True))
 
 
 def test_a_token_does_not_depend_on_the_batch(tier):  # noqa: F811

@@ -120,6 +120,7 @@ def test_a_damaged_expert_is_refused_by_name(
     [
         ({"enable_lora": True}, "does not run experts under --enable-lora"),
         ({"load_format": "dummy"}, None),
+        ({"dtype": "bfloat16"}, None),  # what checkpoints have; the rest is served in float32 to be compared exactly
     ],
 )
 def test_what_is_asked_of_experts(child: Any, made: Path, options: dict[str, Any], message: str | None) -> None:

@@ -46,7 +46,8 @@ def rotary(kind=RotaryEmbedding, **changes):
 def attention(turn, kind=LlamaAttention, window=None, **changes):
     layer = SimpleNamespace(
         num_heads=HEAD_COUNT, num_kv_heads=KV_HEADS, head_size=DIM, kv_cache_dtype="auto", dtype=torch.bfloat16,
-        impl=SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=None), sliding_window=window, attn_backend=AsymmetricKV4Backend,
+        impl=SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=None), sliding_window=window,
+        attn_backend=AsymmetricKV4Backend,
         buffers=lambda: [torch.zeros(1)],
         quant_method=SimpleNamespace(format=KVFormat(False, 1.0, 1.0, DIM), prefix="layers.0.attn"),
     )  # fmt: skip

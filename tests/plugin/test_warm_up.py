@@ -2,6 +2,7 @@
 compiles anything; a layer that the kernels do not read is refused; the proof does not need the GPU's memory."""
 
 import random
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +26,11 @@ from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
 from vllm_rotquant import rotation, steps, witness
 from vllm_rotquant.collector import Collector
+from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.fusion import QuantizingNorm
 from vllm_rotquant.kv_cache import KV4Impl, KV4Metadata
 from vllm_rotquant.linear import RotQuantLinearMethod
-from vllm_rotquant.warmup import warm_attention, warm_linears
+from vllm_rotquant.warmup import warm_attention, warm_experts, warm_linears
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY, PAGE = 256, 768, 8, 2, 64, 1000, 32
 DTYPE = torch.bfloat16
@@ -150,6 +152,28 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
         chunks = [chance.randrange(1, 1500) for _ in range(chance.randrange(3))]
         if running + chunks:
             server.step(running + chunks, longest)
+    assert [made.name for made in on_the_gpu[warmed:]] == []
+
+
+def test_no_step_of_experts_compiles_after_the_warm_up(on_the_gpu):
+    rows = [RowFormat(4, False, clip) for clip in (0.9, 1.0)]
+    up, down = (LinearFormat(WeightFormat(4), one, ()) for one in rows)
+    method = SimpleNamespace(
+        form=SimpleNamespace(up=up, down=down, block=64), hidden=HIDDEN, width=64, dtype=DTYPE,
+        here=dict.fromkeys(range(8), 0), block=SimpleNamespace(top_k=2),
+    )  # fmt: skip
+    method.apply = partial(RotQuantExpertsMethod.apply, method)
+    layer = SimpleNamespace(quant_method=method, expert_map=None)
+    for name, n, k in (("w13", 128, HIDDEN), ("w2", HIDDEN, 64)):
+        packed = torch.zeros(8, n, k // 8, dtype=torch.int32)
+        setattr(layer, f"{name}_weight_packed", ops.prepare_experts(packed, 4, k))
+        setattr(layer, f"{name}_weight_scale", torch.ones(8, n, 1))
+    warm_experts([layer])
+    warmed = len(on_the_gpu)
+    assert warmed > 3
+    for tokens in (*range(70), 100, 128, 129, 500, 512, 4097):
+        x, chosen = torch.empty(tokens, HIDDEN, dtype=DTYPE), torch.arange(2 * tokens).view(tokens, 2) % 8
+        method.apply(layer, x, torch.empty(tokens, 2), chosen.int(), None, None)
     assert [made.name for made in on_the_gpu[warmed:]] == []
 
 

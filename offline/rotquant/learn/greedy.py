@@ -55,7 +55,7 @@ def greedy_stages(
         rounds: None for the papers' 16 (RUQuant) and 256 (DuQuant).
     Returns:
         stages dense, permutation, dense and, for RUQuant, reflection where one helps and shards is 1 (across ranks it
-        would need an all-reduce); tensors are float32.
+        would need an all-reduce); tensors are float32, those of permutations int32.
     Raises:
         RotQuantError: unknown method, or blocks that do not divide.
     """
@@ -71,7 +71,7 @@ def greedy_stages(
         stages.append(Stage("dense", block, product.float()))
         if not last:
             magnitude = transform(x, stages).abs().amax(0)
-            stages.append(Stage("permutation", x.shape[1] // shards, zigzag(magnitude, block, shards)))
+            stages.append(Stage("permutation", x.shape[1] // shards, zigzag(magnitude, block, shards).int()))
     if method == "ruquant" and shards == 1:
         v = greedy_reflection(transform(x, stages), generator, form)
         stages += [] if v is None else [Stage("reflection", x.shape[1], v.float())]
