@@ -147,7 +147,7 @@ def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> Tensor:
     """What the original's head reads of int64 [n, T], in the folded head's basis: [n, T, hidden], on the CPU."""
     arch, names = job.arch, job.arch.names
     chain = job.source.get(names.embedding)[tokens].float() * arch.embedding_factor(job.dtype)
-    with Progress("tuning: original's layer", arch.layers) as progress:
+    with Progress("tuning: original's layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             tensors = {name: t.to(job.device) for name, t in job.read(index).items()}
             linear = product(tensors, compute)
