@@ -33,7 +33,7 @@ GLANCE = (
     ("`rtn`: to nearest, no rotation", "rtn", W4A4, "never: it shows what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in minutes"),
     ("`best`, the default", "best", W4A4, "you want 4-bit activations: as fast as `quarot`, closer to the original"),
-    ("`best-online`", "best-online", "", "quality counts more than speed: two thin 16-bit matrices run beside a linear"),
+    ("`best-online`", "best-online", "", "quality counts more than speed: two thin 16-bit matrices beside a linear"),
     ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
 )  # fmt: skip
 

@@ -23,7 +23,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
         for sentences, group in groupby(text.splitlines(), lambda line: bool(line) and not line.startswith(" ")):
-            lines += textwrap.wrap(" ".join(group), min(width, WIDEST)) if sentences else _fitted(group, width)
+            block = list(group)
+            lines += textwrap.wrap(" ".join(block), min(width, WIDEST)) if sentences else _fitted(block, width)
         return "\n".join(indent + line for line in lines)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
