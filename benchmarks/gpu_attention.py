@@ -21,14 +21,17 @@ PAGE, SYMMETRIC = 16, False  # vLLM's default page on CUDA; the default recipe's
 
 @dataclass(frozen=True)
 class Attention:
-    """Llama-3-8B's heads (32, 8 KV heads of 128), `batch` sequences of `context` tokens, `steps` new ones each."""
+    """Llama-3-8B's heads (32, 8 KV heads of 128), `batch` sequences of `context` tokens, `steps` new ones each; pages
+    of `page` tokens."""
 
     batch: int
     context: int
     steps: int
+    page: int = PAGE
 
     def __str__(self) -> str:
-        return f"batch {self.batch} context {self.context} new {self.steps}"
+        said = f"batch {self.batch} context {self.context} new {self.steps}"
+        return said if self.page == PAGE else f"{said} page {self.page}"
 
 
 PEERS: dict[str, Callable[[Attention], Call]] = {}
@@ -46,7 +49,7 @@ class Batch:
     """Tensors of one attention problem; pages of a sequence lie in random order."""
 
     def __init__(self, p: Attention) -> None:
-        pages = -(-p.context // PAGE)
+        pages = -(-p.context // p.page)
         self.query = torch.randn(p.batch * p.steps, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
         self.out, self.scale = torch.empty_like(self.query), DIM**-0.5
         self.starts = torch.arange(p.batch + 1, device=DEVICE, dtype=torch.int32) * p.steps
@@ -62,8 +65,8 @@ class Batch:
 def _(p: Attention) -> Call:
     b = Batch(p)
     token = reference.kv_token_bytes(DIM, SYMMETRIC)
-    cache = torch.empty(b.blocks, KV_HEADS, PAGE, token, device=DEVICE, dtype=torch.uint8)
-    slots = torch.arange(b.blocks * PAGE, device=DEVICE)
+    cache = torch.empty(b.blocks, KV_HEADS, p.page, token, device=DEVICE, dtype=torch.uint8)
+    slots = torch.arange(b.blocks * p.page, device=DEVICE)
     for part in slots.split(1 << 16):
         key, value = torch.randn(2, len(part), KV_HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
         ops.kv4_write(key, value, cache, part, DIM, SYMMETRIC, 1.0, 1.0)
@@ -75,7 +78,7 @@ def _(p: Attention) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     b = Batch(p)
-    keys, values = (b.pages(PAGE, KV_HEADS, DIM) for _ in range(2))
+    keys, values = (b.pages(p.page, KV_HEADS, DIM) for _ in range(2))
     return partial(
         flash_attn_varlen_func, b.query, keys, values, p.steps, b.starts, p.context, seqused_k=b.lens,
         softmax_scale=b.scale, causal=True, block_table=b.table, out=b.out,
@@ -99,7 +102,7 @@ def _(p: Attention) -> Call:
 
     b = Batch(p)
     return partial(
-        unified_attention, q=b.query, k=b.pages(PAGE, KV_HEADS, DIM), v=b.pages(PAGE, KV_HEADS, DIM), out=b.out,
+        unified_attention, q=b.query, k=b.pages(p.page, KV_HEADS, DIM), v=b.pages(p.page, KV_HEADS, DIM), out=b.out,
         cu_seqlens_q=b.starts, max_seqlen_q=p.steps, seqused_k=b.lens, max_seqlen_k=p.context, softmax_scale=b.scale,
         causal=True, window_size=(-1, -1), block_table=b.table, softcap=0, q_descale=None, k_descale=None,
         v_descale=None, **segments(),
@@ -111,8 +114,8 @@ def _(p: Attention) -> Call:
     from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
 
     b = Batch(p)
-    codes = torch.randint(0, 256, (2, b.blocks, PAGE, KV_HEADS, DIM // 2), device=DEVICE).to(torch.uint8)
-    scales = torch.rand(2, b.blocks, PAGE, KV_HEADS, device=DEVICE)
+    codes = torch.randint(0, 256, (2, b.blocks, p.page, KV_HEADS, DIM // 2), device=DEVICE).to(torch.uint8)
+    scales = torch.rand(2, b.blocks, p.page, KV_HEADS, device=DEVICE)
     return partial(
         unified_attention_int4, b.query, codes[0], codes[1], b.out, cu_seqlens_q=b.starts, max_seqlen_q=p.steps,
         seqused_k=b.lens, max_seqlen_k=p.context, softmax_scale=b.scale, window_size=(-1, -1), block_table=b.table,
@@ -157,5 +160,5 @@ def validate(p: Attention) -> str:
     from rotquant_kernels.cuda import kv4
 
     assert p.steps <= p.context
-    longest, h200 = -(-p.context // PAGE) * PAGE, kv4.Device(processors=132, least_rows=8)
+    longest, h200 = -(-p.context // p.page) * p.page, kv4.Device(processors=132, least_rows=8)
     return str(kv4.plan(p.batch * p.steps, p.batch, HEADS // KV_HEADS, KV_HEADS, longest, h200))

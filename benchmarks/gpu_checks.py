@@ -89,6 +89,25 @@ def quantized_linear(quick: bool) -> Iterator[Case]:
         yield words, (*q, convention.pack_int32(codes, bits), scale, None, bits, False, torch.bfloat16)
 
 
+def moe_experts(quick: bool) -> Iterator[Case]:
+    """Some experts without tokens, and some of another rank; stacks as in a checkpoint."""
+    full = [(1, 2048, 64, 768, 8, 1), (33, 2048, 64, 768, 8, 1), (700, 1024, 16, 512, 4, 1), (50, 512, 8, 256, 2, 4)]
+    for tokens, hidden, experts, width, top, groups in [(9, 64, 5, 32, 2, 1)] if quick else full:
+        for bits in (4, 8):
+            stacks: list[Tensor] = []
+            for n, k in ((2 * width, hidden), (hidden, width)):
+                codes = torch.randint(*convention.int_range(bits), (experts * n, k)).to(torch.int8)
+                scale = torch.rand(experts, n, groups) / k**0.5
+                stacks += [convention.pack_int32(codes, bits).view(experts, n, -1), scale]
+            chosen = (torch.randn(tokens, experts) + torch.arange(experts)).topk(top).indices
+            table = torch.arange(experts, dtype=torch.int32).sub(1)
+            for acts in KINDS:
+                given = randn(tokens, hidden, seed=tokens), chosen, torch.rand(tokens, top)
+                words = f"{tokens} of {hidden}, {experts} x {width}, W{bits} {acts}"
+                yield words, (*given, None, *stacks, bits, width & -width, *acts, 1.0)
+            yield f"{words}, some elsewhere", (*given, table, *stacks, bits, width & -width, *acts, 1.0)
+
+
 def sequences(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """In words; heads, KV heads, head size, page, R3, symmetric, lengths (two) and steps (two)."""
     yield "GQA 2 of 64", (4, 2, 64, 16, 64, False, 37, 21, 1, 21)
@@ -133,6 +152,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     op: found for op in OPS if op != "pack_weight" and (found := globals().get(op)) is not None
 }
 WEIGHTS = {"int_linear": 1, "quantized_linear": 3}  # argument that is a packed weight
+STACKS = {"moe_experts": (4, 6)}  # arguments that are packed weights of experts, their bits in the eighth
 CHANGED = {"kv4_write": 2, "kv4_attention": 5}  # argument that an op changes in place
 # Extremes of codes may lie on a rounding tie, which other float32 sums (of squares) decide otherwise.
 TIES = ("rms_norm_quantize", "online_stage")
@@ -158,6 +178,10 @@ def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
             bits, groups = given[at + 3], given[at + 1].shape[1]
             columns = arguments[at].shape[1] * 32 // bits  # all of these layers fill their words
             given[at] = ops.prepare_weight(given[at], bits, columns, groups)
+        for at in STACKS.get(op, ()):
+            if backend_of(op, device) is not REFERENCE:
+                bits, groups = given[8], given[at + 1].shape[2]
+                given[at] = ops.prepare_experts(given[at], bits, arguments[at].shape[2] * 32 // bits, groups)
         call = getattr(torch.ops.rotquant, op)
         outcomes = [replayed(call, given)] if device == "cuda" else []
         outcomes.append((call(*given), given))

@@ -22,10 +22,11 @@ from rotquant_kernels.cuda.tiles import Shape, Tiles, tiles  # noqa: E402
 H100 = Device(132, 8, 90)
 MEMORY, CACHE, CLOCK, MACS = 3.0e12, 5.5e12, 1.755e9, 4096  # bytes/s, bytes/s, 1/s, int8 a clock and multiprocessor
 START, SECOND = 1.5e-6, 2.0e-6
+CUTLASS = 1.35e15  # int8 operations/s of vLLM's GEMM for many tokens, as it is known to reach
 # Clocks of a step besides its products, where nothing else runs: loads, barriers, unpacking.
 OVERHEAD = {4: 390, 8: 200}
 LAYER = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
-TOKENS = (1, 16, 64, 128, 256, 2048)
+TOKENS = (1, 16, 64, 128, 256, 2048, 8192)
 
 
 def before(tokens: int) -> Tiles:
@@ -43,6 +44,8 @@ def resident(cut: Tiles) -> int:
 
 def seconds(k: int, n: int, m: int, cut: Tiles, cache: bool = True) -> float:
     """Of a product; cache: whether the second cache level's rate counts."""
+    if cut.unpacked:  # 4 bits in and 8 out, then the server's product
+        return 1.5 * k * n / MEMORY + 2.0 * m * n * k / CUTLASS + 2 * START
     across = -(-n // cut.n) * -(-m // cut.m)
     programs, steps = across * cut.splits, -(-k // (cut.k * cut.splits))
     parts = 4.0 * cut.splits * m * n if cut.splits > 1 else 0.0
@@ -62,6 +65,7 @@ def rows() -> list[list[str]]:
             cut = tiles(m, Shape(k, n, 1), H100)
             old, new = (1e6 * seconds(k, n, m, one) for one in (before(m), cut))
             size = f"{cut.n} x {cut.m} x {cut.k}" + (f", {cut.splits} parts" if cut.splits > 1 else "")
+            size = "unpacked, CUTLASS" if cut.unpacked else size
             found.append([str(m), name, f"{old:.0f}", f"{new:.0f}", size])
     return found
 

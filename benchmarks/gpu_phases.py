@@ -29,6 +29,7 @@ SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "dow
 SMALL = {"qkv": (256, 384), "o": (256, 256), "gate_up": (256, 512), "down": (768, 256)}
 SLOW_PEERS = ("Humming W4A16", "Marlin W4A16")  # the first compiles with nvcc, the second is Machete's elder
 SWEPT = (("down", 128), ("o", 64), ("down", 64), ("gate_up", 256), ("o", 128), ("gate_up", 2048), ("down", 16))
+UNPACKED = (2048, 4096, 8192)  # tokens for which an unpacked weight is tried
 
 
 def shapes() -> dict[str, tuple[int, int]]:
@@ -211,6 +212,8 @@ def times() -> Iterator[Line]:
 def sweep() -> Iterator[Line]:
     """Other cuts of the products that starve first; the best of each is a row for `tiles.json`, beside the results."""
     rows: list[dict[str, int]] = []
+    yield from paged()
+    yield from unpacked()
     for turn, (name, m) in enumerate(SWEPT):
         share = (deadline() - time.time()) / (len(SWEPT) - turn)
         k, n = shapes()[name]
@@ -223,6 +226,39 @@ def sweep() -> Iterator[Line]:
             rows.append({"least_tokens": m // 2 + 1, "tokens": m, "columns": k, "channels": n} | best[1])
             folder = Path(os.environ.get("ROTQUANT_GPU_LINES", "lines")).parent
             (folder / "tiles-found.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def paged() -> Iterator[Line]:
+    """Decoding over pages of 64 and 128 tokens, in the place of vLLM's 16."""
+    batch, context = (1, 40) if REHEARSAL else (16, 16384)
+    for page in (16, 64, 128):
+        call = gpu_kernels.PEERS[Attention]["rotquant KV4"](Attention(batch, context, 1, page))
+        yield {"attention": f"batch {batch} context {context}", "page": page, "us": gpu_kernels.time_us(call)["us"]}
+
+
+def unpacked() -> Iterator[Line]:
+    """From how many tokens on the server's GEMM over an unpacked weight is faster: `least_tokens` in `tiles.json`."""
+    name = "gate_up"
+    if REHEARSAL:
+        yield {"product": name, "unpacked": "not on a CPU"}
+        return
+    from rotquant_kernels.cuda import gemm, scaled_mm
+    from vllm_rotquant.compat import integer_products
+
+    scaled_mm.provide(found := integer_products())
+    real = gemm.tiles
+    try:
+        for m in UNPACKED if found else ():
+            call, line = product_of(name, m), {"product": name, "tokens": m}
+            for whole in (False, True):
+                gemm.tiles = lambda *given, w=whole: real(*given)._replace(unpacked=w)
+                line |= {"unpacked, us" if whole else "us": gpu_kernels.time_us(call)["us"]}
+            yield line
+    except Exception as error:  # of a GEMM that is not ours
+        yield {"product": name, "unpacked": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        gemm.tiles = real
+        scaled_mm.provide(None)
 
 
 def cuts(name: str, m: int, end: float) -> Iterator[Line]:

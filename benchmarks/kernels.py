@@ -42,8 +42,9 @@ from kernels_sections import sections
 RESULTS = Path(__file__).with_name("results")
 SHAPES = "1024x3072,4096x4096,4096x14336,14336x4096,896x4864"
 HEADS = "32:8:128,14:2:64"
+MIXTURE = "2048:64:768:8"
 QUICK = {"shapes": "1024x3072,4096x4096", "rows": "1,16,256", "threads": "1", "rounds": 5, "heads": "32:8:128",
-         "contexts": "512,4096", "batches": "1", "prefills": "", "writes": "1"}  # fmt: skip
+         "contexts": "512,4096", "batches": "1", "prefills": "", "writes": "1", "mixtures": ""}  # fmt: skip
 Case = tuple[str, dict[str, Any], list[int]]  # section, its problem's arguments, numbers of rows
 
 
@@ -62,7 +63,7 @@ def arguments() -> argparse.Namespace:
     everything = len(os.sched_getaffinity(0))
     add = parser.add_argument
     add("--quick", action="store_true", help="a few shapes, one thread, five rounds")
-    add("--sections", default="limits,linear,attention", help="what to measure (default: %(default)s)")
+    add("--sections", default="limits,linear,attention,experts", help="what to measure (default: %(default)s)")
     add("--kernels", default="*", help="only these kernels, patterns separated by commas")
     add("--threads", default=f"1,{everything}", help="numbers of threads (default: %(default)s)")
     add("--shapes", default=SHAPES, help="linear layers, KxN (default: %(default)s)")
@@ -72,6 +73,8 @@ def arguments() -> argparse.Namespace:
     add("--batches", default="1,8", help="sequences decoded at once (default: %(default)s)")
     add("--prefills", default="1024,4096", help="tokens of a prefill (default: %(default)s)")
     add("--writes", default="1,256", help="tokens written to the cache at once (default: %(default)s)")
+    add("--mixtures", default=MIXTURE, help="hidden size:experts:width of one:top-k (default: %(default)s)")
+    add("--tokens", default="1,16,1024", help="tokens of a step of experts (default: %(default)s)")
     add("--rounds", type=int, default=7, help="rounds; calls slower than a second get three (default: %(default)s)")
     add("--min-ms", type=float, default=5, help="how long a turn lasts at least (default: %(default)s)")
     add("--cold-mb", type=int, help="what copies of a weight fill at least (default: 128, or twice the cache)")
@@ -102,6 +105,10 @@ def cases(args: argparse.Namespace) -> list[Case]:
             steps += [("prefill", context, 1) for context in numbers(args.prefills)]
             steps += [("write", context, 1) for context in numbers(args.writes)]
             found += [("attention", {"work": w, **sizes, "context": c, "batch": b}, [0]) for w, c, b in steps]
+    if "experts" in args.sections:
+        for shape in filter(None, args.mixtures.split(",")):
+            sizes = dict(zip(("hidden", "experts", "width", "top"), map(int, shape.split(":")), strict=True))
+            found.append(("experts", sizes, numbers(args.tokens)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import kernels_attention
+import kernels_experts
 import kernels_linear
 import kernels_optional
 from kernels_lanes import Section
@@ -14,4 +15,5 @@ def sections() -> dict[str, Section]:
     return {
         "linear": (kernels_linear.Problem, linear),
         "attention": (kernels_attention.Problem, kernels_attention.PEERS),
+        "experts": (kernels_experts.Problem, kernels_experts.PEERS),
     }

@@ -33,7 +33,7 @@ GLANCE = (
     ("`rtn`: to nearest, no rotation", "rtn", W4A4, "never: it shows what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in minutes"),
     ("`best`, the default", "best", W4A4, "you want 4-bit activations: as fast as `quarot`, closer to the original"),
-    ("`best-online`", "best-online", "", "quality counts more than speed: two thin 16-bit matrices beside a linear"),
+    ("`best-online`", "best-online", "", "quality counts more than speed: two thin 16-bit matrices join each linear"),
     ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
 )  # fmt: skip
 
@@ -154,6 +154,18 @@ def claims() -> str:
     return table(["claim", "where", "figure", "before", "Llama", "Qwen3", "`quarot` has"], rows)
 
 
+def dominates() -> str:
+    """What each quantizer alone costs SmolLM2."""
+    rows = [[row["what"], f"{row['kl']:.4f}"] for row in read("error-smollm2")["alone"]]
+    return table(["quantized", "KL, nats"], rows)
+
+
+def noise() -> str:
+    """Signal to noise of each site of SmolLM2, as `rotquant inspect` has it."""
+    rows = [[row["site"], f"{row['snr']:.1f} dB", f"{row['worst']:.1f} dB"] for row in read("error-smollm2")["snr"]]
+    return table(["site", "signal to noise, mean over layers", "worst layer"], rows)
+
+
 def released() -> str:
     ours = Compared.of("compare-llama")
     rows = []
@@ -236,5 +248,5 @@ def soak() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
     "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
-    "soak": soak,
+    "soak": soak, "dominates": dominates, "noise": noise,
 }  # fmt: skip

@@ -163,7 +163,9 @@ class RotQuantConfig(QuantizationConfig):
             window = self._windows().of(name, layer.sliding_window, ours=kv is not None)
             if kv is None:
                 compat.let_attention_use_amx()
-            return KVCacheMethod(self, kv, prefix, self.head_dim, window, collector) if kv else None
+            own = self.arch.attentions.get(name) if self.arch else None
+            cap = own.cap if own else None
+            return KVCacheMethod(self, kv, prefix, self.head_dim, window, cap, collector) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:

@@ -17,7 +17,7 @@ from rotquant.checkpoint import stored
 from rotquant.checkpoint.experts_format import ExpertsFormat
 from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 from rotquant_kernels import calls, kernel_of, prepare_experts
 from vllm_rotquant import compat, rotation
 from vllm_rotquant.collector import Collector
@@ -130,7 +130,10 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
         for name, columns in (("w13", self.hidden), ("w2", self.width)):
             packed, scale = getattr(layer, f"{name}_weight_packed"), getattr(layer, f"{name}_weight_scale")
             bits = self.form.up.weights.bits
-            made = prepare_experts(packed.data, bits, columns, scale.shape[2])
+            try:
+                made = prepare_experts(packed.data, bits, columns, scale.shape[2])
+            except ValueError as error:  # what the kernels of this device do not read
+                raise RotQuantError(f"{self.prefix}: {error}") from None
             setattr(layer, f"{name}_weight_packed", Parameter(made, requires_grad=False))
             setattr(layer, f"{name}_weight_scale", Parameter(scale.data, requires_grad=False))
             delattr(layer, f"{name}_weight_shape")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant_kernels import calls
+from rotquant_kernels.cuda.rope import Rope
 from rotquant_kernels.formats import KVFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from vllm_rotquant import compat, steps
@@ -27,12 +28,16 @@ PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a pla
 
 @dataclass
 class KV4Metadata:
-    """One scheduler step as `rotquant_kernels.reference.kv4_attention` wants it."""
+    """One scheduler step as `rotquant_kernels.reference.kv4_attention` wants it.
+
+    slots: int64 [T], where K and V of the step go if attention writes them itself.
+    """
 
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
     parts: Sequence[steps.Part] = ()  # where it is more than one launch
+    slots: Tensor | None = None
 
 
 class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
@@ -43,7 +48,7 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
         kinds = {}
         for layer in compat.built_layers(vllm_config, layer_names):
             shape = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype
-            kinds[shape, layer.impl.kv.rotate, layer.impl.window] = layer
+            kinds[shape, layer.impl.kv.rotate, layer.impl.window, layer.impl.cap] = layer
         for layer in kinds.values():
             warm_attention(layer, kv_cache_spec.block_size, device)
         self.limits: steps.Limits | None = None
@@ -71,9 +76,11 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
         )
+        slots = common_attn_metadata.slot_mapping
         if self.limits is None:
-            return KV4Metadata(*step)
-        return KV4Metadata(*step, steps.parts(*compat.step_lengths(common_attn_metadata), *step, self.limits))
+            return KV4Metadata(*step, slots=slots)
+        parts = steps.parts(*compat.step_lengths(common_attn_metadata), *step, self.limits)
+        return KV4Metadata(*step, parts, slots)
 
 
 class KV4Impl(compat.AttentionImpl):
@@ -86,9 +93,11 @@ class KV4Impl(compat.AttentionImpl):
         previous: Any = layer.impl
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
-        self.kv, self.window = kv, layer.sliding_window
-        whole = layer.dtype == torch.bfloat16 and self.window is None  # pages before a window may be gone
+        self.kv, self.window, self.cap = kv, layer.sliding_window, previous.logits_soft_cap or None
+        # Pages before a window may be gone; FlashAttention's soft cap has not been held against the reference.
+        whole = layer.dtype == torch.bfloat16 and self.window is None and self.cap is None
         self.dense = compat.dense_attention() if whole else None
+        self.rope: Rope | None = None  # where it is not vLLM's to run: `positions`
 
     def limits(self, page: int) -> steps.Limits:
         """How a step over pages of so many tokens is cut up."""
@@ -100,6 +109,15 @@ class KV4Impl(compat.AttentionImpl):
     ) -> None:
         """Stores the step's K and V, [T, KV heads, d], in the pages `kv_cache`; slot -1 is padding."""
         calls.kv_write(key, value, kv_cache, slot_mapping, self.kv)
+
+    def store(
+        self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor
+    ) -> None:
+        """As `do_kv_cache_update`, of K that RoPE has not turned yet."""
+        from rotquant_kernels.cuda import kv4  # imports Triton
+
+        settings = self.kv.rotate, self.kv.symmetric, self.kv.k_clip, self.kv.v_clip
+        kv4.write(key, value, cache, slots, *settings, self.rope, query_start, seq_lens)
 
     def forward(
         self,
@@ -121,6 +139,8 @@ class KV4Impl(compat.AttentionImpl):
                 query.new_empty(steps.WORKSPACE_BYTES, dtype=torch.uint8)
             return output.zero_()
         step = attn_metadata
+        if self.rope is not None and step.slots is not None:
+            self.store(key, value, kv_cache, step.slots, step.query_start, step.seq_lens)
         if not step.parts:
             self.attend(query, kv_cache, step.query_start, step.seq_lens, step.block_table, output)
         for part in step.parts:
@@ -138,13 +158,20 @@ class KV4Impl(compat.AttentionImpl):
         from rotquant_kernels.cuda import kv4_dense  # imports Triton
 
         settings = self.scale, self.kv.rotate, self.kv.symmetric
-        kv4_dense.attention(*given, *settings, part.room, part.most_new, self.dense[1])
+        kv4_dense.attention(*given, *settings, part.room, part.most_new, self.dense[1], self.rope)
 
     def attend(
         self, query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, output: Tensor
     ) -> None:
         """Fills output [T, heads, d]; see `reference.kv4_attention`."""
-        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, self.scale, self.kv, self.window)
+        if self.rope is not None:
+            from rotquant_kernels.cuda import kv4  # imports Triton
+
+            given = query, cache, query_start, seq_lens, block_table, output, self.scale
+            kv4.attention(*given, self.kv.rotate, self.kv.symmetric, self.window or 0, self.cap or 0.0, self.rope)
+            return
+        settings = self.scale, self.kv, self.window, self.cap
+        calls.kv_attention(query, cache, query_start, seq_lens, block_table, output, *settings)
 
 
 class KV4Backend(compat.AttentionBackend):
@@ -152,6 +179,7 @@ class KV4Backend(compat.AttentionBackend):
 
     forward_includes_kv_cache_update = False
     symmetric: ClassVar[bool]
+    with_rope: ClassVar[type[KV4Backend]]  # whose attention writes K and V itself
 
     @staticmethod
     def get_name() -> str:
@@ -185,12 +213,20 @@ class KV4Backend(compat.AttentionBackend):
         return num_blocks, num_kv_heads, block_size, kv_token_bytes(head_size, cls.symmetric)
 
 
+class SymmetricRopeKV4Backend(KV4Backend):
+    symmetric = forward_includes_kv_cache_update = True
+
+
+class AsymmetricRopeKV4Backend(KV4Backend):
+    symmetric, forward_includes_kv_cache_update = False, True
+
+
 class SymmetricKV4Backend(KV4Backend):
-    symmetric = True
+    symmetric, with_rope = True, SymmetricRopeKV4Backend
 
 
 class AsymmetricKV4Backend(KV4Backend):
-    symmetric = False
+    symmetric, with_rope = False, AsymmetricRopeKV4Backend
 
 
 class KVCacheMethod(compat.BaseKVCacheMethod):
@@ -201,15 +237,18 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
     """
 
     def __init__(
-        self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, collector: Collector
-    ) -> None:
-        """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`."""
+        self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, cap: float | None,
+        collector: Collector,
+    ) -> None:  # fmt: skip
+        """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`; cap: on
+        scores, as transformers reads config.json."""
         super().__init__(config)
-        self.format, self.prefix, self.head_dim, self.window, self.collector = kv, prefix, head_dim, window, collector
+        self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
+        self.window, self.cap = window, cap
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
-        for feature, used in compat.attention_refusals(layer).items():
+        for feature, used in compat.attention_refusals(layer, self.cap).items():
             if used:
                 raise RotQuantError(
                     f"{self.prefix}: this build of rotquant does not run the 4-bit KV cache with {feature}"

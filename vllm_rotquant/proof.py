@@ -17,6 +17,7 @@ from torch import Tensor
 from rotquant.errors import RotQuantError
 from rotquant.models import describe, is_known
 from rotquant_kernels.backends import kernel_of, stages_of
+from rotquant_kernels.cuda.rope import turned
 from rotquant_kernels.online import split
 from vllm_rotquant import compat, rotation, steps
 from vllm_rotquant.collector import Collector, kind_of, sort_of
@@ -107,8 +108,9 @@ def reading_rows(modules: list[Any], settings: Any) -> list[Row]:
     known = is_known(config)
     decoders = [module for module in modules if known and compat.is_decoder(module)]
     decoders.sort(key=layer_number)
-    divisor = describe(config).logits_divisor if known else 1.0
-    for change in filter(None, (compat.logits_changed(module, divisor) for module in modules)):
+    arch = describe(config) if known else None
+    divisor, cap = (arch.logits_divisor, arch.logits_cap) if arch else (1.0, None)
+    for change in filter(None, (compat.logits_changed(module, divisor, cap) for module in modules)):
         raise RotQuantError(f"config.json: vLLM {change}, transformers does not: take the field out")
     rows = []
     norms = [module.norm for module in modules if compat.has_final_norm(module)]
@@ -222,7 +224,7 @@ def attention_row(layer: Any, count: int) -> Row:
         [trial(n, h, dim, dtype=layer.dtype, device=device, seed=seed + i) for i, n in enumerate(lengths)]
         for seed, h in ((1, layer.num_heads), (3, heads), (5, heads))
     )
-    key = [k * sign_of_extreme(transformed(k, r3(kv))).to(k) for k in key]
+    key = [k * sign_of_extreme(transformed(placed(layer, k), r3(kv))).to(k) for k in key]
     value = [v * sign_of_extreme(v).to(v.dtype) for v in value]
     ways = [torch.cat(served_attention(layer, query, key, value))]
     kernels = {kernel_of(op, device) for op in ("kv4_write", "kv4_attention")}
@@ -230,13 +232,21 @@ def attention_row(layer: Any, count: int) -> Row:
         ways.append(torch.cat(served_attention(layer, query, key, value, dense=1)))
         kernels.add(f"{layer.impl.dense[0]} for prefills")
     expected = torch.cat(
-        [float_attention(q, k, v, layer.impl.scale, kv, window) for q, k, v in zip(query, key, value, strict=True)]
+        [
+            float_attention(placed(layer, q), placed(layer, k), v, layer.impl.scale, kv, window, layer.impl.cap)
+            for q, k, v in zip(query, key, value, strict=True)
+        ]
     )
     name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
     errors = [*(distance(way, expected) for way in ways), *([window_distance(layer, KV4Metadata)] if window else [])]
     error, most = float(torch.tensor(errors, dtype=torch.float64).max()), limit(layer.dtype, 4)
-    kind = f"attention, window {window}" if window else "attention"
-    return Row(kind, count, " + ".join(sorted(kernels)), "KV4", "-", name, error, most, layer.quant_method.prefix)
+    kind, front = f"attention, window {window}" if window else "attention", "rope" if layer.impl.rope else "-"
+    return Row(kind, count, " + ".join(sorted(kernels)), "KV4", front, name, error, most, layer.quant_method.prefix)
+
+
+def placed(layer: Any, x: Tensor) -> Tensor:
+    """q or k [T, heads, d] of a whole sequence at its positions, where the layer's launches see to that."""
+    return x if layer.impl.rope is None else turned(x, torch.arange(len(x), device=x.device), layer.impl.rope)
 
 
 def served_attention(
@@ -274,8 +284,9 @@ def served_attention(
         if device.type == "cuda":
             limits = layer.impl.limits(PAGE)._replace(dense=dense)
             parts = steps.parts([step[s] for s in active], [ends[s] for s in active], *given, limits)
-        metadata = KV4Metadata(*given, parts)
-        layer.impl.do_kv_cache_update(layer, k, v, cache, torch.stack(slots).long())
+        metadata = KV4Metadata(*given, parts, torch.stack(slots).long())
+        if layer.impl.rope is None:  # else attention writes K and V itself
+            layer.impl.do_kv_cache_update(layer, k, v, cache, metadata.slots)
         result = layer.impl.forward(layer, q, k, v, cache, metadata, torch.empty_like(q))
         for s, span, part in zip(active, spans, result.split([step[s] for s in active]), strict=True):
             out[s][span] = part

@@ -210,7 +210,9 @@ class Own:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **others: Any) -> Tensor:
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).float() for x in (query, key, value))
-            out = causal_attention(q, k, v, float(attention.attn.impl.scale))
+            impl = attention.attn.impl
+            cap = impl.cap if hasattr(impl, "cap") else impl.logits_soft_cap
+            out = causal_attention(q, k, v, float(impl.scale), cap)
             return out.transpose(0, 1).flatten(1).to(query.dtype)
 
         with ExitStack() as stack:
@@ -266,20 +268,28 @@ def served_stand_in(layer: Any, sizes: dict[str, int]) -> Callable[..., Any]:
     return forward
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query float32 [..., heads, T, d]; key, value: [..., KV heads, T, d]."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None = None) -> Tensor:
+    """query float32 [..., heads, T, d]; key, value: [..., KV heads, T, d]; cap: on scores, None or 0 for none."""
     key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     scores = query @ key.mT * scale
+    scores = (scores / cap).tanh() * cap if cap else scores
     hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
 
 
 def own_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **more: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return causal_attention(query, key, value, scale).transpose(1, 2), None
+    return causal_attention(query, key, value, scale, softcap).transpose(1, 2), None
 
 
 AttentionInterface.register(STAND_IN, own_attention)

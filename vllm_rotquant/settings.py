@@ -53,7 +53,7 @@ class Settings:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "strict": (True, False),
-    "cpu_tier": ("auto", "amx", "avx512", "avx2", "scalar", "reference"),
+    "cpu_tier": ("auto", "amx", "avx512", "avxvnni", "avx2", "i8mm", "neon", "scalar", "reference"),
     "cuda_linear": ("auto", "triton", "humming"),
 }
 VARIABLES = {"strict": "ROTQUANT_STRICT", "cpu_tier": "ROTQUANT_CPU_TIER", "cuda_linear": "ROTQUANT_CUDA_LINEAR"}

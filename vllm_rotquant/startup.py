@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from rotquant_kernels.cuda import scaled_mm
 from vllm_rotquant import agreement, compat
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.experts_proof import experts_rows
 from vllm_rotquant.fusion import fuse
+from vllm_rotquant.positions import join_rope
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
 from vllm_rotquant.recurrent import check_recurrent, count_recurrent
 from vllm_rotquant.reload import Reload
-from vllm_rotquant.warmup import warm_linears
+from vllm_rotquant.warmup import warm_experts, warm_linears
 
 
 class Startup:
@@ -33,6 +35,7 @@ class Startup:
             defaults: `settings.from_environment` of the server's first process.
         """
         if self.ranks is None:
+            scaled_mm.provide(compat.integer_products())
             self.ranks, settings = agreement.begin(defaults)
             self.strict = settings.strict
             self.identity = agreement.checkpoint_facts(compat.origin())
@@ -60,7 +63,9 @@ class Startup:
             self.when_loaded(model)
         if not collected.lora:
             fuse(collected.linears, holders)
+            join_rope(collected.attention, holders)
         check = partial(run_checks, collected, strict=self.strict, model=self.model)
         check(experts_rows(collected) + readings)
         warm_linears(layer for layer, _ in collected.packed.values())
+        warm_experts(collected.mixtures[:1])
         Reload(collected, partial(check, [])).install(model)

@@ -34,6 +34,21 @@ def warm_linears(layers: Iterable[Any]) -> None:
 
 
 @torch.inference_mode()
+def warm_experts(layers: Iterable[Any]) -> None:
+    """Runs the experts of a layer on rows of zeros, as if tokens were evenly spread over those of this rank."""
+    for layer in layers:
+        method, device = layer.quant_method, layer.w13_weight_packed.device
+        here, top = list(method.here), method.block.top_k
+        groups = layer.w13_weight_scale.shape[2]
+        shape = method.hidden, method.width, groups, len(here), top
+        for tokens in backend_of("moe_experts", device).distinct_mixture_tokens(*shape, device):
+            chosen = torch.tensor(here, device=device).repeat(-(-tokens * top // len(here)))[: tokens * top]
+            x = torch.zeros(tokens, method.hidden, dtype=method.dtype, device=device)
+            shares = torch.zeros(tokens, top, device=device)
+            method.apply(layer, x, shares, chosen.view(tokens, top), None, None)
+
+
+@torch.inference_mode()
 def warm_attention(layer: Any, page: int, device: torch.device) -> None:
     """Runs an attention layer on zeros over one page of `page` tokens."""
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_size
@@ -43,7 +58,10 @@ def warm_attention(layer: Any, page: int, device: torch.device) -> None:
         nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
         starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, tokens], [tokens]))
         table = torch.zeros(1, pages, dtype=torch.int32, device=device)
-        layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
+        if layer.impl.rope is None:
+            layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
+        else:
+            layer.impl.store(key, key, cache, nowhere, starts, lens)
         layer.impl.attend(query, cache, starts, lens, table, torch.empty_like(query))
     if layer.impl.dense:
         for part in steps.parts([1], [1], starts[:2], lens[:1], table, layer.impl.limits(page)._replace(dense=1)):

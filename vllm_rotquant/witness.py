@@ -195,12 +195,13 @@ def r3(kv: KVFormat) -> list[Stage]:
 
 
 def float_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None, cap: float | None = None
 ) -> Tensor:
     """Causal attention in float64 over K and V as 4 bits give them back.
 
     Args:
-        query: [T, heads, d]; key, value: [T, KV heads, d]; window: positions that a query sees at most, None for all.
+        query: [T, heads, d]; key, value: [T, KV heads, d]; window: positions that a query sees at most, None for all;
+            cap: on scores.
     Returns:
         [T, heads, d].
     """
@@ -210,6 +211,7 @@ def float_attention(
     v = exact(kv.value.fake_quantize(exact(value)))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     scores = product(transformed(query, rotation).transpose(0, 1), k.mT) * scale
+    scores = scores if cap is None else (scores / cap).tanh() * cap
     hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
     if window:
         hidden |= torch.ones_like(hidden).tril(-window)

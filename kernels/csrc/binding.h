@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -51,6 +53,15 @@ inline void* scratch(int slot, size_t bytes) {
     REQUIRE(b.data, "out of memory");
   }
   return b.data;
+}
+
+// Large pages let one thread read 10 to 20% more bytes a second. To be asked before the memory is written.
+inline void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t huge = 2 << 20, first = (uintptr_t(data) + huge - 1) / huge * huge;
+  const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / huge * huge;
+  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // work(i) for i in 0..items in torch's own thread pool. Threads take the next item when they are free:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "low_rank.h"
 #include "rows.h"
 #include "tier.h"
 #include "vec.h"
@@ -21,6 +22,10 @@
 #include "tile_avx512.h"
 #elif defined(RQ_AVX2)
 #include "tile_avx2.h"
+#elif defined(RQ_I8MM)
+#include "tile_i8mm.h"
+#elif defined(RQ_NEON)
+#include "tile_neon.h"
 #else
 #include "tile_scalar.h"
 #endif
@@ -34,6 +39,7 @@ struct PanelScratch {
   alignas(64) int32_t acc[GEMM_ROWS * PANEL];
   alignas(64) float total[GEMM_ROWS * PANEL];
   alignas(64) float scale[PANEL], bias[PANEL];
+  alignas(64) float up[UP_RANKS * PANEL];
 };
 static_assert(sizeof(PanelScratch) <= GEMM_SCRATCH);
 
@@ -57,21 +63,21 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
   const int64_t block = tiles <= 1 ? steps : block_steps(tiles);
   const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
+  const int64_t done = matrix(w, nibbles, a, lda, count, steps, s.bytes, s.acc);
+  steps -= done, w += done * (nibbles ? 256 : 512), a += 8 * done;
   for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
     const int64_t part = steps - k < block ? steps - k : block;
     if (unpacked) unpack(w, part, s.bytes);
     const uint8_t* bytes = unpacked ? s.bytes : w;
-    const int64_t done = nibbles && !unpacked ? 0 : matrix_block(bytes, a, lda, count, part, s.acc);
-    if (done == part) continue;
     // While this block is multiplied the next one is fetched, a share with every tile: a step has 4 lines of nibbles.
-    Ahead ahead{w + 256 * part, unpacked && !done ? (32 + tiles - 1) / tiles : 0};
+    Ahead ahead{w + 256 * part, unpacked ? (32 + tiles - 1) / tiles : 0};
     for (int64_t r = 0; r < count; r += TILE_ROWS, ahead.at += 8 * part * ahead.lines) {
       const int many = int(count - r < TILE_ROWS ? count - r : TILE_ROWS);
-      const int8_t* rest = a + r * lda + 8 * done;
+      const int8_t* rest = a + r * lda;
       if (nibbles && !unpacked)
         rows<true>(w, rest, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
       else
-        rows<false>(bytes + 512 * done, rest, lda, many, part - done, g.act_bits, ahead, s.acc + r * PANEL);
+        rows<false>(bytes, rest, lda, many, part, g.act_bits, ahead, s.acc + r * PANEL);
     }
   }
 }
@@ -93,17 +99,14 @@ inline void add_group(const Gemm& g, int64_t count, int64_t first, int64_t chann
 inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, PanelScratch& s) {
   memset(s.bias, 0, sizeof(s.bias));
   if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
-  const int64_t rank = g.low_rank.rank, up_size = size_of(g.low_rank.dtype);
   for (int64_t m = m0; m < m1; m++) {
     float* total = s.total + (m - m0) * PANEL;
     const F scale = set1(g.quant[m].scale);
     for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) * scale);
-    for (int64_t r = 0; r < rank; r++) {
-      const float x = g.down[m * rank + r];
-      const char* up = (const char*)g.low_rank.up + (r * g.weight.rows + first) * up_size;
-      read(up, g.low_rank.dtype, channels, [&](int64_t c, F u) { store(total + c, fma(set1(x), u, load(total + c))); },
-           [&](int64_t c, float u) { total[c] += x * u; });
-    }
+  }
+  add_low_rank(g, m0, m1, first, channels, s.total, s.up);
+  for (int64_t m = m0; m < m1; m++) {
+    float* total = s.total + (m - m0) * PANEL;
     if (g.bias)
       for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) + load(s.bias + c));
     write((char*)g.out + (m * g.weight.rows + first) * size_of(g.out_dtype), g.out_dtype, channels, total);

@@ -5,8 +5,10 @@
 #include "gemm.h"
 #include "kv4_attention.h"
 #include "kv4_write.h"
+#include "low_rank.h"
 #include "rows.h"
 #include "silu.h"
+#include "stages.h"
 #include "tier.h"
 
 namespace rotquant {

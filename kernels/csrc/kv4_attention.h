@@ -17,6 +17,7 @@
 #include "kv4_page.h"
 #include "kv4_softmax.h"
 #include "rows.h"
+#include "stages.h"
 #include "tier.h"
 #include "vec.h"
 
@@ -35,6 +36,7 @@ struct Block {
   alignas(64) float chunk[kv_rows * kv_partial(kv_max_dim)], whole[kv_rows * kv_partial(kv_max_dim)];
   float factor[kv_rows];  // of the integer dot products: what makes them exponents of 2
   float sum[kv_rows];  // of the row's integers
+  float cap;  // of exponents of 2
   int64_t begin[kv_rows], end[kv_rows];  // positions that the row sees
 };
 
@@ -60,7 +62,8 @@ void meet(Block& b, const Tile& tile, const Tile& next, int64_t row, int64_t dim
   // Three loops, not one: what a row waits for is then hidden behind the other rows.
   for (int r = 0; r < R; r++) {
     seen[r] = {within(b.begin[row + r] - tile.begin), within(b.end[row + r] - tile.begin)};
-    found[r] = exponents(b.dots + r * TILE, tile, seen[r], b.factor[row + r], b.sum[row + r], b.exponents + r * TILE);
+    found[r] = exponents(b.dots + r * TILE, tile, seen[r], b.factor[row + r], b.cap, b.sum[row + r],
+                         b.exponents + r * TILE);
   }
   for (int r = 0; r < R; r++) {
     float& largest = s.largest[row + r];
@@ -98,6 +101,7 @@ inline void meet_rows(Block& b, const Tile& tile, const Tile& next, int64_t rows
 inline void load_queries(Block& b, const KVQuery& q, const KVItem& item) {
   const int64_t dim = q.pages.head_dim, padded = (dim + 63) / 64 * 64;
   const Transform rotation{Transform::hadamard, q.rotate, nullptr};
+  b.cap = q.cap * 1.44269504f;
   memset(b.row + dim, 0, size_t(padded - dim) * 4);
   for (int64_t r = 0; r < item.rows; r++) {
     const int64_t token = (item.row + r) / q.group, head = item.kv_head * q.group + (item.row + r) % q.group;

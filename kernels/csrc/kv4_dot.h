@@ -11,6 +11,10 @@
 
 #include "vec.h"
 
+#if defined(RQ_NEON)
+#include "kv4_dot_neon.h"
+#else
+
 namespace RQ_TIER {
 namespace {
 
@@ -73,22 +77,30 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 #elif defined(RQ_AVX2)
 
+#if defined(RQ_AVXVNNI)
+template <class A>
+inline __m256i add_products(__m256i sum, __m256i codes, __m256i row) {
+  if constexpr (std::is_signed_v<A>) return _mm256_dpbusd_avx_epi32(sum, codes, row);
+  return _mm256_dpbusd_avx_epi32(sum, row, codes);
+}
+#else
 template <class A>
 inline __m256i products(__m256i codes, __m256i row) {
   if constexpr (std::is_signed_v<A>) return _mm256_maddubs_epi16(codes, row);
   return _mm256_maddubs_epi16(row, codes);
 }
+#endif
 
-// One stream, R <= 3 rows. Pairs of products are at most 2 * 15 * 255, so int16 holds the four of a tile.
+// One stream, R <= 3 rows. Without VNNI pairs of products are at most 2 * 15 * 255, so int16 holds the four of a tile.
 template <int R, int STRIDE, class A, class Tile>
 inline void dot_rows(const Tile& tile, int64_t tiles, const A* rows, int32_t* out, int64_t stride) {
-  const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const __m256i mask = _mm256_set1_epi8(15);
   __m256i sum[R][2];
 #pragma GCC unroll 3
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
   for (int64_t i = 0; i < tiles; i++, rows += 16) {
     const uint8_t* codes = tile(i);
-    __m256i pairs[R][2];
+    [[maybe_unused]] __m256i pairs[R][2];
 #pragma GCC unroll 4
     for (int step = 0; step < 4; step++) {  // line step / 2, nibble step % 2
       __m256i half[2];
@@ -103,15 +115,22 @@ inline void dot_rows(const Tile& tile, int64_t tiles, const A* rows, int32_t* ou
         memcpy(&four, rows + r * STRIDE + 4 * step, 4);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
+#if defined(RQ_AVXVNNI)
+          sum[r][h] = add_products<A>(sum[r][h], half[h], _mm256_set1_epi32(four));
+#else
           const __m256i p = products<A>(half[h], _mm256_set1_epi32(four));
           pairs[r][h] = step ? _mm256_add_epi16(pairs[r][h], p) : p;
+#endif
         }
       }
     }
+#if !defined(RQ_AVXVNNI)
 #pragma GCC unroll 3
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; h++) sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(pairs[r][h], ones));
+      for (int h = 0; h < 2; h++)
+        sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(pairs[r][h], _mm256_set1_epi16(1)));
+#endif
   }
 #pragma GCC unroll 3
   for (int r = 0; r < R; r++)
@@ -171,3 +190,5 @@ inline int32_t dot_bytes(const uint8_t* a, const int8_t* b, int64_t n) {
 
 }  // namespace
 }  // namespace RQ_TIER
+
+#endif

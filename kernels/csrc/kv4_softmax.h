@@ -108,12 +108,21 @@ struct Seen {
   }
 };
 
-// Exponents of a row from its integer dot products with the keys that it sees; returns the largest.
-inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float sum, float* x) {
+// cap tanh(x / cap), to 3e-6 of cap; NaN for NaN.
+inline F capped(F x, float cap) {
+  const F e = exp2(abs(x) * set1(-2.88539008f / cap)), size = set1(cap) * (set1(1.0f) - e) / (set1(1.0f) + e);
+  return as_float(as_int(size) | (as_int(x) & set1(int32_t(0x80000000))));
+}
+
+// Exponents of a row from its integer dot products with the keys that it sees; returns the largest. cap: of the
+// exponents, 0 for none.
+inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
   F largest = set1(LOWEST);
   for (int64_t i = seen.start(); i < seen.last; i += W) {
     F v = fma(load(tile.key_zero + i), set1(-sum), to_float(load(dots + i)));  // exact: all below 2^24
-    v = seen.keep(v * load(tile.key_scale + i) * set1(factor), i, set1(LOWEST));
+    v = v * load(tile.key_scale + i) * set1(factor);
+    if (cap > 0) v = capped(v, cap);
+    v = seen.keep(v, i, set1(LOWEST));
     store(x + i, v);
     largest = max(largest, v);
   }

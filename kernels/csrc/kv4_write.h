@@ -6,6 +6,7 @@
 
 #include "kv4_page.h"
 #include "rows.h"
+#include "stages.h"
 #include "tier.h"
 #include "vec.h"
 

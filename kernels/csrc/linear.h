@@ -36,7 +36,9 @@ struct NamedStage {
   const char* name;
   Transform::Kind kind;
 };
-constexpr NamedStage STAGES[] = {{"hadamard", Transform::hadamard}, {"dense", Transform::dense}};
+constexpr NamedStage STAGES[] = {
+    {"hadamard", Transform::hadamard},       {"dense", Transform::dense},           {"kronecker", Transform::kronecker},
+    {"permutation", Transform::permutation}, {"reflection", Transform::reflection}, {"shift", Transform::shift}};
 
 inline std::optional<Transform::Kind> stage_of(const std::string& name) {
   for (const NamedStage& stage : STAGES)
@@ -51,26 +53,44 @@ inline std::string native_stages() {
   return names;
 }
 
-// An op's transform; holds the matrix.
+// An op's transform; holds the tensor.
 struct HeldTransform : Transform {
   std::optional<Tensor> held;
 };
 
-inline HeldTransform transform_of(const std::string& name, int64_t block, const std::optional<Tensor>& matrix, int64_t columns) {
-  if (name == "none") return {{Transform::none, 1, nullptr}, {}};
+// Numbers of a kind's tensor; 0 for a kind without one.
+inline int64_t numbers_of(Transform::Kind kind, int64_t block, int64_t columns) {
+  switch (kind) {
+    case Transform::dense: return block * block;
+    case Transform::kronecker: return columns / block * (columns / block) + block * block;
+    case Transform::reflection: return block;
+    case Transform::permutation:
+    case Transform::shift: return columns;
+    default: return 0;
+  }
+}
+
+inline HeldTransform transform_of(const std::string& name, int64_t block, const std::optional<Tensor>& tensor, int64_t columns) {
+  if (name == "none") return {{Transform::none, 1}, {}};
   const std::optional<Transform::Kind> kind = stage_of(name);
   REQUIRE(kind.has_value(), "unknown transform ", name);
-  REQUIRE(block > 0 && columns % block == 0, "transform block ", block, " does not divide ", columns, " columns");
+  const bool order = *kind == Transform::permutation;
+  if (!order && *kind != Transform::shift)
+    REQUIRE(block > 0 && columns % block == 0, "transform block ", block, " does not divide ", columns, " columns");
   if (*kind == Transform::hadamard) {
     REQUIRE((block & (block - 1)) == 0, "Hadamard block ", block, " is not a power of two");
-    return {{*kind, block, nullptr}, {}};
+    return {{*kind, block}, {}};
   }
-  REQUIRE(matrix.has_value(), "a dense transform needs its matrix");
-  REQUIRE(matrix->scalar_type() == ScalarType::Float && matrix->dim() == 2 && matrix->size(0) == block &&
-                      matrix->size(1) == block,
-                  "matrix must be float32 [block, block]");
-  const Tensor held = torch::stable::contiguous(*matrix);
-  return {{*kind, block, (const float*)held.const_data_ptr()}, held};
+  REQUIRE(tensor.has_value(), "a ", name, " transform needs its tensor");
+  const int64_t numbers = numbers_of(*kind, block, columns);
+  REQUIRE(tensor->scalar_type() == (order ? ScalarType::Int : ScalarType::Float) && tensor->numel() == numbers,
+          "the tensor of a ", name, " transform must hold ", numbers, order ? " int32" : " float32");
+  const Tensor held = torch::stable::contiguous(*tensor);
+  if (!order) return {{*kind, block, (const float*)held.const_data_ptr()}, held};
+  const int32_t* places = (const int32_t*)held.const_data_ptr();
+  for (int64_t i = 0; i < columns; i++)
+    REQUIRE(places[i] >= 0 && places[i] < columns, "place ", places[i], " of a permutation is not below ", columns);
+  return {{*kind, block, nullptr, places}, held};
 }
 
 inline ActFormat act_format(int64_t bits, bool symmetric, double clip) {

@@ -2,6 +2,7 @@
 //
 // Pairs of a token and one of its experts are sorted by expert, so that an expert's weights are read once for all its
 // tokens. A row of x is quantized once, whatever the number of its experts.
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -9,6 +10,10 @@
 
 namespace rotquant {
 namespace {
+
+constexpr int64_t WAVE = 2048;  // pairs whose rows are in memory at once, so that a cache holds them from step to step
+
+inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The pairs of a token and an expert of this process, expert after expert and tokens in their order.
 struct Pairs {
@@ -46,20 +51,37 @@ Pairs sorted_pairs(const Index* chosen, int64_t tokens, int64_t top_k, const int
   return pairs;
 }
 
-// Quantized rows in memory of their own.
+// Quantized rows in somebody's memory.
 struct Quantized {
-  Quantized(int64_t rows, const Weight& w)
-      : lda(codes_stride(w.padded() * w.groups)), groups(w.groups), codes(size_t(rows * lda)), quant(size_t(rows)),
-        sums(size_t(rows * groups)) {}
-
   int64_t lda, groups;
-  std::vector<int8_t> codes;
-  std::vector<QuantRow> quant;
-  std::vector<int32_t> sums;
+  QuantRow* quant;
+  int32_t* sums;
+  int8_t* codes;
 
-  void quantize(int64_t i, const float* row, const Weight& w, const ActFormat& format) {
-    quant[size_t(i)] = tier().quantize_row(row, w.columns / groups, groups, w.padded(), format, &codes[size_t(i * lda)],
-                                           &sums[size_t(i * groups)]);
+  static Quantized in(char*& memory, int64_t rows, const Weight& w) {
+    const int64_t lda = codes_stride(w.padded() * w.groups);
+    QuantRow* quant = (QuantRow*)memory;
+    int32_t* sums = (int32_t*)(quant + rows);
+    char* codes = memory + lines(rows * (int64_t(sizeof(QuantRow)) + 4 * w.groups));
+    memory = codes + rows * lda;
+    return {lda, w.groups, quant, sums, (int8_t*)codes};
+  }
+
+  static int64_t bytes(int64_t rows, const Weight& w) {
+    char* end = nullptr;
+    in(end, rows, w);
+    return end - (char*)nullptr;
+  }
+
+  void quantize(int64_t i, const float* row, const Weight& w, const ActFormat& format) const {
+    quant[i] = tier().quantize_row(row, w.columns / groups, groups, w.padded(), format, codes + i * lda,
+                                   sums + i * groups);
+  }
+
+  void copy(int64_t i, const Quantized& from, int64_t j) const {
+    quant[i] = from.quant[j];
+    memcpy(sums + i * groups, from.sums + j * groups, size_t(groups) * 4);
+    memcpy(codes + i * lda, from.codes + j * lda, size_t(lda));
   }
 };
 
@@ -85,33 +107,40 @@ Stack stack_of(const Tensor& weight, const Tensor& scale, int64_t bits, int64_t 
           columns, scale.size(2), bits, size.bytes};
 }
 
-// out[pair] = the expert's weights times the pair's row: threads share out experts, blocks of rows and panels.
-void multiply(const Stack& stack, const Pairs& pairs, const Quantized& rows, int act_bits, DType dtype, void* out) {
+// out[pair - begin] = the expert's weights times row pair - begin of `rows`, for the pairs begin ... end. Threads share
+// out experts, blocks of rows and runs of panels: a thread reads on where it stopped.
+void multiply(const Stack& stack, const Pairs& pairs, int64_t begin, int64_t end, const Quantized& rows, int act_bits,
+              DType dtype, char* out) {
   struct Task {
     int64_t expert, begin, end;
   };
   std::vector<Task> tasks;
   for (int64_t e = 0; e < stack.count; e++) {
-    const int64_t begin = pairs.first[size_t(e)], count = pairs.first[size_t(e + 1)] - begin;
-    const int64_t blocks = (count + GEMM_ROWS - 1) / GEMM_ROWS;
-    const int64_t height = blocks ? block_rows(count, blocks, tier().tile_rows) : 0;
-    for (int64_t m = 0; m < count; m += height)
-      tasks.push_back({e, begin + m, begin + (m + height < count ? m + height : count)});
+    const int64_t first = std::max(pairs.first[size_t(e)], begin), last = std::min(pairs.first[size_t(e + 1)], end);
+    const int64_t blocks = (last - first + GEMM_ROWS - 1) / GEMM_ROWS;
+    const int64_t height = last > first ? block_rows(last - first, blocks, tier().tile_rows) : 1;
+    for (int64_t m = first; m < last; m += height)
+      tasks.push_back({e, m - begin, std::min(m + height, last) - begin});
   }
-  const int64_t panels = (stack.rows + PANEL - 1) / PANEL, work = pairs.first.back() * stack.rows * stack.columns / 4;
-  parallel(int64_t(tasks.size()) * panels, worth_threads(work), [&](int64_t i) {
-    const Task& task = tasks[size_t(i / panels)];
+  const int64_t panels = (stack.rows + PANEL - 1) / PANEL, all = int64_t(tasks.size()) * panels;
+  const int64_t shares = 8 * int64_t(torch::stable::get_num_threads());
+  const int64_t run = std::max<int64_t>(1, std::min(panels, all / shares)), runs = (panels + run - 1) / run;
+  const int64_t work = (end - begin) * stack.rows * stack.columns / 4;
+  parallel(int64_t(tasks.size()) * runs, worth_threads(work), [&](int64_t i) {
+    const Task& task = tasks[size_t(i / runs)];
     Gemm g{};
     g.weight = stack.of(task.expert);
-    g.codes = rows.codes.data();
+    g.codes = rows.codes;
     g.lda = rows.lda;
-    g.quant = rows.quant.data();
-    g.sums = rows.sums.data();
+    g.quant = rows.quant;
+    g.sums = rows.sums;
     g.out = out;
     g.out_dtype = dtype;
-    g.rows = pairs.first.back();
+    g.rows = end - begin;
     g.act_bits = act_bits;
-    tier().gemm_panel(g, task.begin, task.end, i % panels, scratch(2, GEMM_SCRATCH));
+    const int64_t first = i % runs * run;
+    for (int64_t panel = first; panel < std::min(first + run, panels); panel++)
+      tier().gemm_panel(g, task.begin, task.end, panel, scratch(2, GEMM_SCRATCH));
   });
 }
 
@@ -148,43 +177,47 @@ Tensor moe_experts(const Tensor& x, const Tensor& chosen, const Tensor& weights,
   const HeldTransform none = transform_of("none", 0, {}, hidden);
   const HeldTransform r4 = transform_of(block ? "hadamard" : "none", block, {}, width);
 
-  Quantized once(tokens, first.of(0)), sorted(count, first.of(0));
+  const Weight up_weight = first.of(0), down_weight = second.of(0);
+  char* memory = (char*)scratch(1, size_t(Quantized::bytes(tokens, up_weight)));
+  const Quantized once = Quantized::in(memory, tokens, up_weight);
   const ActFormat up_format = act_format(act_bits, act_symmetric, up_clip);
-  parallel(tokens, worth_threads(tokens * hidden), [&](int64_t i) {
-    once.quantize(i, transformed(rows, i, none), first.of(0), up_format);
-  });
-  parallel(count, worth_threads(count * hidden), [&](int64_t i) {
-    const int64_t t = pairs.token[size_t(i)];
-    memcpy(&sorted.codes[size_t(i * sorted.lda)], &once.codes[size_t(t * once.lda)], size_t(once.lda));
-    memcpy(&sorted.sums[size_t(i * once.groups)], &once.sums[size_t(t * once.groups)], size_t(once.groups) * 4);
-    sorted.quant[size_t(i)] = once.quant[size_t(t)];
-  });
-  Tensor gate_up = torch::stable::new_empty(x, {count, 2 * width});
-  multiply(first, pairs, sorted, int(act_bits), rows.dtype, gate_up.mutable_data_ptr());
-
-  const Rows inside = rows_of(gate_up, true);
-  Quantized between(count, second.of(0));
   const ActFormat down_format = act_format(act_bits, act_symmetric, down_clip);
-  parallel(count, worth_threads(count * width), [&](int64_t i) {
-    between.quantize(i, transformed(inside, i, r4), second.of(0), down_format);
+  parallel(tokens, worth_threads(tokens * hidden), [&](int64_t i) {
+    once.quantize(i, transformed(rows, i, none), up_weight, up_format);
   });
+
   Tensor y = torch::stable::new_empty(x, {count, hidden});
-  multiply(second, pairs, between, int(act_bits), rows.dtype, y.mutable_data_ptr());
+  ask_for_huge_pages(y.mutable_data_ptr(), count * hidden * element);
+  const int64_t wave = std::min(count, WAVE), up_bytes = lines(wave * 2 * width * element);
+  const int64_t sizes[] = {lines(Quantized::bytes(wave, up_weight)), lines(Quantized::bytes(wave, down_weight))};
+  memory = (char*)scratch(3, size_t(sizes[0] + sizes[1] + up_bytes));
+  char *at = memory, *gate_up = memory + sizes[0] + sizes[1];
+  const Quantized sorted = Quantized::in(at, wave, up_weight);
+  at = memory + sizes[0];
+  const Quantized between = Quantized::in(at, wave, down_weight);
+  for (int64_t begin = 0; begin < count; begin += wave) {
+    const int64_t end = std::min(begin + wave, count), n = end - begin;
+    parallel(n, worth_threads(n * hidden), [&](int64_t i) { sorted.copy(i, once, pairs.token[size_t(begin + i)]); });
+    multiply(first, pairs, begin, end, sorted, int(act_bits), rows.dtype, gate_up);
+    const Rows inside{x, gate_up, rows.dtype, n, width, 2 * width * element, true};
+    parallel(n, worth_threads(n * width), [&](int64_t i) {
+      between.quantize(i, transformed(inside, i, r4), down_weight, down_format);
+    });
+    char* to = (char*)y.mutable_data_ptr() + begin * hidden * element;
+    multiply(second, pairs, begin, end, between, int(act_bits), rows.dtype, to);
+  }
 
   Tensor out = torch::stable::new_empty(x, {tokens, hidden});
   const char* from = (const char*)y.const_data_ptr();
   char* to = (char*)out.mutable_data_ptr();
   const float* share = (const float*)weights.const_data_ptr();
   parallel(tokens, worth_threads(tokens * top_k * hidden), [&](int64_t t) {
-    const size_t pointers = size_t(top_k) * sizeof(void*);
-    char* memory = (char*)scratch(0, pointers + size_t(hidden) * 8);
-    const void** parts = (const void**)memory;
+    const void** parts = (const void**)scratch(0, size_t(top_k) * sizeof(void*));
     for (int64_t s = 0; s < top_k; s++) {
       const int64_t pair = pairs.place[size_t(t * top_k + s)];
       parts[s] = pair < 0 ? nullptr : from + pair * hidden * element;
     }
-    tier().add_rows(parts, share + t * top_k, top_k, rows.dtype, hidden, to + t * hidden * element,
-                    (float*)(memory + pointers));
+    tier().add_rows(parts, share + t * top_k, top_k, rows.dtype, hidden, to + t * hidden * element);
   });
   return out;
 }

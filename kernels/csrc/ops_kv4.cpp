@@ -1,5 +1,6 @@
 // torch ops of the 4-bit KV cache: kv4_write, kv4_attention. Specification: reference.py.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "binding.h"
@@ -165,7 +166,7 @@ void attend(Batch& b) {
 
 void kv4_attention(const Tensor& query, const Tensor& cache, const Tensor& query_start, const Tensor& seq_lens,
                    const Tensor& block_table, const Tensor& out, double scale, int64_t rotate, bool symmetric,
-                   int64_t window) {
+                   int64_t window, double cap) {
   REQUIRE(query.dim() == 3, "query must be [tokens, heads, d]");
   const int64_t heads = query.size(1), dim = query.size(2), rows = query.size(0);
   Batch b{};
@@ -190,6 +191,8 @@ void kv4_attention(const Tensor& query, const Tensor& cache, const Tensor& query
   q.rotate = check_rotate(rotate, dim);
   REQUIRE(window >= 0, "window must be positive, or 0 for none, not ", window);
   q.window = window;
+  REQUIRE(cap >= 0 && std::isfinite(cap), "cap must be positive, or 0 for none, not ", cap);
+  q.cap = float(cap);
   q.scale = float(scale);
   check_batch(b, rows, cache.size(0), block_table.size(1));
   attend(b);

@@ -1,10 +1,9 @@
 // torch ops of linear layers: online_stage, quantize_rows, pack_weight, int_linear. Specification: reference.py.
-#include <sys/mman.h>
-
 #include <array>
 #include <vector>
 
 #include "linear.h"
+#include "memory.h"
 
 namespace rotquant {
 namespace {
@@ -58,15 +57,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const std::str
 
 // ---- weights -------------------------------------------------------------------------------------------
 
-// Large pages let one thread read 10 to 20% more bytes a second. To be asked before the memory is written.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t huge = 2 << 20, first = (uintptr_t(data) + huge - 1) / huge * huge;
-  const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / huge * huge;
-  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // One panel of one group, layout P64 (gemm.h), and the sums of its channels.
 void pack_group(const uint8_t* from, int64_t row_bytes, int64_t channels, int64_t begin, int64_t group, int64_t padded,
                 int64_t bits, uint8_t* to, int32_t* sums) {
@@ -93,23 +83,29 @@ void pack_group(const uint8_t* from, int64_t row_bytes, int64_t channels, int64_
       }
 }
 
+// [N, words], or a stack of weights [E, N, words] in memory of one piece.
 Tensor pack_weight(const Tensor& packed, int64_t bits, int64_t columns, int64_t groups) {
   check_dense(packed, ScalarType::Int, "packed weight");
-  REQUIRE(packed.dim() == 2 && columns > 0 && packed.size(1) == (columns * bits + 31) / 32,
+  const bool stacked = packed.dim() == 3;
+  REQUIRE((stacked || packed.dim() == 2) && columns > 0 && packed.size(-1) == (columns * bits + 31) / 32,
                   "packed weight does not hold ", columns, " columns of ", bits, " bits");
-  const int64_t rows = packed.size(0), row_bytes = packed.size(1) * 4;
+  const int64_t count = stacked ? packed.size(0) : 1, rows = packed.size(-2), row_bytes = packed.size(-1) * 4;
   const PackedSize size = packed_size(rows, columns, groups, bits);
-  Tensor out = torch::stable::new_empty(packed, {size.bytes}, ScalarType::Byte);
-  uint8_t* to = (uint8_t*)out.mutable_data_ptr();
-  ask_for_huge_pages(to, size.bytes);
-  const uint8_t* from = (const uint8_t*)packed.const_data_ptr();
-  int32_t* sums = (int32_t*)(to + size.data);
-  parallel(size.panels * groups, true, [&](int64_t i) {
-    const int64_t panel = i / groups, group = i % groups, length = columns / groups;
+  std::vector<int64_t> shape{count, size.bytes};
+  if (!stacked) shape = {size.bytes};
+  Tensor out = torch::stable::new_empty(packed, shape, ScalarType::Byte);
+  uint8_t* first = (uint8_t*)out.mutable_data_ptr();
+  const int64_t parts = size.panels * groups;
+  parallel(count * parts, true, [&](int64_t item) {
+    const int64_t e = item / parts, i = item % parts, panel = i / groups, group = i % groups, length = columns / groups;
     const int64_t channels = rows - panel * PANEL < PANEL ? rows - panel * PANEL : PANEL;
+    const uint8_t* from = (const uint8_t*)packed.const_data_ptr() + e * rows * row_bytes;
+    uint8_t* to = first + e * size.bytes;
+    int32_t* sums = (int32_t*)(to + size.data);
     pack_group(from + panel * PANEL * row_bytes, row_bytes, channels, group * length, length, size.padded, bits,
                to + i * size.group_bytes, sums + i * PANEL);
   });
+  ask_large_weight(first, count * size.bytes);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Rows of activations: online transform, absmax, quantization, sums. Specification: reference.quantize_rows.
+// Rows of activations: Hadamard transform, absmax, quantization, sums. Specification: reference.quantize_rows.
 #pragma once
 
 #include <cstdint>
@@ -144,47 +144,6 @@ void hadamard(float* row, int64_t n, int64_t block) {
   }
 }
 
-// y[b B + j] = sum_i x[b B + i] T[i, j]; four blocks share each load of T.
-void dense(const float* x, int64_t n, int64_t block, const float* matrix, float* y) {
-  for (int64_t at = 0; at < n; at += 4 * block) {
-    const int64_t blocks = (n - at) / block < 4 ? (n - at) / block : 4;
-    int64_t j = 0;
-    for (; j + 4 * W <= block; j += 4 * W) {
-      F sum[4][4];
-      for (auto& b : sum)
-        for (F& v : b) v = set1(0.0f);
-      for (int64_t i = 0; i < block; i++) {
-        const float* t = matrix + i * block + j;
-        const F t0 = load(t), t1 = load(t + W), t2 = load(t + 2 * W), t3 = load(t + 3 * W);
-        for (int64_t b = 0; b < blocks; b++) {
-          const F a = set1(x[at + b * block + i]);
-          sum[b][0] = fma(a, t0, sum[b][0]);
-          sum[b][1] = fma(a, t1, sum[b][1]);
-          sum[b][2] = fma(a, t2, sum[b][2]);
-          sum[b][3] = fma(a, t3, sum[b][3]);
-        }
-      }
-      for (int64_t b = 0; b < blocks; b++)
-        for (int v = 0; v < 4; v++) store(y + at + b * block + j + v * W, sum[b][v]);
-    }
-    for (; j < block; j++)
-      for (int64_t b = 0; b < blocks; b++) {
-        float sum = 0;
-        for (int64_t i = 0; i < block; i++) sum += x[at + b * block + i] * matrix[i * block + j];
-        y[at + b * block + j] = sum;
-      }
-  }
-}
-
-// In place; scratch holds n floats.
-void transform_row(float* row, int64_t n, const Transform& transform, float* scratch) {
-  if (transform.kind == Transform::hadamard && transform.block > 1) hadamard(row, n, transform.block);
-  if (transform.kind == Transform::dense) {
-    dense(row, n, transform.block, transform.matrix, scratch);
-    memcpy(row, scratch, size_t(n) * 4);
-  }
-}
-
 // ---- quantization -------------------------------------------------------------------------------------
 
 struct Range {
@@ -293,18 +252,6 @@ QuantRow quantize_row(const float* row, int64_t group, int64_t groups, int64_t p
     sums[g] = sum_i8(codes, group);
   }
   return q;
-}
-
-// out = row down: one row times the narrow matrix of the low-rank branch, in float32.
-void project_row(const float* row, int64_t n, const LowRank& low_rank, float* out) {
-  const int64_t rank = low_rank.rank, size = size_of(low_rank.dtype);
-  memset(out, 0, size_t(rank) * 4);
-  for (int64_t k = 0; k < n; k++) {
-    const float x = row[k];
-    read((const char*)low_rank.down + k * rank * size, low_rank.dtype, rank,
-         [&](int64_t r, F a) { store(out + r, fma(set1(x), a, load(out + r))); },
-         [&](int64_t r, float a) { out[r] += x * a; });
-  }
 }
 
 }  // namespace

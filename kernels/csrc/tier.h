@@ -9,11 +9,12 @@ enum class DType { f32, bf16, f16 };
 
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// x (I (x) T) on blocks of `block`; matrix float32 [block, block] for dense.
+// A stage of a chain of online transforms (stages): its block, and its tensor, numbers or, of a permutation, places.
 struct Transform {
-  enum Kind { none, hadamard, dense } kind;
+  enum Kind { none, hadamard, dense, kronecker, permutation, reflection, shift } kind;
   int64_t block;
-  const float* matrix;
+  const float* matrix = nullptr;
+  const int32_t* order = nullptr;
 };
 
 // convention.py: 4 or 8 bits, symmetric or not, clip in (0, 1].
@@ -116,6 +117,7 @@ struct KVQuery {
   int64_t rotate;
   int64_t window;  // positions that a token sees at most, its own among them; 0 for all
   float scale;
+  float cap;  // scores s become cap tanh(s / cap); 0 for none
 
   // The first position that the token at `position` sees.
   int64_t begin(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }
@@ -146,9 +148,8 @@ struct Tier {
   void (*gemm_panel)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t panel, void* scratch);
   int64_t tile_rows;  // of which gemm_panel takes a multiple best
 
-  // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out; memory holds 2 n floats.
-  void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out,
-                   float* memory);
+  // out[n] = sum of weights[i] rows[i] over `count` rows, those that are null left out.
+  void (*add_rows)(const void* const* rows, const float* weights, int64_t count, DType dtype, int64_t n, void* out);
 
   // 4-bit KV cache. `scratch` is kv_scratch bytes, aligned to 64.
   void (*kv4_write)(const KVWrite& write, int64_t head, int64_t part, int64_t parts);
@@ -158,6 +159,6 @@ struct Tier {
   int64_t kv_scratch;
 };
 
-extern const Tier tier_amx, tier_avx512, tier_avx2, tier_scalar;
+extern const Tier tier_amx, tier_avx512, tier_avxvnni, tier_avx2, tier_i8mm, tier_neon, tier_scalar;
 
 }  // namespace rotquant

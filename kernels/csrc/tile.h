@@ -18,7 +18,7 @@ struct Ahead {
 
 #if !defined(RQ_AMX)
 // How many of the steps a matrix unit has done: none.
-inline int64_t matrix_block(const uint8_t*, const int8_t*, int64_t, int64_t, int64_t, int32_t*) { return 0; }
+inline int64_t matrix(const uint8_t*, bool, const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int32_t*) { return 0; }
 #endif
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "tile_avx512.h"
 
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t MATRIX_ROWS = 7;  // from which the unit is faster than VNNI, unpacking included
 constexpr int64_t MATRIX_STEPS = 8;  // of 8 inputs, what one instruction takes
+constexpr int64_t MATRIX_TILES = 4, MATRIX_BYTES = MATRIX_TILES * MATRIX_STEPS * 512;  // of a block of weights
 
 // Of the eight tile registers 0 to 3 hold sums, 5 rows, 6 and 7 weights, and 4 rows or weights.
 struct alignas(64) TileConfig {
@@ -30,8 +32,22 @@ struct alignas(64) TileConfig {
 
 constexpr int64_t LINE = 4 * PANEL;  // bytes of 4 inputs of a panel; of a row's sums
 
+// Weights of the next block on their way from nibbles to bytes, a share with every 64 inputs that are multiplied. A unit
+// that has had nothing to do for a microsecond sleeps, and takes half of one to wake: so memory is waited for meanwhile.
+struct Unpacking {
+  const uint8_t* from;
+  uint8_t* to;
+  int64_t left, share;  // steps
+
+  void next() {
+    const int64_t now = left < share ? left : share;
+    unpack(from, now, to);
+    from += 256 * now, to += 512 * now, left -= now;
+  }
+};
+
 // acc += at most 16 rows times 64 channels, `tiles` times 64 inputs. Four sums, since one waits for its last addition.
-inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, int32_t* acc) {
+inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
   _tile_loadd(0, acc, LINE);
   _tile_loadd(1, acc + 16, LINE);
   _tile_loadd(2, acc + 32, LINE);
@@ -46,6 +62,7 @@ inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles
     _tile_dpbsud(2, 5, 4);
     _tile_loadd(6, w + 192, LINE);
     _tile_dpbsud(3, 5, 6);
+    ahead.next();
   }
   _tile_stored(0, acc, LINE);
   _tile_stored(1, acc + 16, LINE);
@@ -53,50 +70,107 @@ inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles
   _tile_stored(3, acc + 48, LINE);
 }
 
-// The same for 17 to 32 rows, 32 channels at a time.
-inline void tile32(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, int32_t* acc) {
-  for (int half = 0; half < 2; half++, w += 128, acc += 32) {
-    _tile_loadd(0, acc, LINE);
-    _tile_loadd(1, acc + 16, LINE);
-    _tile_loadd(2, acc + 16 * PANEL, LINE);
-    _tile_loadd(3, acc + 16 * PANEL + 16, LINE);
-    for (int64_t k = 0; k < tiles; k++) {
-      _tile_loadd(6, w + 16 * LINE * k, LINE);
-      _tile_loadd(5, a + 64 * k, lda);
-      _tile_dpbsud(0, 5, 6);
-      _tile_loadd(7, w + 16 * LINE * k + 64, LINE);
-      _tile_dpbsud(1, 5, 7);
-      _tile_loadd(4, a + 16 * lda + 64 * k, lda);
-      _tile_dpbsud(2, 4, 6);
-      _tile_dpbsud(3, 4, 7);
-    }
-    _tile_stored(0, acc, LINE);
-    _tile_stored(1, acc + 16, LINE);
-    _tile_stored(2, acc + 16 * PANEL, LINE);
-    _tile_stored(3, acc + 16 * PANEL + 16, LINE);
+// The same for 17 to 32 rows and 32 channels.
+inline void tile32(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
+  _tile_loadd(0, acc, LINE);
+  _tile_loadd(1, acc + 16, LINE);
+  _tile_loadd(2, acc + 16 * PANEL, LINE);
+  _tile_loadd(3, acc + 16 * PANEL + 16, LINE);
+  for (int64_t k = 0; k < tiles; k++) {
+    _tile_loadd(6, w + 16 * LINE * k, LINE);
+    _tile_loadd(5, a + 64 * k, lda);
+    _tile_dpbsud(0, 5, 6);
+    _tile_loadd(7, w + 16 * LINE * k + 64, LINE);
+    _tile_dpbsud(1, 5, 7);
+    _tile_loadd(4, a + 16 * lda + 64 * k, lda);
+    _tile_dpbsud(2, 4, 6);
+    _tile_dpbsud(3, 4, 7);
+    ahead.next();
   }
+  _tile_stored(0, acc, LINE);
+  _tile_stored(1, acc + 16, LINE);
+  _tile_stored(2, acc + 16 * PANEL, LINE);
+  _tile_stored(3, acc + 16 * PANEL + 16, LINE);
 }
 
-// acc += `count` rows times `steps` times 8 inputs of weights as bytes; how many of the steps it has done.
-inline int64_t matrix_block(const uint8_t* w, const int8_t* a, int64_t lda, int64_t count, int64_t steps, int32_t* acc) {
-  if (count < MATRIX_ROWS || steps < MATRIX_STEPS) return 0;
-  const int64_t tiles = steps / MATRIX_STEPS, whole = count / 32 * 32;
+// At most 16 rows: sums stay in their registers, weights pass through a ring of tiles. They are unpacked three tiles early,
+// since a tile is loaded from the cache alone, never from stores on their way there.
+inline void few_rows(const uint8_t* w, bool nibbles, const int8_t* a, int64_t lda, int64_t tiles, uint8_t* ring,
+                     int32_t* acc) {
+  constexpr int64_t tile = 16 * LINE, early = 3;
+  const auto fill = [&](int64_t k) {
+    if (nibbles && k < tiles) unpack(w + k * tile / 2, MATRIX_STEPS, ring + k % 4 * tile);
+  };
+  for (int64_t k = 0; k < early; k++) fill(k);
+  _tile_loadd(0, acc, LINE);
+  _tile_loadd(1, acc + 16, LINE);
+  _tile_loadd(2, acc + 32, LINE);
+  _tile_loadd(3, acc + 48, LINE);
+  for (int64_t k = 0; k < tiles; k++, a += 64) {
+    const uint8_t* bytes = nibbles ? ring + k % 4 * tile : w + k * tile;
+    _tile_loadd(5, a, lda);
+    _tile_loadd(6, bytes, LINE);
+    _tile_dpbsud(0, 5, 6);
+    _tile_loadd(7, bytes + 64, LINE);
+    _tile_dpbsud(1, 5, 7);
+    _tile_loadd(4, bytes + 128, LINE);
+    _tile_dpbsud(2, 5, 4);
+    _tile_loadd(6, bytes + 192, LINE);
+    _tile_dpbsud(3, 5, 6);
+    fill(k + early);
+  }
+  _tile_stored(0, acc, LINE);
+  _tile_stored(1, acc + 16, LINE);
+  _tile_stored(2, acc + 32, LINE);
+  _tile_stored(3, acc + 48, LINE);
+}
+
+// A block of weights as bytes times `count` rows, more than 16.
+inline void matrix_block(const uint8_t* w, const int8_t* a, int64_t lda, int64_t count, int64_t tiles, Unpacking& ahead,
+                         int32_t* acc) {
+  const int64_t whole = count / 32 * 32;
   const int rest = int(count - whole), more = rest - 16;
   if (whole) {
     static const TileConfig full({16, 16, 16, 16, 16, 16, 16, 16});
     _tile_loadconfig(&full);
-    for (int64_t r = 0; r < whole; r += 32) tile32(w, a + r * lda, lda, tiles, acc + r * PANEL);
+    for (int half = 0; half < 2; half++)
+      for (int64_t r = 0; r < whole; r += 32)
+        tile32(w + 128 * half, a + r * lda, lda, tiles, ahead, acc + r * PANEL + 32 * half);
   }
   a += whole * lda;
   acc += whole * PANEL;
   if (more > 0) {
     const TileConfig part({16, 16, more, more, more, 16, 16, 16});
     _tile_loadconfig(&part);
-    tile32(w, a, lda, tiles, acc);
+    for (int half = 0; half < 2; half++) tile32(w + 128 * half, a, lda, tiles, ahead, acc + 32 * half);
   } else if (rest) {
     const TileConfig part({rest, rest, rest, rest, 16, rest, 16, 16});
     _tile_loadconfig(&part);
-    tile16(w, a, lda, tiles, acc);
+    tile16(w, a, lda, tiles, ahead, acc);
+  }
+}
+
+// acc += `count` rows times `steps` times 8 inputs; how many of the steps it has done. `bytes`: 2 MATRIX_BYTES.
+inline int64_t matrix(const uint8_t* w, bool nibbles, const int8_t* a, int64_t lda, int64_t count, int64_t steps,
+                      uint8_t* bytes, int32_t* acc) {
+  const int64_t tiles = steps / MATRIX_STEPS;
+  if (count < MATRIX_ROWS || !tiles) return 0;
+  if (count <= 16) {
+    const int rows = int(count);
+    const TileConfig config({rows, rows, rows, rows, 16, rows, 16, 16});
+    _tile_loadconfig(&config);
+    few_rows(w, nibbles, a, lda, tiles, bytes, acc);
+  } else {
+    const int64_t jobs = count / 32 * 2 + (count % 32 > 16 ? 2 : count % 32 > 0);
+    const auto steps_of = [&](int64_t t) { return MATRIX_STEPS * (tiles - t < MATRIX_TILES ? tiles - t : MATRIX_TILES); };
+    uint8_t* next = bytes + MATRIX_BYTES;
+    if (nibbles) unpack(w, steps_of(0), bytes);
+    for (int64_t t = 0; t < tiles; t += MATRIX_TILES) {
+      const int64_t some = steps_of(t) / MATRIX_STEPS, after = nibbles && t + some < tiles ? steps_of(t + some) : 0;
+      Unpacking ahead{w + 16 * LINE / 2 * (t + some), next, after, (after + jobs * some - 1) / (jobs * some)};
+      matrix_block(nibbles ? bytes : w + 16 * LINE * t, a + 64 * t, lda, count, some, ahead, acc);
+      std::swap(bytes, next);
+    }
   }
   _tile_release();
   return tiles * MATRIX_STEPS;

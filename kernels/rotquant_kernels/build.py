@@ -25,11 +25,18 @@ TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the first with a stable par
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+# Flags of the files that only one architecture has, by the names that it goes by.
 X86 = {
     "tier_avx2.cpp": AVX2,
+    "tier_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "tier_avx512.cpp": AVX512,
     "tier_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
+ARM = {
+    "tier_neon.cpp": ["-march=armv8.2-a+dotprod"],
+    "tier_i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+FLAGS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 NAME = "librotquant_cpu.so"
 LOCK_SECONDS = 600.0  # how long to wait for another process that compiles: ten times what it takes
 
@@ -56,9 +63,15 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def sources() -> list[Path]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [f for f in sorted(SOURCES.glob("*.cpp")) if x86 or f.name not in X86]
+def tiers(machine: str = "") -> dict[str, list[str]]:
+    """Flags of each file that a machine, this one if it is not named, has and others have not."""
+    return FLAGS.get((machine or platform.machine()).lower(), {})
+
+
+def sources(machine: str = "") -> list[Path]:
+    """The files that are compiled for a machine, this one if it is not named."""
+    others = {name for flags in FLAGS.values() for name in flags} - tiers(machine).keys()
+    return [f for f in sorted(SOURCES.glob("*.cpp")) if f.name not in others]
 
 
 def fingerprint() -> str:
@@ -66,7 +79,7 @@ def fingerprint() -> str:
 
     Not with the compiler that is found: a machine without one finds what was compiled for it elsewhere.
     """
-    state = hashlib.sha256(repr((COMMON, X86, TARGET_VERSION, platform.machine())).encode())
+    state = hashlib.sha256(repr((COMMON, FLAGS, TARGET_VERSION, platform.machine())).encode())
     state.update(repr([os.environ.get(name, "") for name in ("CXX", "CXXFLAGS")]).encode())
     for file in sorted(SOURCES.glob("*")):
         state.update(file.name.encode() + file.read_bytes())
@@ -135,7 +148,7 @@ def compile_library(target: Path) -> Path:
 
         def build(source: Path) -> str:
             made = str(Path(folder) / f"{source.stem}.o")
-            call([cxx, *COMMON, *X86.get(source.name, []), *includes, *extra, "-c", str(source), "-o", made])
+            call([cxx, *COMMON, *tiers().get(source.name, []), *includes, *extra, "-c", str(source), "-o", made])
             return made
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

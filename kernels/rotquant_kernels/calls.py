@@ -67,8 +67,8 @@ def kv_write(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, kv: KVFor
 
 def kv_attention(
     query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, out: Tensor, scale: float,
-    kv: KVFormat, window: int | None = None,
+    kv: KVFormat, window: int | None = None, cap: float | None = None,
 ) -> None:  # fmt: skip
-    """`kv4_attention`; no window is None here and 0 there."""
-    settings = scale, kv.rotate, kv.symmetric, window or 0
+    """`kv4_attention`; no window and no cap are None here and 0 there."""
+    settings = scale, kv.rotate, kv.symmetric, window or 0, cap or 0.0
     ops.kv4_attention(query, cache, query_start, seq_lens, block_table, out, *settings)

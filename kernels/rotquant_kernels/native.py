@@ -18,7 +18,7 @@ from rotquant_kernels import build
 
 TIER = "ROTQUANT_CPU_TIER"  # what `choose` takes; "auto" if it is not set
 REFERENCE = "reference"
-TIERS = ("auto", "amx", "avx512", "avx2", "scalar", REFERENCE)
+TIERS = ("auto", "amx", "avx512", "avxvnni", "avx2", "i8mm", "neon", "scalar", REFERENCE)
 
 _loaded = False
 _hiding: torch.library.Library | None = None  # covers the native kernels with the reference while it lives
@@ -67,7 +67,7 @@ def choose(tier: str, specification: Mapping[str, Callable[..., Any]]) -> None:
     """Makes the kernels of a tier run from now on. Weights that were prepared before keep the layout of their tier.
 
     Args:
-        tier: "auto" for the best of this machine, "amx", "avx512", "avx2", "scalar", or "reference" for none.
+        tier: "auto" for the best of this machine, one of TIERS, "reference" for none.
         specification: the functions in plain torch of the ops.
     Raises:
         OSError: this machine does not have the tier.

@@ -34,7 +34,7 @@ OPS = {
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
     " float k_clip, float v_clip) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
-    " Tensor(a!) out, float scale, int rotate, bool symmetric, int window=0) -> ()",
+    " Tensor(a!) out, float scale, int rotate, bool symmetric, int window=0, float cap=0.0) -> ()",
 }
 
 _library = torch.library.Library("rotquant", "DEF")
@@ -150,11 +150,7 @@ def prepare_experts(packed: Tensor, bits: int, columns: int, groups: int = 1) ->
     Returns:
         [E, ...].
     """
-    first = pack_weight(packed[0].contiguous(), bits, columns, groups)
-    out = first.new_empty(len(packed), *first.shape)
-    for place, one in zip(out, packed, strict=True):  # one after the other: two copies of all would be too many
-        place.copy_(pack_weight(one.contiguous(), bits, columns, groups))
-    return out
+    return pack_weight(packed.contiguous(), bits, columns, groups)
 
 
 class Prepared(NamedTuple):

@@ -23,9 +23,9 @@ from rotquant.checkpoint.original_mixture import original_mixture
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
-from rotquant.models.architecture import Experts
-from rotquant.models.decoder import decoders, rms_norm
+from rotquant.models.decoder import capped, decoders, rms_norm
 from rotquant.models.expert_tensors import each
+from rotquant.models.mlp import Experts
 from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
 
 TOLERANCE = 1e-4
@@ -101,7 +101,7 @@ class Folded:
             folded, folded_gain = self.fold.head(rows, gain)
             normed = rms_norm(self.hidden, folded_gain.float(), arch.eps) / arch.logits_divisor
             found.append(normed @ folded.float().T)
-        return cat(found, dim=1)
+        return capped(cat(found, dim=1), arch.logits_cap)
 
 
 def compare_choice(what: str, chosen: Tensor, p: Tensor) -> None:

@@ -29,6 +29,7 @@ from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import Source
 from rotquant.choose.choice import Choice
+from rotquant.choose.kl_budget import affordable
 from rotquant.choose.search import Search, learned
 from rotquant.choose.tuning import aside, judged, too_large
 from rotquant.common.faults import is_disk_full
@@ -40,7 +41,7 @@ from rotquant.learn.plan import learn
 from rotquant.learn.tune import NORM, layer_of, tune
 from rotquant.models import Tensors
 from rotquant.models.decoder import decoders
-from rotquant.recipes.schemes import scheme_settings
+from rotquant.recipes.schemes import scheme_settings, target_settings
 from rotquant.resources import check_disk, check_memory
 from rotquant.run import Run, Settings, begin, fingerprint, finished, learner, prepare, provenance, tuner, with_choice
 from rotquant.transforms.fold import by_rows
@@ -70,6 +71,7 @@ def quantize(
     max_memory: float | None = None,
     scheme: str | None = None,
     budget: str | None = None,
+    target: str | None = None,
 ) -> Path:
     """Quantizes a model.
 
@@ -86,13 +88,14 @@ def quantize(
         resume: continue an unfinished run of the same settings; the result has the same bytes.
         max_memory: refuse, before any work, a run that is estimated to need more GB.
         scheme: "w4a4kv4", "w4a8kv4" or "auto" (`recipes.schemes`), the recipe's where None; budget: of "auto".
+        target: device to serve on, such as "sm_86", whose kernels' wishes become settings; scheme and settings win.
     Returns:
         the output folder.
     Raises:
         RotQuantError: bad input or a failed gate; one line that says what, where, and what to do.
     """
     output = Path(output)
-    settings = [*scheme_settings(scheme, budget), *settings]
+    settings = [*target_settings(target, scheme), *scheme_settings(scheme, budget), *settings]
     asked = Settings(recipe, settings, calibration, samples, seq_len, device, profile, tp_max, seed)
     run = prepare(model, asked)
     if max_memory is not None:
@@ -172,7 +175,7 @@ def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
 
 def widen_sites(run: Run, journal: Journal) -> Transforms:
     """The run's transforms, with 8-bit activations at the sites that need them most, if the recipe has a budget."""
-    step, recipe, arch = "precision", run.recipe, run.arch
+    step, count, recipe, arch = "precision", "sites at 8 bits", run.recipe, run.arch
     if not recipe.activations.mixed:
         return run.transforms
     assert run.calibrated is not None
@@ -182,7 +185,13 @@ def widen_sites(run: Run, journal: Journal) -> Transforms:
         meter = DamageMeter(recipe, arch, run.source, run.transforms, tokens, run.dtype, run.devices)
         known = {"damage": meter(Slot(journal, step))}
         journal.keep(step, known, [Slot.name(step)])
-    return widen(recipe, arch, run.transforms, known["damage"])
+    damage = known["damage"]
+    if recipe.activations.most_kl is None:
+        return widen(arch, run.transforms, damage, recipe.activations.wide(len(damage)))
+    if not journal.done(count):
+        found = affordable(learner(run), run.calibrated.aside, damage, Slot(journal, count))
+        journal.keep(count, {"count": torch.tensor(found)}, [Slot.name(count)])
+    return widen(arch, run.transforms, damage, int((journal.kept(count) or {})["count"]))
 
 
 def write_embedding(run: Run, journal: Journal) -> None:
@@ -271,7 +280,8 @@ def tuned_scales(run: Run, index: int, tensors: Tensors) -> list[torch.Tensor]:
 
 
 def write_head(run: Run, journal: Journal) -> None:
-    """Final norm and lm_head, untied from the embeddings and quantized if the recipe says so; what is copied."""
+    """Final norm and lm_head, untied from the embeddings where vLLM allows it and quantized if the recipe says so; what
+    is copied."""
     if journal.done("head"):
         return
     names = run.arch.names
@@ -285,7 +295,7 @@ def write_head(run: Run, journal: Journal) -> None:
         scale = rtn.weight_scale(folded, form, run.dtype)
         packed = pack(form.quantize(folded, scale), scale, form)
         tensors |= packed.tensors(names.head.removesuffix(".weight"), run.dtype)
-    else:
+    elif not run.arch.stays_tied:
         tensors[names.head] = by_rows(head, lambda rows: run.fold.head(rows, gain)[0].to(run.dtype))
     if left := run.source.beginning(run.arch.left):
         say(

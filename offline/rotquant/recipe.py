@@ -12,6 +12,7 @@ kv           bits (4, or 16 for vLLM's own cache), symmetric or asymmetric, clip
 lm_head      16 (as it is) or 8 bits
 base         a shipped recipe, from which this one differs by what it says; resolved as the file is read
 choose       candidates of changes, which measuring on the model in hand takes or leaves (`choose.options`)
+target       the device that all this was chosen for; says so in the model card, and changes nothing by itself
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.options import Learning, Tuning
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 
-# A share of all sites, or a number of them.
-Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%|\d{1,6})$")]
+# A share of all sites, a number of them, or a KL in hundredths of a nat.
+Budget = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d{1,3}(\.\d+)?%( KL)?|\d{1,6})$")]
+KL = "% KL"
 
 
 class Rotations(Part):
@@ -128,7 +130,9 @@ class Activations(Part):
     symmetric: bool = True
     clip: Ratio = 1.0
     budget: Budget = Field(
-        default="0", description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"'
+        default="0",
+        description='sites of the model, the worst by measurement, that get 8 bits: at most "25%", or "12"; or as many'
+        ' as bring the KL to at most "5% KL", 0.05 nats a token',
     )
 
     @property
@@ -138,10 +142,15 @@ class Activations(Part):
     @property
     def mixed(self) -> bool:
         """True where some sites may get more bits than `bits`."""
-        return float(self.budget.removesuffix("%")) > 0
+        return float(self.budget.removesuffix(" KL").removesuffix("%")) > 0
+
+    @property
+    def most_kl(self) -> float | None:
+        """The KL to full precision, nats a token, that the budget allows; None where it counts sites."""
+        return float(self.budget.removesuffix(KL)) / 100 if self.budget.endswith(KL) else None
 
     def wide(self, sites: int) -> int:
-        """How many of a model's `sites` the budget lets have 8 bits."""
+        """How many of a model's `sites` a budget that counts them lets have 8 bits."""
         number = float(self.budget.removesuffix("%"))
         return min(sites, int(sites * number / 100 if self.budget.endswith("%") else number))
 
@@ -149,8 +158,10 @@ class Activations(Part):
     def _room(self) -> Activations:
         if self.budget.endswith("%") and float(self.budget[:-1]) > 100:
             raise ValueError(f"budget {self.budget} is more than all sites")
+        if self.most_kl == 0:
+            raise ValueError(f"budget {self.budget}: nothing quantized has a KL of 0; give it more, or take bits 8")
         if self.bits == 8 and self.mixed:
-            raise ValueError(f"budget {self.budget} of sites at 8 bits, and all have 8 bits as it is; take bits 4")
+            raise ValueError(f"budget {self.budget}, and all sites have 8 bits as it is; take bits 4")
         return self
 
 
@@ -192,6 +203,7 @@ class Calibration(Part):
     seq_len: int = Field(default=2048, ge=2)
 
 
+Target = Literal["none", "cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 OPEN = ("rotations", "scales", "online", "learn", "weights", "activations", "kv")  # what candidates may change
 
 
@@ -211,6 +223,7 @@ class Recipe(Part):
     lm_head: LMHead = LMHead()
     calibration: Calibration = Calibration()
     choose: Choose | None = None
+    target: Target = "none"
 
     @property
     def needs_calibration(self) -> bool:

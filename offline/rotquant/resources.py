@@ -17,7 +17,7 @@ import torch
 
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, Layer
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 
 Windows = tuple[int, ...]  # calibration samples, tokens of each
@@ -110,12 +110,17 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     """Bytes of `learn.tune`; 0 where nothing is tuned."""
     if not recipe.tune:
         return 0
-    tokens, weights = recipe.tune.batch * windows[1], arch.layers * layer_weights(arch)
+    tokens, held = recipe.tune.batch * windows[1], TUNED_BYTES * arch.layers * layer_weights(arch)
+    if arch.mixtures and not recipe.weights.group_size:  # of routed experts one is unpacked at a time
+        packed = recipe.weights.bits * arch.layers * (layer_weights(arch) - weights_at_once(arch)) // 8
+        held = TUNED_BYTES * arch.layers * weights_at_once(arch) + packed
     vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
     each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
     kept = each if each <= KEPT_BYTES else 4 * tokens * arch.layers * arch.hidden_size + each // arch.layers
     wanted = recipe.tune.steps * tokens * arch.hidden_size * (4 + dtype.itemsize)  # at most
-    return TUNED_BYTES * weights + vocabularies + kept + wanted + 4 * 4 * 128 * arch.vocab_size
+    if arch.mixtures:
+        wanted += recipe.tune.steps * tokens * 2 * sum(block.count for block in arch.mixtures.values())
+    return held + vocabularies + kept + wanted + 2 * 4 * 512 * arch.vocab_size
 
 
 def gradients(arch: Architecture, tokens: int) -> int:
@@ -126,12 +131,19 @@ def gradients(arch: Architecture, tokens: int) -> int:
 
 def tuned_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a `learn.tuned_layer` needs."""
-    return written(kind) + 14 * kind.hidden + 8 * sum(kind.widths) + 8 * kind.attention.numbers
+    return written(kind) + 14 * kind.hidden + between(kind, 8) + 8 * kind.attention.numbers
 
 
 def activation_numbers(kind: Layer) -> int:
     """Numbers of one token that the backward pass through a layer needs."""
-    return written(kind) + 8 * kind.hidden + 6 * sum(kind.widths) + 4 * kind.attention.numbers
+    return written(kind) + 8 * kind.hidden + between(kind, 6) + 4 * kind.attention.numbers
+
+
+def between(kind: Layer, each: int) -> int:
+    """Of these those in the MLP, `each` for a channel; a token has inputs and outputs of its own in every expert."""
+    chosen = kind.mlp.top_k if isinstance(kind.mlp, Experts) else 0
+    channels = int(sum(m.width * kind.shares[m.down] for m in kind.mlp.gated))
+    return each * channels + 4 * kind.hidden * chosen
 
 
 def written(kind: Layer) -> int:

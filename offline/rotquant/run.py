@@ -93,13 +93,17 @@ def prepare(model: str, asked: Settings) -> Run:
     recipe = fitted(recipe, arch).for_profile(asked.profile).check_learning()
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
+    check_head(recipe, arch)
     recipe = for_mixture(recipe, arch)
     transforms = with_gains_in_linears(initial_transforms(recipe, arch, asked.tp_max, asked.seed), arch, source)
     calibrated = None
     if recipe.needs_calibration:
         length = min(asked.seq_len or recipe.calibration.seq_len, arch.config.max_position_embeddings)
         count = asked.samples or recipe.calibration.samples
-        aside = judged_windows(length, recipe.choose.effort) if recipe.choose and recipe.chooses else 0
+        effort = recipe.choose.effort if recipe.choose and recipe.chooses else 0
+        if recipe.activations.most_kl is not None:
+            effort = max(1, effort)
+        aside = judged_windows(length, effort) if effort else 0
         more = max(0, tuned_windows(recipe) - count)
         tokenizer = read_tokenizer(folder)
         calibrated = calibration_tokens(asked.calibration, tokenizer, count, length, asked.seed, aside, more)
@@ -107,7 +111,7 @@ def prepare(model: str, asked: Settings) -> Run:
             say("no --calibration: taking sources of Python's standard library, which suit code models only")
         if len(calibrated.tokens) < count:
             say(f"calibration text gives {len(calibrated.tokens)} windows of {length} tokens, {count} were asked for")
-        if aside and calibrated.aside is None:
+        if recipe.chooses and calibrated.aside is None:
             say(f"calibration text gives no window to choose by: recipe {recipe.name} stays at its base")
     dtype = DTYPES[source.dtypes[arch.names.embedding]]
     return Run(
@@ -145,6 +149,17 @@ def check_windows(recipe: Recipe, arch: Architecture) -> None:
         )
 
 
+def check_head(recipe: Recipe, arch: Architecture) -> None:
+    """Refuses an lm_head of its own where vLLM's class takes the embedding in its place."""
+    if not arch.stays_tied:
+        return
+    (name,) = arch.config.architectures or [""]
+    if recipe.lm_head.form:
+        raise RotQuantError(f"vLLM's {name} has no lm_head but the embedding: quantize with --set lm_head.bits=16")
+    if not arch.tied:
+        raise RotQuantError(f"{arch.names.head}: vLLM's {name} would take the embedding in its place; leave it out")
+
+
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
     """The recipe without candidates that experts do not run: more before them than R4, or beside them a branch.
 
@@ -154,16 +169,13 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
     if not arch.mixtures:
         return recipe
     off = {
-        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.up": "none", "scales.order": "false",
-        "tune": "null",
+        "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.order": "false",
     }  # fmt: skip
     asked = {
         "weights.rank": recipe.weights.rank > 0,
         "online.mlp": bool(recipe.online.of("mlp")),
         "online.down": bool(recipe.online.of("down")),
-        "scales.up": recipe.scales.up != "none",
         "scales.order": recipe.scales.order,
-        "tune": recipe.tune is not None,
     }
     if found := next((key for key, there in asked.items() if there), None):
         raise RotQuantError(

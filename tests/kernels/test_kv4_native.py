@@ -55,6 +55,7 @@ class Batch(NamedTuple):
     rotate: int
     symmetric: bool
     window: int = 0
+    cap: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
         out = strided(torch.full(self.query.shape, 7.0), self.query.dtype)
         ops.kv4_attention(
             self.query, self.cache, self.starts, self.lens, self.table, out, self.scale, self.rotate, self.symmetric,
-            self.window,
+            self.window, self.cap,
         )  # fmt: skip
         assert (out[int(self.starts[-1]) :] == 0).all()
         return out[: int(self.starts[-1])]
@@ -90,7 +91,8 @@ class Batch(NamedTuple):
                 pages = self.table[b, : -(-n // self.cache.shape[2])].long()
                 k, v = (x.double() for x in reference.kv4_read(self.cache, pages, query.shape[-1], self.symmetric))
                 query = reference.hadamard(query, self.rotate) if self.rotate else query
-            rows.append(reference.attend(query[None], k[None], v[None], torch.tensor([n]), self.scale, self.window)[0])
+            given = query[None], k[None], v[None], torch.tensor([n]), self.scale, self.window, self.cap
+            rows.append(reference.attend(*given)[0])
         return torch.cat(rows)
 
     def windowed(self, window: int) -> "Batch":

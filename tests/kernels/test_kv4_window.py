@@ -1,4 +1,4 @@
-"""Sliding windows in the native attention over 4-bit pages, in every tier."""
+"""Sliding windows and soft caps in the native attention over 4-bit pages, in every tier."""
 
 import pytest
 import torch
@@ -11,18 +11,19 @@ from rotquant_kernels.backends import REFERENCE, backend_of
 from test_kv4_native import DTYPES, HEADS, PAGES, SEEDS, make_batch, some, with_threads
 
 pytestmark = pytest.mark.skipif(backend_of("kv4_write") is REFERENCE, reason="no native kernels here")
+CAPS = st.sampled_from([0.0, 0.5, 2.0])
 WINDOWS = st.one_of(st.integers(1, 40), st.integers(100, 300))
 
 
 @some(40)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 150)), min_size=1, max_size=3), st.integers(1, 9),
-       HEADS, PAGES, DTYPES, st.booleans(), WINDOWS)  # fmt: skip
+       HEADS, PAGES, DTYPES, st.booleans(), WINDOWS, CAPS)  # fmt: skip
 def test_attention_adds_little_to_the_error_of_four_bits(
-    tier, seed, sequences, group, head, page, dtype, symmetric, window  # noqa: F811
+    tier, seed, sequences, group, head, page, dtype, symmetric, window, cap  # noqa: F811
 ):  # fmt: skip
     """Decode steps, prefills longer than the window, chunks behind a cached context; pages that are gone."""
     lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
-    whole = make_batch(lens, steps, 1, group, head[0], page, head[1], symmetric, dtype, seed)
+    whole = make_batch(lens, steps, 1, group, head[0], page, head[1], symmetric, dtype, seed)._replace(cap=cap)
     batch = whole.windowed(window)
     exact = whole._replace(window=window)
     out, codes, real = batch.attend().double(), exact.exact(quantized=True), exact.exact(quantized=False)

@@ -94,7 +94,9 @@ def test_linear_is_the_reference_bit_for_bit(
 
 
 @many
-@given(SEEDS, st.sampled_from([1, 5, 40]), st.sampled_from([8, 24, 64, 128]), st.sampled_from([0, 1, 24, 32]), DTYPES)
+@given(
+    SEEDS, st.sampled_from([1, 5, 40]), st.sampled_from([8, 24, 64, 128]), st.sampled_from([0, 1, 24, 32, 100]), DTYPES
+)
 def test_dense_transforms_and_the_low_rank_branch(tier, seed, m, block, rank, dtype):  # noqa: F811
     """Their sums are floating point, so rows are compared with the same codes, or with float64."""
     k, n = 6 * block, 100
@@ -201,7 +203,7 @@ def test_wrong_arguments_are_refused_by_name():
             ops.int_linear(*arguments)
     with pytest.raises(RuntimeError, match="gate and up, not 63"):
         ops.quantize_rows(x[:, :63], "none", 0, None, 4, True, 0.9, True)
-    with pytest.raises(RuntimeError, match="needs its matrix"):
+    with pytest.raises(RuntimeError, match="a dense transform needs its tensor"):
         ops.quantize_rows(x, "dense", 64, None, 4, True, 0.9)
     with pytest.raises(RuntimeError, match="does not hold"):
         ops.prepare_weight(packed, 4, 72, 1)

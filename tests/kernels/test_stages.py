@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from native_tiers import tier  # noqa: F401
-from rotquant_kernels import KINDS, OPS, Stage, backends, kernel_of, native, ops, reference
+from rotquant_kernels import KINDS, OPS, Stage, backends, convention, kernel_of, native, online, ops, reference
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 K, BLOCK = 96, 16
 every = pytest.mark.parametrize("name", KINDS)
@@ -79,10 +80,28 @@ def test_what_is_named_is_what_runs(name, tier):  # noqa: F811
 
 
 def test_kernels_are_named_by_kind(tier):  # noqa: F811
-    assert set(native.stages()) >= {name for name, kind in KINDS.items() if kind.inside}  # all that int_linear takes
-    others = ", ".join(name for name in KINDS if name not in native.stages())
-    assert kernel_of("online_stage") == f"native ({tier}) for hadamard, dense; reference (torch) for {others}"
-    assert all(kernel_of(op) in (f"native ({tier})", backends.REFERENCE.name) for op in OPS if op != "online_stage")
+    assert set(native.stages()) == KINDS.keys()
+    assert kernel_of("online_stage") == f"native ({tier})"
+    assert all(kernel_of(op) in (f"native ({tier})", backends.REFERENCE.name) for op in OPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "block"), [(96, 16), (24, 24), (30, 5), (576, 24), (1024, 64), (7, 7)])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "hadamard"])
+def test_stages_of_every_shape(name, columns, block, dtype, tier):  # noqa: F811
+    """Moves and differences bit for bit, sums of products within their rounding of float64; each row on its own."""
+    stage = Stage(name, block, KINDS[name].sample(block, columns, torch.Generator().manual_seed(columns)))
+    x = normal(7, 2 * columns).to(dtype)[:, columns // 2 : columns // 2 + columns]
+    got, expected = ops.online_stage(x, *stage), reference.stage_rows(x.double(), *stage)
+    if name in ("permutation", "shift"):
+        assert torch.equal(got, reference.online_stage(x, *stage))
+    assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert torch.equal(torch.cat([ops.online_stage(row, *stage) for row in x.split(1)]), got)
+    packed = convention.pack_int32(torch.ones(3, columns, dtype=torch.int8), 4)
+    weight, scale, rows = ops.prepare_weight(packed, 4, columns), torch.ones(3, 1), RowFormat(8, True, 1.0)
+    inside = online.linear(x, weight, scale, None, WeightFormat(), [stage], rows)
+    outside = ops.int_linear(got, weight, scale, None, 4, "none", 0, None, 8, True, 1.0)
+    assert torch.equal(inside, outside.to(dtype))
 
 
 def test_wrong_stages_are_refused_by_name():
@@ -94,3 +113,11 @@ def test_wrong_stages_are_refused_by_name():
             run(x, "reflection", BLOCK, None)
         with pytest.raises(error, match="dense"):
             run(x, "dense", BLOCK, None)
+    order = torch.arange(K, dtype=torch.int32)
+    for name, tensor, word in (
+        ("permutation", order + 1, f"place {K} of a permutation"), ("permutation", order - 1, "place -1"),
+        ("permutation", order[1:], f"must hold {K} int32"), ("shift", order.float()[1:], f"must hold {K} float32"),
+        ("shift", order, "float32"), ("kronecker", order.float(), f"must hold {36 + BLOCK**2} float32"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=word):
+            ops.online_stage(x, name, BLOCK, tensor)

@@ -93,11 +93,13 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(rotquant.pipeline, "quantize", quantize)
     options = "--recipe rtn --calibration c.txt --samples 3 --seq-len 9 --device cpu --profile portable --tp-max 2"
     more = "--seed 7 --resume --max-memory 1.5 --effort 2 --scheme w4a8kv4 --set kv.bits=16 --set weights.bits=8"
+    more += " --target sm_86"
     assert cli.main([*QUANTIZE, *options.split(), *more.split()]) == 0
     assert given == {
         "model": "model", "output": "out", "recipe": "rtn", "calibration": "c.txt", "samples": 3, "seq_len": 9,
         "device": "cpu", "profile": "portable", "tp_max": 2, "seed": 7, "resume": True, "max_memory": 1.5,
         "settings": ["kv.bits=16", "weights.bits=8", "choose.effort=2"], "scheme": "w4a8kv4", "budget": None,
+        "target": "sm_86",
     }  # fmt: skip
     assert "vllm serve out --quantization rotquant" in capsys.readouterr().out
 

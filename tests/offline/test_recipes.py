@@ -38,7 +38,8 @@ def settings(recipe: str, *more: str) -> list[str]:
     taken = all_candidates(recipe)
     found = load_recipe(recipe, taken)
     short = [s for s in SHORT if getattr(found.learn, s.split(".")[1])]
-    return [*taken, *short, *(["tune.steps=2"] if found.tune else []), *more]
+    small = ["online.block=32"] if found.online.block == 128 else []
+    return [*taken, *short, *small, *(["tune.steps=2"] if found.tune else []), *more]
 
 
 def sized(kind: str, folder, **config):

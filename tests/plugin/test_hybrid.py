@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -39,6 +40,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(str(source), folder / "out", recipe="quarot", samples=4, seq_len=128, settings=settings)
 
 
+def own_logprobs(folder: Path, prompts: list[list[int]], **options: Any) -> torch.Tensor:
+    """What `rotquant.load` says of each prompt's own tokens but the first, log p [prompts, tokens - 1]."""
+    ids = torch.tensor(prompts)
+    with torch.no_grad():
+        logits = rotquant.load(folder, **options)(ids).logits[:, :-1].double()
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+def prompts_of(count: int, length: int) -> list[list[int]]:
+    return [
+        torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(count)
+    ]
+
+
 def rows(log: str) -> dict[str, list[str]]:
     """Lines of the start-up check by their first word."""
     lines = log[log.index("rotquant start-up check") :].splitlines()
@@ -47,12 +62,10 @@ def rows(log: str) -> dict[str, list[str]]:
 
 def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Child, made: Path) -> None:
     """Two steps a prompt, so that states and pages are read again; both kinds of layer are in the start-up check."""
-    prompts = [torch.randint(VOCABULARY, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
+    prompts = prompts_of(8, 90)
     batches = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
     served = child(serving.serve, made, prompts, max_tokens=1, **hybrid_serving.OPTIONS, **batches)
-    with torch.no_grad():
-        logits = rotquant.load(made)(torch.tensor(prompts)).logits[:, :-1].double()
-    own = logits.log_softmax(-1).gather(2, torch.tensor(prompts)[:, 1:, None]).squeeze(2)
+    own = own_logprobs(made, prompts)
     assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
     found = rows(served.log)
     assert {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"} <= found.keys()
@@ -64,6 +77,26 @@ def test_both_kinds_of_layer_are_served_as_they_are_measured(child: Child, made:
     block = int(re.search(r"Setting attention block size to (\d+) tokens", served.log)[1])  # type: ignore[index]
     state, token = 4 * 64 * 64 * 4 + 512 * 3 * 2, 2 * 37  # bytes: of float32 heads and the convolution, of K and V
     assert block == 128 * math.ceil(state / (128 * token))
+
+
+def test_at_4_bits_the_engines_differ_by_noise_alone(child: Child, made: Path, tmp_path: Path) -> None:
+    """Where one code falls the other way all behind it does: vLLM may be as far from the torch engine as that is from
+    itself in float32, token by token, and its mean no further than that many tokens tell apart."""
+    for file in made.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((made / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"]["num_bits"] = 4
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts = prompts_of(8, 250)
+    served = child(serving.serve, tmp_path, prompts, max_tokens=1, **hybrid_serving.OPTIONS)
+    own = own_logprobs(tmp_path, prompts)
+    difference = torch.stack(served.prompt_logprobs) - own
+    chaos = (own_logprobs(tmp_path, prompts, dtype=torch.float32) - own).std()
+    assert "W4 A4" in " ".join(rows(served.log)["in_proj_qkvz"])
+    assert difference.std() < 1.2 * chaos
+    assert difference.mean().abs() < 4 * difference.std() / difference.numel() ** 0.5
 
 
 def test_a_stage_of_one_kind_of_layer(child: Child, made: Path) -> None:

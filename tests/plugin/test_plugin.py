@@ -390,7 +390,7 @@ def test_refuses_by_field(child: Child, base: Path, tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"logits_soft_cap": 30.0}, "a soft cap on attention logits"),
+        ({"logits_soft_cap": 30.0}, "a soft cap of 30.0 on scores, which is None in transformers"),
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),

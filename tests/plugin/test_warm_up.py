@@ -19,6 +19,7 @@ from rotquant_kernels.backends import BACKENDS, REFERENCE
 from rotquant_kernels.backends.triton import Triton
 from rotquant_kernels.cuda import kv4, tiles
 from rotquant_kernels.cuda.device import Device
+from rotquant_kernels.cuda.rope import Rope
 from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from stand_in_gpu import stand_in
@@ -97,6 +98,7 @@ class Server:
         self.layers["down"].quant_method.silu_mul = True
         self.attention = [attention(), attention(window=1024)]
         self.attention[0].impl.dense = "stand-in", lambda *given: None
+        self.attention[0].impl.rope = Rope(torch.zeros(8, DIM, dtype=DTYPE), False)
         # As vLLM cuts one buffer into layers and blocks.
         self.pages = torch.zeros(9, KV_HEADS, PAGE, kv_token_bytes(DIM, False), dtype=torch.uint8)
 
@@ -123,8 +125,9 @@ class Server:
         slots = torch.zeros(tokens + 3, dtype=torch.int64)[3:]  # not aligned
         for layer in self.attention:
             cut = steps.parts(new, [longest] * len(new), starts, sequences, table, layer.impl.limits(PAGE))
-            metadata = KV4Metadata(starts, sequences, table, cut)
-            layer.impl.do_kv_cache_update(None, key, value, self.pages, slots)
+            metadata = KV4Metadata(starts, sequences, table, cut, slots)
+            if layer.impl.rope is None:
+                layer.impl.do_kv_cache_update(None, key, value, self.pages, slots)
             layer.impl.forward(None, query, key, value, self.pages, metadata, out)
         self.apply("o", out.view(tokens, -1))
         self.apply("down", self.apply("gate_up", norms[1](hidden, hidden)[0]))
@@ -135,11 +138,11 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
     server, chance = Server(), random.Random(1)
     server.warm_up()
     warmed, longest = len(on_the_gpu), 8192
-    # Tiles of 3 sorts of linear layers, in parts too, and the sums of those; 2 norms, 3 kinds of rows, writing,
-    # attention by 8, 16 and 64 rows, whole and in parts, with and without a window, and the merge of parts; gathering,
-    # and turning of queries.
+    # Tiles of 3 sorts of linear layers, in parts too, and the sums of those; 2 norms, 3 kinds of rows, writing with and
+    # without RoPE, attention by 8, 16 and 64 rows, whole and in parts, with RoPE and with a window, and the merge of
+    # parts; gathering, and turning of queries.
     linears = sum(made.name in ("linear_kernel", "sum_kernel") for made in on_the_gpu)
-    assert warmed == linears + 2 + 3 + 1 + 3 * 2 * 2 + 1 + 2, [made.name for made in on_the_gpu]
+    assert warmed == linears + 2 + 3 + 2 + 3 * 2 * 2 + 1 + 2, [made.name for made in on_the_gpu]
     for sequences in range(1, 258):  # pure decoding, every size
         server.step([1] * sequences, longest)
     for _ in range(1000):

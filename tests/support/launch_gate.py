@@ -25,7 +25,8 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from rotquant_kernels.cuda import gemm, kv4, kv4_dense, layout, rows, workspace
+from rotquant_kernels.cuda import experts, gemm, kv4, kv4_dense, layout, rows, unpack, workspace
+from rotquant_kernels.cuda.rope import Rope
 from rotquant_kernels.reference import kv_token_bytes
 from stand_in_gpu import GPUS, Compiled, stand_in
 
@@ -81,6 +82,26 @@ def linear(
     )  # fmt: skip
 
 
+def unpacked(n: int, k: int, bits: int = 4) -> None:
+    """The weight of a layer [n, k] for a GEMM of the server's."""
+    shape = layout.multiple(k, layout.COLUMNS) * bits // 128, layout.multiple(n, layout.CHANNELS), layout.CHUNK
+    unpack.unpacked(torch.empty(shape, dtype=torch.int8), bits, k, n)
+
+
+def mixture(
+    tokens: int, count: int = 8, k: int = 2048, n: int = 1536, top: int = 2, bits: int = 4, groups: int = 1,
+    symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """A product of all experts, and their sum."""
+    pairs = experts.sorted_pairs(torch.zeros(tokens, top, dtype=torch.int64), None, count)
+    quantized = torch.empty(tokens, k, dtype=torch.int8), torch.empty(tokens, 1), torch.empty(tokens, 1).int()
+    rows_padded, columns = layout.multiple(n, layout.CHANNELS), layout.multiple(k, layout.COLUMNS)
+    words = torch.empty(count, columns * bits // 32 * rows_padded + groups * rows_padded, dtype=torch.int32)
+    scale, weights = torch.empty(count, n, groups), torch.empty(tokens, top)
+    y = experts.product(quantized, pairs.token, pairs, words, scale, bits, symmetric, dtype)
+    experts.added(y, pairs.place, weights, torch.empty(tokens, n, dtype=dtype))
+
+
 def quantize(
     m: int, k: int, block: int = 0, silu: bool = False, bits: int = 4, symmetric: bool = False,
     dtype: torch.dtype = torch.bfloat16, order: str = "natural",
@@ -106,29 +127,39 @@ def norm(m: int, k: int, residual: bool = True, symmetric: bool = False, dtype: 
     rows.rms_norm_quantize(x, x if residual else None, torch.empty(k, dtype=dtype), 1e-5, 4, symmetric, 0.9)
 
 
-def write(tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmetric: bool = False) -> None:
+def rope_of(dim: int, rope: bool, dtype: torch.dtype = torch.bfloat16) -> Rope | None:
+    """RoPE as models have it, if any; the heads of a Qwen3-Next or GPT-J would turn in part, or by pairs."""
+    return Rope(torch.empty(8, dim, dtype=dtype), False) if rope else None
+
+
+def write(
+    tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmetric: bool = False, rope: bool = False
+) -> None:
     qkv = torch.empty(tokens, 3 * heads * dim, dtype=torch.bfloat16)  # K and V are views, as in a model
     key, value = qkv.view(tokens, 3 * heads, dim).split(heads, 1)[1:]
     pages = torch.empty(4, heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
-    kv4.write(key, value, pages, torch.zeros(tokens, dtype=torch.int64), rotate, symmetric, 1.0, 1.0)
+    step = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    kv4.write(key, value, pages, slots, rotate, symmetric, 1.0, 1.0, rope_of(dim, rope), *step)
 
 
 def attend(
     tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
     page: int = 16, symmetric: bool = False, longest: int = 16384, dtype: torch.dtype = torch.bfloat16,
-    window: int = 0,
+    window: int = 0, cap: float = 0.0, rope: bool = False,
 ) -> None:  # fmt: skip
     """A step of so many new tokens, over pages of sequences of at most `longest`."""
     query = torch.empty(tokens, heads, dim, dtype=dtype)
     pages = torch.empty(4, kv_heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
     starts, lens = (torch.zeros(count, dtype=torch.int32) for count in (sequences + 1, sequences))
     table = torch.zeros(sequences, -(-longest // page), dtype=torch.int32)
-    kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, window)
+    settings = 0.1, rotate, symmetric, window, cap, rope_of(dim, rope, dtype)
+    kv4.attention(query, pages, starts, lens, table, torch.empty_like(query), *settings)
 
 
 def attend_dense(
     tokens: int, sequences: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, rotate: int = 128,
-    page: int = 16, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+    page: int = 16, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16, rope: bool = False,
 ) -> None:  # fmt: skip
     """A long prefill by way of a workspace; what computes it is not ours."""
     query = torch.empty(tokens, heads, dim, dtype=dtype)
@@ -138,14 +169,14 @@ def attend_dense(
     room = workspace.workspace([tokens] * sequences, torch.device("cpu"))
     kv4_dense.attention(
         query, pages, starts, lens, table, torch.empty_like(query), 0.1, rotate, symmetric, room, tokens,
-        lambda *given: None,
+        lambda *given: None, rope_of(dim, rope, dtype),
     )  # fmt: skip
 
 
 def core() -> Iterator[Launch]:
     """One of each kernel in the form that is hardest to compile: a few seconds an architecture."""
-    yield "decode, 1 sequence", lambda: attend(1, 1)
-    yield "KV write, 1 token", lambda: write(1, 8, 128, 128)
+    yield "decode, 1 sequence", lambda: attend(1, 1, rope=True)
+    yield "KV write, 1 token", lambda: write(1, 8, 128, 128, rope=True)
     yield "silu, Hadamard 512, 18944 inputs", lambda: quantize(2, 18944, 512, silu=True)
     yield "silu, Hadamard 2048, 14336 inputs", lambda: quantize(1, 14336, 2048, silu=True)
     yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
@@ -154,8 +185,10 @@ def core() -> Iterator[Launch]:
     yield "linear, 1 token", lambda: linear(1, 4096, 512)  # its columns among programs, whose parts are added up
     yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
-    yield "prefill, 1 sequence", lambda: attend(700, 1)
-    yield "prefill by a workspace", lambda: attend_dense(700, 1)
+    yield "a weight unpacked", lambda: unpacked(512, 4096)
+    yield "experts, 64 rows each", lambda: mixture(256)
+    yield "prefill, 1 sequence", lambda: attend(700, 1, rope=True)
+    yield "prefill by a workspace", lambda: attend_dense(700, 1, rope=True)
 
 
 def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
@@ -179,9 +212,9 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
         for most in (ranks_ for ranks_ in RANKS if ranks_ >= ranks):  # --tp-max it was quantized with
             block = (found := model.intermediate // most) & -found
             yield f"{where} down, R4 {block}", lambda b=block, s=symmetric: quantize(3, inner, b, True, symmetric=s)
-    shape = {"heads": heads, "kv_heads": kv_heads, "dim": model.head_dim, "rotate": model.head_dim}
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": model.head_dim, "rotate": model.head_dim, "rope": True}
     for m in BATCHES:
-        yield f"{where} KV write, {m} tokens", lambda m=m: write(m, kv_heads, model.head_dim, model.head_dim)
+        yield f"{where} KV write, {m} tokens", lambda m=m: write(m, kv_heads, model.head_dim, model.head_dim, rope=True)
         for longest in (16, 16384):
             yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
     for tokens, sequences in ((6, 2), (700, 1), (4096, 16)):
@@ -193,6 +226,7 @@ def odd() -> Iterator[Launch]:
     """Shapes and settings of no particular model."""
     for m in (1, 20, 64, 200):
         yield f"odd linear, {m}", lambda m=m: linear(m, 100, 70, symmetric=True)
+        yield f"unpacked, {m}", lambda m=m: unpacked(16 * m, 112, 8)
         yield f"one column, {m}", lambda m=m: linear(m, 1, 1)
         for size in (32, 64, 96, 128, 160, 256, 1024):
             for bits in (4, 8):
@@ -201,6 +235,11 @@ def odd() -> Iterator[Launch]:
             yield f"rank {rank}, {m}", lambda m=m, r=rank: linear(m, 4096, 512, rank=r, bias=True)
         for dtype in (torch.float16, torch.float32):
             yield f"linear {dtype}, {m}", lambda m=m, d=dtype: linear(m, 4096, 512, dtype=d)
+    for tokens in (1, 20, 33, 80, 300):
+        for size in (0, 32, 64, 128, 256):
+            for bits in (4, 8):
+                shape = {"k": 3 * size or 768, "groups": 3 if size else 1, "bits": bits}
+                yield f"experts W{bits} g{size}, {tokens}", lambda t=tokens, s=shape: mixture(t, **s)
     for k in (1, 7, 100, 4096, 16384, 18944, 32768, 53248, 65536):
         block = k & -k
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -225,6 +264,8 @@ def odd() -> Iterator[Launch]:
         for symmetric in (False, True):
             yield f"attention {shape}", lambda a=shape, s=symmetric: attend(*a, symmetric=s)
             yield f"workspace {shape}", lambda a=shape, s=symmetric: attend_dense(*a, symmetric=s)
+    for tokens in (1, 700):
+        yield f"attention of {tokens}, soft cap", lambda t=tokens: attend(t, 1, cap=50.0)
     for tokens, window in ((1, 128), (1, 4096), (700, 128), (700, 4096)):
         yield f"attention of {tokens}, window {window}", lambda t=tokens, w=window: attend(t, 1, window=w)
     for dim in (16, 64, 80, 96, 256):

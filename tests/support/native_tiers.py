@@ -10,7 +10,7 @@ from rotquant_kernels import native
 
 EXAMPLES = int(os.environ.get("ROTQUANT_EXAMPLES", "100"))  # of each property, in each tier
 GEMM_TIERS = [tier for tier in native.TIERS if tier not in ("auto", native.REFERENCE)]
-TIERS = [tier for tier in GEMM_TIERS if tier != "amx"]  # which is avx512 in all else
+TIERS = [tier for tier in GEMM_TIERS if tier not in ("amx", "i8mm")]  # which are avx512 and neon in all else
 
 
 def chosen(name: str) -> Iterator[str]:

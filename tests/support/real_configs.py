@@ -102,6 +102,36 @@ GEMMA3 = {
     "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "attention_dropout": 0.0, "initializer_range": 0.02,
     "torch_dtype": "bfloat16", "vocab_size": 262144,
 }  # fmt: skip
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+    "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "initializer_range": 0.02,
+    "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26,
+    "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.0.dev0",
+    "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+
+
+def qwen35(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any) -> Config:
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * (layers // 4)
+    return QWEN35 | {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "layer_types": kinds,
+        "num_attention_heads": heads, "num_key_value_heads": kv,
+    } | more  # fmt: skip
+
+
+def whole(text: Config, name: str, model_type: str, **more: Any) -> Config:
+    """A model of text and images around a model of text."""
+    text = {key: value for key, value in text.items() if key != "architectures"}
+    return {"architectures": [name], "model_type": model_type, "text_config": text, "vision_config": {}} | more
+
+
+GEMMA3_4B = GEMMA3 | {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
+                      "num_hidden_layers": 34, "num_key_value_heads": 4, "sliding_window": 1024,
+                      "max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                      "vocab_size": 262208}  # fmt: skip
 CONFIGS: dict[str, Config] = {
     "Llama-2-7b-hf": llama(4096, 11008, 32, 32, 32, _name_or_path="meta-llama/Llama-2-7b-hf", torch_dtype="float16",
                            rope_scaling=None, max_length=4096, pad_token_id=0),
@@ -176,7 +206,27 @@ CONFIGS: dict[str, Config] = {
                                           max_window_layers=21, sliding_window=4096, use_mrope=False,
                                           max_position_embeddings=131072, rope_theta=10000),
     "Qwen3.5-27B, the text alone": QWEN35,
+    "Qwen3.5-0.8B, the text alone": qwen35(1024, 3584, 24, 8, 2, linear_num_value_heads=16, tie_word_embeddings=True),
+    "Qwen3.5-4B, the text alone": qwen35(2560, 9216, 32, 16, 4, linear_num_value_heads=32, tie_word_embeddings=True),
+    "Qwen3.5-9B": whole(qwen35(4096, 12288, 32, 16, 4, linear_num_value_heads=32), "Qwen3_5ForConditionalGeneration",
+                        "qwen3_5", image_token_id=248056, tie_word_embeddings=False),
+    "gemma-2-2b": GEMMA2,
+    "gemma-2-9b-it": GEMMA2 | {
+        "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_hidden_layers": 42,
+        "num_key_value_heads": 8, "sliding_window_size": 4096, "torch_dtype": "bfloat16"},
+    "gemma-2-27b-it": GEMMA2 | {
+        "head_dim": 128, "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32,
+        "num_hidden_layers": 46, "num_key_value_heads": 16, "query_pre_attn_scalar": 144, "torch_dtype": "bfloat16",
+        "_attn_implementation": "eager", "sliding_window_size": 4096},
     "gemma-3-1b-it": GEMMA3,
+    "gemma-3-4b-it": whole(GEMMA3_4B, "Gemma3ForConditionalGeneration", "gemma3", mm_tokens_per_image=256),
+    "gemma-3-12b-it": whole(GEMMA3_4B | {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 8}, "Gemma3ForConditionalGeneration", "gemma3"),
+    "gemma-3-27b-it": whole(GEMMA3_4B | {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168},
+        "Gemma3ForConditionalGeneration", "gemma3"),
     "gemma-3-270m": GEMMA3 | {
         "_sliding_window_pattern": 6, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "use_bidirectional_attention": False},
@@ -199,14 +249,29 @@ GPT_OSS = {
 }  # fmt: skip
 # Models with windows that are refused, and what the line says.
 REFUSED: dict[str, tuple[Config, str]] = {
-    "gemma-2-2b": (
-        GEMMA3 | {
-            "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0, "hidden_size": 2304, "num_attention_heads": 8, "sliding_window": 4096,
-        },
-        "architectures is ['Gemma2ForCausalLM'], supported are",
+    "gemma-2-2b, untied": (GEMMA2 | {"tie_word_embeddings": False}, "tie_word_embeddings is False, expected is True"),
+    "gemma-4-31B-it": (
+        whole(GEMMA3 | {"model_type": "gemma4_text", "attention_k_eq_v": True, "global_head_dim": 512},
+              "Gemma4ForConditionalGeneration", "gemma4"),
+        "architectures is ['Gemma4ForConditionalGeneration']: values without a linear of their own, layers that share",
     ),
-    "gpt-oss-20b": (GPT_OSS, "architectures is ['GptOssForCausalLM'], supported are"),
+    "gemma-3n-E4B": (
+        whole(GEMMA3 | {"model_type": "gemma3n_text"}, "Gemma3nForConditionalGeneration", "gemma3n"),
+        "architectures is ['Gemma3nForConditionalGeneration']: several residual streams",
+    ),
+    "Qwen3.5-35B-A3B": (
+        whole(qwen35(2048, 512, 40, 16, 2, num_experts=256), "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe"),
+        "architectures is ['Qwen3_5MoeForConditionalGeneration']: mixtures of experts beside linear attention",
+    ),
+    "Qwen3-Next-80B-A3B": (
+        qwen35(2048, 5120, 48, 16, 2) | {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
+        "architectures is ['Qwen3NextForCausalLM']: mixtures of experts beside linear attention are not supported",
+    ),
+    "Phi-3-small-8k-instruct": (
+        phi3(4096, 14336, 32, 32, 8, model_type="phi3small") | {"architectures": ["Phi3SmallForCausalLM"]},
+        "architectures is ['Phi3SmallForCausalLM']: vLLM has dropped this model",
+    ),
+    "gpt-oss-20b": (GPT_OSS, "architectures is ['GptOssForCausalLM']: attention sinks, and experts with biases,"),
     "Ministral-as-mistral": (
         mistral(head_dim=128, vocab_size=131072, layer_types=["full_attention"] * 32),
         "layer_types: transformers reads this as a Ministral, which does not run without a sliding_window",

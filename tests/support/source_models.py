@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -121,6 +123,14 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         MixtralConfig,
         MixtralForCausalLM,
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 112},
+    ),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "hidden_size": 128, "query_pre_attn_scalar": 20, "sliding_window": 24, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0, "pad_token_id": 0, "bos_token_id": 2,
+        },
     ),
     "gemma3": (
         Gemma3TextConfig,

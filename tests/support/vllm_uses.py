@@ -71,7 +71,7 @@ ATTRIBUTES = {
     Name(f"{ATTENTION}backend", "AttentionType"): "DECODER",
     Name(f"{ATTENTION}backend", "AttentionMetadataBuilder"): "reorder_batch_threshold",
     Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): (
-        "block_table_tensor causal max_seq_len query_start_loc query_start_loc_cpu seq_lens"
+        "block_table_tensor causal max_seq_len query_start_loc query_start_loc_cpu seq_lens slot_mapping"
     ),
     Name("vllm.v1.kv_cache_interface", "AttentionSpec"): "dtype head_size state_content_bytes",
     Name("vllm.v1.kv_cache_interface", "KVCacheLayout"): "LBHNC",
@@ -123,6 +123,7 @@ OWN = {
     "KV4Impl.attend",
     "KV4Impl.attend_part",
     "KV4Impl.limits",
+    "KV4Impl.store",
     "KVCacheMethod.__init__",
     "RotQuantConfig.__reduce__",
     "RotQuantConfig.basis",

@@ -64,9 +64,11 @@ from vllm_rotquant.compat.models import (
     is_recurrent,
     logits_changed,
     norm_before,
+    rotary_before,
     rotary_rows,
     silu_mul_before,
 )
+from vllm_rotquant.compat.products import integer_products
 from vllm_rotquant.compat.ranks import (
     from_all,
     get_tensor_model_parallel_rank,
@@ -145,6 +147,7 @@ __all__ = [
     "has_final_norm",
     "head_major_layouts",
     "holds_some_layers",
+    "integer_products",
     "is_decoder",
     "is_recurrent",
     "let_attention_use_amx",
@@ -163,6 +166,7 @@ __all__ = [
     "pipeline_stage",
     "ranks_of_model",
     "register_weight_loader_v2_supported_method",
+    "rotary_before",
     "rotary_rows",
     "routed",
     "silu_mul_before",

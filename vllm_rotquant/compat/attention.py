@@ -40,8 +40,9 @@ def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
     return [vllm_config.compilation_config.static_forward_context[name] for name in names]
 
 
-def attention_refusals(layer: Attention) -> dict[str, bool]:
-    """What an attention layer asks for beyond plain causal attention: name of the feature, whether it is used.
+def attention_refusals(layer: Attention, cap: float | None) -> dict[str, bool]:
+    """What an attention layer asks for beyond causal attention whose scores have this soft cap: name of the feature,
+    whether it is used.
 
     `layer.impl` is still vLLM's own implementation, which has kept the constructor's arguments.
     """
@@ -49,7 +50,9 @@ def attention_refusals(layer: Attention) -> dict[str, bool]:
     return {
         f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
         "ALiBi": impl.alibi_slopes is not None,
-        "a soft cap on attention logits": bool(impl.logits_soft_cap),
+        f"a soft cap of {impl.logits_soft_cap} on scores, which is {cap} in transformers": (
+            (impl.logits_soft_cap or None) != cap
+        ),
         "attention sinks": bool(layer.has_sink),
         "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
         "V heads of another size than K heads": layer.head_size_v != layer.head_size,

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 # else reads them.
 MODELS = "vllm.model_executor.models."
 MLPS = (
+    "gemma2.Gemma2MLP",
     "gemma3.Gemma3MLP",
     "granite.GraniteMLP",
     "llama.LlamaMLP",
@@ -23,6 +24,7 @@ MLPS = (
     "qwen2_moe.Qwen2MoeMLP",
 )
 ATTENTIONS = (
+    "gemma2.Gemma2Attention",
     "gemma3.Gemma3Attention",
     "granite.GraniteAttention",
     "llama.LlamaAttention",
@@ -30,6 +32,24 @@ ATTENTIONS = (
     "qwen2.Qwen2Attention",
     "qwen3.Qwen3Attention",
     "qwen3_next.Qwen3NextAttention",
+)
+ROTATED = (  # those of them that run attn(*rotary_emb(positions, q, k), v)
+    "gemma3.Gemma3Attention",
+    "granite.GraniteAttention",
+    "llama.LlamaAttention",
+    "mistral.MistralAttention",
+    "qwen2.Qwen2Attention",
+    "qwen3.Qwen3Attention",
+)
+# Rotary embeddings that look cosines and sines up in one table, by a row's position alone.
+ROTARY = "vllm.model_executor.layers.rotary_embedding."
+TABLES = (
+    "base.RotaryEmbedding",
+    "dynamic_ntk_scaling_rope.DynamicNTKScalingRotaryEmbedding",
+    "linear_scaling_rope.LinearScalingRotaryEmbedding",
+    "llama3_rope.Llama3RotaryEmbedding",
+    "ntk_scaling_rope.NTKScalingRotaryEmbedding",
+    "yarn_scaling_rope.YaRNScalingRotaryEmbedding",
 )
 STREAMS = ("granite.GraniteDecoderLayer",)  # those whose blocks add to the residual stream themselves
 MIXED = ("qwen3_5.Qwen3_5DecoderLayer",)  # those of models with two kinds of layer; other arguments
@@ -42,14 +62,14 @@ DECODERS = (
     "qwen3_5.Qwen3_5DecoderLayer",
 )
 # Decoder layers with a norm in front of and behind attention and MLP each, none of which can quantize.
-SANDWICHES = ("gemma3.Gemma3DecoderLayer",)
+SANDWICHES = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
 
-def known(module: Any, names: Sequence[str]) -> bool:
-    """Whether a module is of exactly one of these classes of vLLM's models."""
-    return f"{type(module).__module__}.{type(module).__qualname__}" in [MODELS + name for name in names]
+def known(module: Any, names: Sequence[str], prefix: str = MODELS) -> bool:
+    """Whether a module is of exactly one of these classes, of vLLM's models where nothing else is said."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in [prefix + name for name in names]
 
 
 def silu_mul_before(layer: Any, mlp: Any) -> bool:
@@ -72,6 +92,21 @@ def norm_before(layer: Any, decoder: Any) -> str | None:
     norm = getattr(decoder, name)
     plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
     return name if plain else None
+
+
+def rotary_before(layer: Any, attention: Any) -> tuple[torch.Tensor, bool] | None:
+    """RoPE that q and k of an attention layer come from, and nothing behind it: its table [positions, dims], cosines
+    and then sines, and whether it turns neighbours; None where that is not known."""
+    rotary = getattr(attention, "rotary_emb", None)
+    if not known(attention, ROTATED) or attention.attn is not layer or not known(rotary, TABLES, ROTARY):
+        return None
+    if getattr(attention, "do_llama_4_scaling", False) or not getattr(attention, "use_rope", True):
+        return None
+    names = ("cos_sin_cache", "head_size", "rotary_dim", "is_neox_style", "use_flashinfer")
+    table, size, dims, halves, elsewhere = (getattr(rotary, name, None) for name in names)
+    if table is None or halves is None or elsewhere or size != layer.head_size or table.shape[1:] != (dims,):
+        return None
+    return table, not halves
 
 
 def final_norm_holder(model: Any) -> Any:
@@ -107,15 +142,15 @@ def has_final_norm(module: Any) -> bool:
     return hasattr(module, "embed_tokens") and type(getattr(module, "norm", None)) in (RMSNorm, GemmaRMSNorm)
 
 
-def logits_changed(model: Any, divisor: float) -> str:
-    """What a causal language model does to its logits beyond W h / divisor; "" for nothing."""
+def logits_changed(model: Any, divisor: float, cap: float | None) -> str:
+    """What a causal language model does to its logits beyond W h / divisor and this soft cap; "" for nothing."""
     logits = getattr(model, "logits_processor", None)
     if logits is None:
         return ""
-    scale, cap = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None)
+    scale, own = getattr(logits, "scale", 1.0), getattr(logits, "soft_cap", None) or None
     if scale != 1 / divisor:
         return f"multiplies logits by {scale} (logit_scale)"
-    return f"caps logits at {cap}" if cap else ""
+    return f"caps logits at {own} (final_logit_softcapping)" if own != cap else ""
 
 
 def rotary_rows(rotary: Any) -> int | None:

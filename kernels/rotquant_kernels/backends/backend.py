@@ -36,12 +36,14 @@ class Backend:
 
     name: in reports. device: the type of device it is for, of KEYS.
     reads_quantized: whether `quantized_linear` reads its weights as fast as `int_linear`, so that a norm may quantize.
+    turns_positions: whether its kernels of the 4-bit KV cache can turn q and k to their positions (`cuda.rope`).
     takes_any: whether it runs every layer that its device's ops take at all, so that no backend behind it is asked.
     """
 
     name: str
     device: str
     reads_quantized = True
+    turns_positions = False
     takes_any = True
 
     def has(self, op: str) -> bool:
@@ -78,6 +80,12 @@ class Backend:
         Empty where nothing is compiled at run time.
         """
         return ()
+
+    def distinct_mixture_tokens(
+        self, hidden: int, width: int, groups: int, experts: int, top: int, device: torch.device
+    ) -> list[int]:
+        """The same of a layer's experts on this rank, each of `width` channels, `top` of them for a token."""
+        return []
 
     def distinct_batches(self, group: int, page: int) -> list[tuple[int, int]]:
         """The same of attention over the 4-bit cache: batches of one sequence as (new tokens, pages of the table).

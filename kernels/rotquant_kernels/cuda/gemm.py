@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels.cuda import layout, rows
+from rotquant_kernels.cuda import layout, rows, scaled_mm
 from rotquant_kernels.cuda.device import device_of
 from rotquant_kernels.cuda.tiles import Shape, Tiles, tiles
+from rotquant_kernels.cuda.unpack import unpacked
 
 PER_STEP = [
     "tokens",
@@ -213,16 +214,22 @@ def product(
         raise ValueError(f"bias {list(bias.shape)} is not one number for each of {channels} channels")
     if up is not None and (down is None or up.shape != (down.shape[1], channels)):
         raise ValueError(f"low_rank_up {list(up.shape)} does not follow low_rank_down and {channels} channels")
+    if not tokens or not channels:
+        return codes.new_empty((tokens, channels), dtype=dtype)
+    rank = 0 if up is None else up.shape[0]
+    # A branch in full precision has no registers for the largest tiles.
+    cut = tiles(min(tokens, 1024) if rank else tokens, Shape(columns, channels, groups), device_of(codes.device))
+    server = scaled_mm.provided() if cut.unpacked else None
+    if server and not scaled_mm.misfit(columns, channels, groups, dtype, bool(rank) or bias is not None):
+        whole = unpacked(words, bits, columns, channels).t()
+        taken = (None, None) if symmetric else (sums[:, :channels], zero)
+        return server.call(codes, whole, scale, weight_scale.contiguous(), dtype, *taken)
     out = torch.empty((tokens, channels), dtype=dtype, device=codes.device)
-    if tokens and channels:
-        rank = 0 if up is None else up.shape[0]
-        branch = down, None if up is None else up.contiguous(), None if bias is None else bias.contiguous()
-        run(
-            (codes, scale, zero, words, sums, weight_scale.contiguous(), *branch, out), rank,
-            # A branch in full precision has no registers for the largest tiles.
-            tiles(min(tokens, 1024) if rank else tokens, Shape(columns, channels, groups), device_of(codes.device)),
-            {"BITS": bits, "SYMMETRIC": symmetric, "BIAS": bias is not None},
-        )  # fmt: skip
+    branch = down, None if up is None else up.contiguous(), None if bias is None else bias.contiguous()
+    run(
+        (codes, scale, zero, words, sums, weight_scale.contiguous(), *branch, out), rank, cut,
+        {"BITS": bits, "SYMMETRIC": symmetric, "BIAS": bias is not None},
+    )  # fmt: skip
     return out
 
 

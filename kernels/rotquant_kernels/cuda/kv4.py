@@ -11,6 +11,7 @@ be captured in CUDA graphs.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
 from rotquant_kernels.cuda.device import Device, device_of
+from rotquant_kernels.cuda.rope import Rope, constants
 from rotquant_kernels.reference import kv_token_bytes
 
 LOG2_E = 1.4426950408889634
 WRITE_TOKENS = 4  # of one program
 MOST_SPLITS = 64
 RESIDENT = 3  # programs that a processor holds at once, by the registers of one that takes a part
+MOST_REGISTERS = 168  # of a thread on Hopper, so that it does; Blackwell would spill
 MERGED_TOGETHER = 8
 PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
 LEAST_SPLIT = 256  # tokens
@@ -56,6 +59,16 @@ def strides(x: Tensor) -> tuple[int, int]:
     return first, second
 
 
+def table_of(rope: Rope | None, x: Tensor) -> Tensor | None:
+    """The cosines and sines of RoPE, after a look at what the kernels rely on."""
+    if rope is None:
+        return None
+    dims = rope.table.shape[1]
+    check(dims % 2 == 0 and 0 < dims <= x.shape[2], f"rotary positions of {dims} numbers do not fit heads")
+    check(rope.table.dtype == x.dtype and rope.table.is_contiguous(), "rotary table must have the dtype of q and k")
+    return rope.table
+
+
 def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     return {
@@ -73,8 +86,14 @@ def write(
     symmetric: bool,
     k_clip: float,
     v_clip: float,
+    rope: Rope | None = None,
+    query_start: Tensor | None = None,
+    seq_lens: Tensor | None = None,
 ) -> None:
     """`reference.kv4_write`, the same bytes. Slots must differ from each other and lie inside the cache.
+
+    Args:
+        rope: turns K first, to its positions by query_start int32 [B + 1] and seq_lens int32 [B] of the step.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or layout is not supported.
@@ -87,9 +106,12 @@ def write(
     check(slots.dtype == torch.int64 and slots.shape[0] <= tokens, "slots must be int64, one for a token")
     if not slots.shape[0]:
         return
+    cos_sin, sequences = table_of(rope, key), 0 if seq_lens is None else seq_lens.shape[0]
+    check(rope is None or sequences > 0, "rotary positions need query_start and seq_lens")
     kv4_write.write[triton.cdiv(slots.shape[0], WRITE_TOKENS), heads](
-        key, value, pages, slots, *strides(key), *strides(value), *strides(pages), slots.shape[0], k_clip, v_clip,
-        **common(dim, cache.shape[2], rotate, symmetric), TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
+        key, value, pages, slots, query_start, seq_lens, cos_sin, *strides(key), *strides(value), *strides(pages),
+        slots.shape[0], sequences, k_clip, v_clip, **common(dim, cache.shape[2], rotate, symmetric), **constants(rope),
+        TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -135,8 +157,13 @@ def attention(
     rotate: int,
     symmetric: bool,
     window: int = 0,
+    cap: float = 0.0,
+    rope: Rope | None = None,
 ) -> None:
     """`reference.kv4_attention` on integers, see `kv4_tiles`. Block numbers are not checked.
+
+    Args:
+        rope: turns the queries first, each to its position.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or layout is not supported.
@@ -152,10 +179,12 @@ def attention(
     check(query_start.shape[0] == sequences + 1, f"query_start must have {sequences + 1} entries")
     check(block_table.shape[0] >= sequences and block_table.stride(1) == 1, "block_table must have a row a sequence")
     check(window >= 0, f"window {window} must be positive, or 0 for none")
+    check(0 <= cap < math.inf, f"cap {cap} must be positive, or 0 for none")
     if not tokens:
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device_of(query.device), window)
+    device = device_of(query.device)
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window)
     shared = common(dim, page, rotate, symmetric)
     padded = shared["PADDED"]
     parts = tokens * heads * splits if splits > 1 else 0
@@ -164,11 +193,13 @@ def attention(
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
     attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
     attend[grid](
-        query, pages, query_start, seq_lens, block_table, out, partial, state, *strides(query), *strides(pages),
-        block_table.stride(0), *strides(out), tokens, sequences, splits, window, scale * LOG2_E,
-        **shared, HEADS=heads, GROUP=group, ROWS=rows, PARTS=splits > 1, WINDOWED=window > 0,
-        ASSEMBLER=not INTERPRETED, num_warps=4 if rows <= PREFILL_ROWS else 8,
+        query, pages, query_start, seq_lens, block_table, table_of(rope, query), out, partial, state,
+        *strides(query), *strides(pages), block_table.stride(0), *strides(out), tokens, sequences, splits, window,
+        scale * LOG2_E, cap * LOG2_E, **shared, **constants(rope), HEADS=heads, GROUP=group, ROWS=rows,
+        PARTS=splits > 1, WINDOWED=window > 0, CAPPED=cap > 0, ASSEMBLER=not INTERPRETED,
+        num_warps=4 if rows <= PREFILL_ROWS else 8,
         num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
+        **({"maxnreg": MOST_REGISTERS} if rows < PREFILL_ROWS and device.sm == 90 else {}),
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](

@@ -20,6 +20,7 @@ from rotquant_kernels.cuda.kv4_tiles import (
     MOST_WEIGHT,
     OFFSET,
     TILE,
+    capped,
     dither_of,
     keys_of,
     load_codes,
@@ -34,14 +35,15 @@ from rotquant_kernels.cuda.kv4_tiles import (
 
 @triton.jit(do_not_specialize=PER_STEP)
 def decode(
-    query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, splits, window, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr,
-    ASSEMBLER: tl.constexpr,
+    query, cache, query_start, seq_lens, table, cos_sin, out, partial, state, query_token, query_head, cache_block,
+    cache_head, table_row, out_token, out_head, tokens, sequences, splits, window, factor, cap, DIM: tl.constexpr,
+    PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, one part of the context.
 
+    factor: scale * log2(e); cap, if CAPPED: of scores, times log2(e).
     A row sees the last `window` positions up to its own if WINDOWED, else all of them.
     Writes `out` where the context is whole (not PARTS, splits 1), else partial [tokens, heads, splits, PADDED] and
     state [2, tokens, heads, splits]: largest exponent, sum of weights.
@@ -52,9 +54,11 @@ def decode(
     if any:
         head += tl.program_id(1) * GROUP
         dim = tl.arange(0, PADDED)
-        at = query + (token * query_token + head * query_head)[:, None] + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
-        low, high, query_sum, unit = load_queries(at, inside, factor, ROWS, PADDED, BLOCK, STAGES, NORM)
+        low, high, query_sum, unit = load_queries(
+            query + token * query_token + head * query_head, dim, inside, seen - 1, cos_sin, factor, ROWS, PADDED,
+            BLOCK, STAGES, NORM, ROPE, PAIRS,
+        )  # fmt: skip
         query_low, query_high = tl.trans(low), tl.trans(high)
         order = place_of(tl.arange(0, TILE))
         dither = dither_of(order)[:, None]
@@ -78,6 +82,8 @@ def decode(
             dots = tl.dot(keys_high, query_high, dots, out_dtype=tl.int32)
             p = dots.to(tl.float32) - key_zero[:, None] * query_sum[None, :]  # exact: all below 2^24
             p = p * key_scale[:, None] * unit[None, :]
+            if CAPPED:
+                p = capped(p, cap)
             p = tl.where(place[:, None] < seen[None, :], p, float("-inf"))
             if WINDOWED:
                 p = tl.where(place[:, None] >= seen[None, :] - window, p, float("-inf"))

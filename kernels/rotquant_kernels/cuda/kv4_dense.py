@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from rotquant_kernels.cuda import kv4_gather
-from rotquant_kernels.cuda.kv4 import check, check_pages, common, strides
+from rotquant_kernels.cuda.kv4 import check, check_pages, common, strides, table_of
+from rotquant_kernels.cuda.rope import Rope, constants
 from rotquant_kernels.cuda.workspace import PAGE, Dense, Workspace
 
 
@@ -33,37 +34,40 @@ def gather(
     heads, sequences = cache.shape[1], seq_lens.shape[0]
     keys, values = (torch.empty((room.pages, PAGE, heads, dim), dtype=dtype, device=cache.device) for _ in range(2))
     shared = common(dim, cache.shape[2], 0, symmetric)
-    constants = {name: shared[name] for name in ("DIM", "PADDED", "PAGE", "SYMMETRIC")}
+    shared = {name: shared[name] for name in ("DIM", "PADDED", "PAGE", "SYMMETRIC")}
     kv4_gather.gather[triton.cdiv(room.longest, PAGE), sequences, heads](
         pages, block_table, seq_lens, room.first, keys, values, *strides(pages), block_table.stride(0), heads,
-        **constants, num_warps=max(constants["PADDED"] // 16, 1), enable_fp_fusion=False,
+        **shared, num_warps=max(shared["PADDED"] // 16, 1), enable_fp_fusion=False,
     )  # fmt: skip
     return keys, values
 
 
-def turned(query: Tensor, rotate: int) -> Tensor:
-    """Queries [T, heads, d] in R3's basis, contiguous, in their dtype."""
+def turned(
+    query: Tensor, rotate: int, query_start: Tensor | None = None, seq_lens: Tensor | None = None,
+    rope: Rope | None = None,
+) -> Tensor:  # fmt: skip
+    """Queries [T, heads, d] in R3's basis, contiguous, in their dtype; at their positions first where there is RoPE."""
     tokens, heads, dim = query.shape
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     shared = common(dim, 16, rotate, True)
-    constants = {name: shared[name] for name in ("DIM", "PADDED", "BLOCK", "STAGES", "NORM")}
+    shared = {name: shared[name] for name in ("DIM", "PADDED", "BLOCK", "STAGES", "NORM")} | constants(rope)
+    sequences = 0 if seq_lens is None else seq_lens.shape[0]
     kv4_gather.turn[triton.cdiv(tokens * heads, kv4_gather.ROWS),](
-        query, out, *strides(query), tokens, HEADS=heads, **constants, ROWS=kv4_gather.ROWS, num_warps=4,
-        enable_fp_fusion=False,
+        query, out, query_start, seq_lens, table_of(rope, query), *strides(query), tokens, sequences, HEADS=heads,
+        **shared, ROWS=kv4_gather.ROWS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def attention(
     query: Tensor, cache: Tensor, query_start: Tensor, seq_lens: Tensor, block_table: Tensor, out: Tensor,
-    scale: float, rotate: int, symmetric: bool, room: Workspace, most_new: int, dense: Dense,
+    scale: float, rotate: int, symmetric: bool, room: Workspace, most_new: int, dense: Dense, rope: Rope | None = None,
 ) -> None:  # fmt: skip
     """`reference.kv4_attention` of sequences that have room in a workspace; no padding behind them.
 
     Args:
-        most_new: of the tokens of a sequence in this step.
+        most_new: of the tokens of a sequence in this step; rope: as `kv4.attention` takes it.
     """
     keys, values = gather(cache, block_table, seq_lens, room, query.shape[2], query.dtype, symmetric)
-    dense(
-        turned(query, rotate), keys, values, out, query_start, seq_lens, room.table, most_new, room.longest, scale
-    )  # fmt: skip
+    placed = turned(query, rotate, *((query_start, seq_lens, rope) if rope else ()))
+    dense(placed, keys, values, out, query_start, seq_lens, room.table, most_new, room.longest, scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import PER_STEP, hadamard
+from rotquant_kernels.cuda.kv4_rows import PER_STEP, hadamard, load_rows, positions_of
 from rotquant_kernels.cuda.kv4_tiles import TILE, load_scales
 
 ROWS = 16  # rows of queries of a program
@@ -62,16 +62,17 @@ def gather(
 
 @triton.jit(do_not_specialize=PER_STEP)
 def turn(
-    query, out, query_token, query_head, tokens, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+    query, out, query_start, seq_lens, cos_sin, query_token, query_head, tokens, sequences, HEADS: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    ROPE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Queries in R3's basis; out contiguous [tokens, HEADS, DIM]."""
+    """Queries in R3's basis, at their positions if ROPE; out contiguous [tokens, HEADS, DIM]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, PADDED)
     token, head = (row // HEADS).to(tl.int64), row % HEADS
     inside = (token < tokens)[:, None] & (dim < DIM)[None, :]
-    at = query + (token * query_token + head * query_head)[:, None] + dim[None, :]
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    position = positions_of(query_start, seq_lens, row // HEADS, sequences, ROWS) if ROPE > 0 else row
+    x = load_rows(query + token * query_token + head * query_head, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
         x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM)
     to = out + row.to(tl.int64)[:, None] * DIM + dim[None, :]

@@ -17,6 +17,7 @@ from rotquant_kernels.cuda.kv4_tiles import (
     MOST_WEIGHT,
     OFFSET,
     TILE,
+    capped,
     dither_of,
     keys_of,
     load_codes,
@@ -31,11 +32,11 @@ from rotquant_kernels.cuda.kv4_tiles import (
 
 @triton.jit(do_not_specialize=PER_STEP)
 def prefill(
-    query, cache, query_start, seq_lens, table, out, partial, state, query_token, query_head, cache_block, cache_head,
-    table_row, out_token, out_head, tokens, sequences, splits, window, factor, DIM: tl.constexpr, PADDED: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr,
-    ASSEMBLER: tl.constexpr,
+    query, cache, query_start, seq_lens, table, cos_sin, out, partial, state, query_token, query_head, cache_block,
+    cache_head, table_row, out_token, out_head, tokens, sequences, splits, window, factor, cap, DIM: tl.constexpr,
+    PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """As `kv4_decode.decode`, with ROWS at least 64."""
     sequence, token, head, any, valid, seen, begin, end = rows_of(
@@ -44,9 +45,11 @@ def prefill(
     if any:
         head += tl.program_id(1) * GROUP
         dim = tl.arange(0, PADDED)
-        at = query + (token * query_token + head * query_head)[:, None] + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
-        query_low, query_high, query_sum, unit = load_queries(at, inside, factor, ROWS, PADDED, BLOCK, STAGES, NORM)
+        query_low, query_high, query_sum, unit = load_queries(
+            query + token * query_token + head * query_head, dim, inside, seen - 1, cos_sin, factor, ROWS, PADDED,
+            BLOCK, STAGES, NORM, ROPE, PAIRS,
+        )  # fmt: skip
         order = place_of(tl.arange(0, TILE))
         dither = dither_of(order)[None, :]
         ones = tl.full([TILE // 2, 16], 1, tl.int8)
@@ -69,6 +72,8 @@ def prefill(
             dots = tl.dot(query_high, tl.trans(keys_high), dots, out_dtype=tl.int32)
             p = dots.to(tl.float32) - query_sum[:, None] * key_zero[None, :]  # exact: all below 2^24
             p = p * unit[:, None] * key_scale[None, :]
+            if CAPPED:
+                p = capped(p, cap)
             p = tl.where(place[None, :] < seen[:, None], p, float("-inf"))
             if WINDOWED:
                 p = tl.where(place[None, :] >= seen[:, None] - window, p, float("-inf"))

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the 4-bit KV cache share: nibble order, rounding, the rotation R3.
+"""What the Triton kernels of the 4-bit KV cache share: nibble order, rounding, rotary positions, the rotation R3.
 
 A byte of a page holds step 8 s + t in its low nibble and step 8 s + 4 + t in its high one
 (`reference.pack_codes`); `halves` brings a row of codes into the same two orders.
@@ -15,6 +15,7 @@ import triton.language as tl
 PER_STEP = [
     "tokens", "sequences", "splits", "table_row", "query_start", "seq_lens", "table", "count", "slots", "window",
 ]  # fmt: skip
+SEQUENCES = tl.constexpr(256)  # looked at together
 
 
 @triton.jit
@@ -28,6 +29,39 @@ def largest_magnitude(x):
     """max |x| of each row; NaN where a row holds NaN or infinity. Compared as integers: there NaN is the largest."""
     most = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     return tl.where(most < 0x7F800000, most, 0x7FC00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def positions_of(query_start, seq_lens, token, sequences, TOKENS: tl.constexpr):
+    """Where tokens of a step, int [TOKENS], stand in their sequences; of padding behind the last anything."""
+    before = tl.zeros([TOKENS], tl.int32)
+    for first in range(0, sequences, SEQUENCES):
+        s = first + tl.arange(0, SEQUENCES)
+        end = tl.load(query_start + 1 + s, mask=s < sequences, other=1 << 30)
+        before += tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
+    sequence = tl.minimum(before, sequences - 1)
+    return token - tl.load(query_start + 1 + sequence) + tl.load(seq_lens + sequence)
+
+
+@triton.jit
+def load_rows(start, dim, inside, position, cos_sin, ROPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Heads from `start`, pointers [R], as float32 [R, DIM], turned to their positions [R] (`rope.turned`) if ROPE."""
+    x = tl.load(start[:, None] + dim[None, :], mask=inside, other=0.0)
+    if ROPE > 0:
+        if PAIRS:
+            partner, angle, first = dim ^ 1, dim // 2, dim % 2 == 0
+        else:
+            first = dim < ROPE // 2
+            partner, angle = tl.where(first, dim + ROPE // 2, dim - ROPE // 2), dim % (ROPE // 2)
+        there = inside & (dim < ROPE)[None, :]
+        y = tl.load(start[:, None] + partner[None, :], mask=there, other=0.0)
+        at = cos_sin + tl.maximum(position, 0).to(tl.int64)[:, None] * ROPE + angle[None, :]  # padding stands nowhere
+        cos = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        sin = tl.load(at + ROPE // 2, mask=there, other=0.0).to(tl.float32)
+        own = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
+        other = (y.to(tl.float32) * sin).to(x.dtype).to(tl.float32)
+        x = tl.where(there, tl.where(first[None, :], own - other, own + other).to(x.dtype), x)
+    return x.to(tl.float32)
 
 
 @triton.jit

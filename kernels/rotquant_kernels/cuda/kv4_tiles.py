@@ -21,13 +21,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import hadamard, halves, largest_magnitude, rint
+from rotquant_kernels.cuda.kv4_rows import SEQUENCES, hadamard, halves, largest_magnitude, load_rows, rint
 
 TILE = tl.constexpr(128)  # tokens
 LOWEST = tl.constexpr(-3.0e38)
 MOST_WEIGHT = tl.constexpr(255.0)
 OFFSET = tl.constexpr(128)
-SEQUENCES = tl.constexpr(256)  # looked at together
 
 
 @triton.jit
@@ -82,15 +81,15 @@ def part_of(begin, end, splits):
 
 @triton.jit
 def load_queries(
-    at, inside, factor, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr,
+    start, dim, inside, position, cos_sin, factor, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Rotated queries as int8 [ROWS, PADDED / 2] in the order of low and of high nibbles.
+    """Rotated queries (`load_rows`) as int8 [ROWS, PADDED / 2] in the order of low and of high nibbles.
 
     Returns these two, the sum of each row's integers and what makes its products exponents of 2; NaN where the row is
     not finite. factor is scale * log2(e).
     """
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    x = load_rows(start, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
         x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM)
     most = largest_magnitude(x)
@@ -134,6 +133,14 @@ def load_scales(
         zeros = tl.load(at + 4 * PAGE + place % PAGE, mask=there, other=0)
         key_zero, value_zero = (zeros & 15).to(tl.float32), (zeros >> 4).to(tl.float32)
     return keys, values, key_zero, value_zero
+
+
+@triton.jit
+def capped(x, cap):
+    """cap tanh(x / cap); NaN for NaN."""
+    e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / cap))
+    size = cap * (1 - e) / (1 + e)
+    return tl.where(x < 0, -size, size)
 
 
 @triton.jit

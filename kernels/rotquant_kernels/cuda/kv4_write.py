@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotquant_kernels.cuda.kv4_rows import PER_STEP, hadamard, halves, largest_magnitude, rint
+from rotquant_kernels.cuda.kv4_rows import (
+    PER_STEP,
+    hadamard,
+    halves,
+    largest_magnitude,
+    load_rows,
+    positions_of,
+    rint,
+)
 
 EPSILON = tl.constexpr(1.1920928955078125e-07)
 HALF_TINY, HALF_MAX = tl.constexpr(6.103515625e-05), tl.constexpr(65504.0)
@@ -46,11 +54,15 @@ def quantized(x, clip, SYMMETRIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=PER_STEP)
 def write(
-    key, value, cache, slots, key_token, key_head, value_token, value_head, cache_block, cache_head, count,
-    k_clip, v_clip, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr, TOKENS: tl.constexpr,
+    key, value, cache, slots, query_start, seq_lens, cos_sin, key_token, key_head, value_token, value_head, cache_block,
+    cache_head, count, sequences, k_clip, v_clip, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr, ROPE: tl.constexpr,
+    PAIRS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one KV head. Strides in elements of key and value and in bytes of the cache."""
+    """TOKENS tokens of one KV head. Strides in elements of key and value and in bytes of the cache.
+
+    query_start [sequences + 1] and seq_lens say at which positions K stands, which is turned to them if ROPE.
+    """
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, PADDED)
     slot = tl.load(slots + token, mask=token < count, other=-1)
@@ -62,7 +74,9 @@ def write(
     rows = token.to(tl.int64)[:, None]
     inside = stored[:, None] & (dim < DIM)[None, :]
 
-    x = tl.load(key + rows * key_token + head * key_head + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    position = positions_of(query_start, seq_lens, token, sequences, TOKENS) if ROPE > 0 else token
+    start = key + token.to(tl.int64) * key_token + head * key_head
+    x = load_rows(start, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
         x = hadamard(x, TOKENS, PADDED, BLOCK, STAGES, NORM)
     k_scale, k_zero, codes = quantized(x, k_clip, SYMMETRIC)

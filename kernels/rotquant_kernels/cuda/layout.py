@@ -48,12 +48,18 @@ def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
     """See `ops.prepare_weight`.
 
     Args:
-        packed: int32 [N, ceil(columns * bits / 32)], codes + 2^(bits - 1).
+        packed: int32 [N, ceil(columns * bits / 32)], codes + 2^(bits - 1); or a stack of such weights [E, ...].
     Returns:
-        int32 [words]: the layout above.
+        int32 [words], [E, words] of a stack: the layout above.
     Raises:
         ValueError: columns, bits or groups that the CUDA kernels do not read.
     """
+    if packed.dim() == 3:
+        first = pack_weight(packed[0], bits, columns, groups)
+        out = first.new_empty(len(packed), *first.shape)
+        for place, one in zip(out, packed, strict=True):  # one after the other: two copies of all would be too many
+            place.copy_(pack_weight(one, bits, columns, groups))
+        return out
     size = columns // groups
     if bits not in (4, 8) or packed.shape[1] != -(-columns * bits // 32) or columns % groups:
         raise ValueError(

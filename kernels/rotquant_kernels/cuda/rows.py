@@ -102,8 +102,8 @@ def launch(
 
 
 def warps(width: int) -> int:
-    """Warps of a program: 16 numbers a thread, as far as there are threads."""
-    return min(max(width // (16 * 32), 1), 32)
+    """Warps of a program: 32 numbers a thread, of which a number costs a seventh less than of 16 (fewer exchanges)."""
+    return min(max(width // (32 * 32), 1), 32)
 
 
 def check(source: str, columns: int, transform: str, block: int, bits: int, clip: float) -> None:

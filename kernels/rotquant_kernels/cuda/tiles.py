@@ -7,6 +7,7 @@ architecture's own before those for any; a row without a condition fits all.
     n, m, k      channels, tokens and columns of a step; k is the most: groups of scales may ask for less
     programs     wanted on each processor: where tiles are fewer, the columns are split among more (`splits`)
     registers    most of a thread, 0 for what the compiler wants
+    unpacked     1: the weight is unpacked for the server's own GEMM where that takes the layer (`scaled_mm`)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CANDIDATES = (1, *(1 + (1 << i) for i in range(13)))  # of numbers of tokens: be
 
 class Tiles(NamedTuple):
     """Sizes of one program: output channels, tokens, columns a step; its warps and its pipeline's depth; the most
-    registers of a thread; into how many parts the columns are split."""
+    registers of a thread; into how many parts the columns are split; whether to prefer an unpacked weight."""
 
     n: int
     m: int
@@ -36,6 +37,7 @@ class Tiles(NamedTuple):
     stages: int
     registers: int
     splits: int
+    unpacked: bool = False
 
 
 class Shape(NamedTuple):
@@ -77,7 +79,8 @@ def tiles(tokens: int, shape: Shape, device: Device) -> Tiles:
         # Sums are written and read, 8 bytes each; a column of operands is a byte a token and half of one a channel.
         least = OPERANDS * 8 * n * m // (n // 2 + m)
         splits = min(row["programs"] * device.processors // programs, shape.columns // least)
-    return Tiles(n, m, k, row["warps"], row["stages"], row["registers"], max(splits, 1))
+    cut = Tiles(n, m, k, row["warps"], row["stages"], row["registers"], max(splits, 1))
+    return cut._replace(unpacked=bool(row.get("unpacked")))
 
 
 def distinct_tokens(shape: Shape, device: Device) -> tuple[int, ...]:

@@ -155,6 +155,7 @@ def kv4_attention(
     rotate: int,
     symmetric: bool,
     window: int = 0,
+    cap: float = 0.0,
 ) -> None:
     """Causal attention of a mixed batch (prefill chunks and decode steps) over 4-bit pages, in float32.
 
@@ -169,6 +170,7 @@ def kv4_attention(
         block_table: int32 [B, P]; pages that no row sees may have any number.
         out: [T, heads, d] in query's dtype, filled; 0 in padding rows.
         window: positions that a query sees at most, its own and those before it; 0 for all.
+        cap: scores s become cap tanh(s / cap) before the softmax; 0 for none.
     """
     starts, lens = query_start.tolist(), seq_lens.tolist()
     out[starts[-1] :] = 0
@@ -181,7 +183,7 @@ def kv4_attention(
         pages, skipped = seen_pages([lens[b] for b in members], rows.shape[1], window, block_table[members], cache)
         keys, values = kv4_read(cache, pages, query.shape[-1], symmetric)
         ends = torch.tensor([lens[b] for b in members]) - skipped
-        out[rows] = attend(rotated[rows], keys, values, ends, scale, window).to(query.dtype)
+        out[rows] = attend(rotated[rows], keys, values, ends, scale, window, cap).to(query.dtype)
 
 
 def seen_pages(lens: list[int], steps: int, window: int, table: Tensor, cache: Tensor) -> tuple[Tensor, int]:
@@ -203,7 +205,9 @@ def seen_pages(lens: list[int], steps: int, window: int, table: Tensor, cache: T
     return table[:, first:last].long().masked_fill(~seen, 0), first * size
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float, window: int = 0) -> Tensor:
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
     """Causal grouped-query attention; query t of a sequence sees the first ends - T + t + 1 keys, or the last
     `window` of these.
 
@@ -217,6 +221,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ends: Tensor, scale: flo
     rows = heads // kv_heads * steps
     grouped = query.movedim(2, 1).reshape(batch, kv_heads, rows, dim)  # [B, kv_heads, group * T, d]
     scores = (grouped @ keys.mT * scale).view(batch, heads, steps, length)
+    scores = (scores / cap).tanh() * cap if cap else scores
     last = ends[:, None] - steps + torch.arange(steps)  # [B, T], last visible position
     hidden = torch.arange(length) > last[:, :, None]
     if window:

@@ -32,7 +32,7 @@ def scaled_product(
 
 
 def pack_weight(packed: Tensor, bits: int, columns: int, groups: int) -> Tensor:
-    """The reference reads the checkpoint's own layout, int32 [N, ceil(columns * bits / 32)]."""
+    """The reference reads the checkpoint's own layout, int32 [N, ceil(columns * bits / 32)], or [E, ...] of a stack."""
     return packed.clone()
 
 

@@ -10,7 +10,7 @@ from rotquant.checkpoint.source import save_text
 from rotquant.checkpoint.writer import HADAMARDS, input_transforms
 from rotquant.models import Architecture
 from rotquant.recipe import Recipe
-from rotquant.recipes.schemes import SPEED
+from rotquant.recipes.schemes import SPEED, suits
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
 from rotquant_kernels.formats import KVFormat
@@ -26,7 +26,7 @@ tags: [rotquant, compressed-tensors, {tag}]
 | | |
 |---|---|
 | weights | {weights}, {granularity}, {method}; mean relative rounding error {error:.4f} |
-| activations | {rows} per token, {symmetry}, clip ratio {a_clip} |{wide}
+| activations | {rows} per token, {symmetry}, clip ratio {a_clip} |{wide}{target}
 | KV cache | {kv} |
 | online transforms | {online} |
 | lm_head | {head} |
@@ -79,6 +79,7 @@ def write_card(
         error=sum(errors) / len(errors),
         rows=act.rows,
         wide=wide_row(arch, transforms),
+        target=f"\n| made for | {suited} |" if (suited := suits(recipe)) else "",
         speed=SPEED,
         symmetry=act.rows.symmetry,
         a_clip="learned for each layer" if any(layer.clips.keys() - layer.bits for layer in transforms.layers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat
 from rotquant.errors import RotQuantError
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from torch import Tensor
 
 from rotquant.checkpoint.source import Source
-from rotquant.models.architecture import Architecture, Experts, Tensors
+from rotquant.models.architecture import Architecture
 from rotquant.models.expert_tensors import ExpertTensors
+from rotquant.models.layer import Tensors
+from rotquant.models.mlp import Experts
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -37,7 +37,8 @@ from rotquant.checkpoint.sizes import check_sizes
 from rotquant.checkpoint.source import Source
 from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, read_config
+from rotquant.models import Architecture, read_config, torch_attention
+from rotquant.models.attention import Attention
 from rotquant_kernels import calls
 from rotquant_kernels.formats import KVFormat
 
@@ -72,7 +73,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
             module.prepare()
     for name, own in arch.attentions.items():
         attention: Any = model.get_submodule(name)
-        attention.rotquant_kv, attention.rotquant_window = checkpoint.attention(name), own.window
+        attention.rotquant_kv, attention.rotquant_own = checkpoint.attention(name), own
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -122,12 +123,13 @@ def kv4_attention(
     Returns:
         [B, T, heads, d] in query's dtype, 0 for padding; no attention weights.
     Raises:
-        RotQuantError: another kind of mask, a soft cap or sinks.
+        RotQuantError: another kind of mask, another soft cap than the architecture's, or sinks.
     """
-    if softcap is not None or s_aux is not None:
-        raise RotQuantError("attention with a soft cap or sinks does not run on a 4-bit KV cache")
     kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
-    window: int | None = module.rotquant_window  # type: ignore[assignment]
+    own: Attention = module.rotquant_own  # type: ignore[assignment]
+    if softcap != own.cap or s_aux is not None:
+        raise RotQuantError("attention with sinks, or another soft cap than config.json's, has no 4-bit KV cache")
+    window = own.window
     batch, heads, steps, dim = query.shape
     out = torch.zeros(batch, steps, heads, dim, dtype=query.dtype, device=query.device)
     scale = dim**-0.5 if scaling is None else scaling
@@ -136,7 +138,7 @@ def kv4_attention(
         skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
         rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
         q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
-        out[b, rows] = attend_pages(q, k, v, scale, kv, window)
+        out[b, rows] = attend_pages(q, k, v, scale, kv, window, own.cap)
     return out, None
 
 
@@ -164,8 +166,9 @@ def visible_range(mask: Tensor | None, b: int, steps: int, length: int, window: 
 
 
 def attend_pages(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None = None,
+    cap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of one sequence by the served ops.
 
     Args:
@@ -181,7 +184,7 @@ def attend_pages(
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv, window)
+    calls.kv_attention(query, pages, starts, lengths, table, out, scale, kv, window, cap)
     return out
 
 
@@ -198,7 +201,7 @@ def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple
     checkpoint = CheckpointFormat.of(config)
     check_targets(checkpoint, arch)
     del config.quantization_config
-    implementation = KV4_ATTENTION if checkpoint.kv else "sdpa"
+    implementation = KV4_ATTENTION if checkpoint.kv else torch_attention(arch)
     with _one_line(folder / "config.json"), _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, attn_implementation=implementation

@@ -23,7 +23,16 @@ from rotquant.checkpoint.layers import stored_shapes
 from rotquant.checkpoint.source import DTYPES, Source
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, Names, describe, expected_shapes, read_architecture, read_config
+from rotquant.models import (
+    Architecture,
+    Names,
+    describe,
+    expected_shapes,
+    is_known,
+    read_architecture,
+    read_config,
+    torch_attention,
+)
 from rotquant.models.text_half import PREFIXES, has_text_half
 from rotquant.text import check_tokenizer
 
@@ -75,9 +84,11 @@ def load_transformers(folder: Path, dtype: torch.dtype | str) -> tuple[PreTraine
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     half, left = _half(folder) if has_text_half(read_object(folder / "config.json")) else ({}, ())
+    config = half.get("config") or read_config(folder)
+    attention = torch_attention(describe(config)) if is_known(config) else "sdpa"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, **half, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
+            folder, **half, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True,
             trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     except Exception as error:  # of many kinds

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from rotquant.checkpoint.experts_format import ExpertsFormat
 from rotquant.checkpoint.quant_linear import QuantLinear
-from rotquant.models.architecture import Experts, GatedMLP
 from rotquant.models.mixture import route
+from rotquant.models.mlp import Experts, GatedMLP
 from rotquant_kernels import calls, prepare_experts
 
 

@@ -198,7 +198,7 @@ def write_config(
     config = text_half(json.loads((source / "config.json").read_text()))
     config.pop("auto_map", None)  # code of the original, which neither runs nor travels
     config |= arch.served
-    config["tie_word_embeddings"] = False
+    config["tie_word_embeddings"] = arch.stays_tied
     config["quantization_config"] = quantization
     config["rotquant"] = ext
     CheckpointFormat(quantization, ext, arch.head_dim)

@@ -14,23 +14,22 @@ A small model is one stretch, all of it. What enters the stretches in full preci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
-from rotquant.checkpoint.layers import read_gain, read_layer
+from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
+from rotquant.choose.full_precision import FullPrecision
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Job, forward
+from rotquant.learn.stream import Job
 from rotquant.models import Architecture
-from rotquant.models.decoder import decoders, rms_norm
-from rotquant.models.expert_tensors import each
-from rotquant.transforms.fold import VOCABULARY_ROWS, Fold
+from rotquant.transforms.fold import Fold
 from rotquant.weights.experts import ExpertsQuantizer
 
 SHARE = 10  # one layer in so many is quantized, and at least LEAST
@@ -40,7 +39,6 @@ JUDGED = 2048  # tokens, in windows of at most WINDOW: contexts differ more than
 WINDOW = 512
 CALIBRATED = 4  # of so many windows one calibrates a trial, but more where they are few:
 TOKENS = 4  # for each input of the widest linear
-LOGIT_ROWS = 512
 RUN = 32  # neighbouring tokens whose KL is not independent; shorter where there are fewer than RUNS of them
 RUNS = 8
 NOTHING = 0.01  # of the mean KL: differences below are rounding
@@ -91,8 +89,7 @@ class Judge:
         self.model, self.arch, self.journal = model, model.arch, journal
         self.stretches = stretches(self.arch.layers, effort)
         longest = max(model.tokens.shape[1], model.judged.shape[1])
-        self.decoders = decoders(self.arch, longest)
-        self.device = model.devices.first
+        self.full = FullPrecision(model.source, self.arch, model.devices, longest)
         known = journal.kept("full precision")
         if known is None:
             known = self._full_precision()
@@ -106,29 +103,19 @@ class Judge:
 
     @torch.no_grad()
     def _full_precision(self) -> dict[str, Tensor]:
-        """Residual streams float32 [n, T, hidden] entering each stretch, and the judged ones behind the last layer."""
+        """Residual streams float32 [n, T, hidden] entering each stretch, and what the judged ones shall come to."""
         starts = {stretch.start for stretch in self.stretches}
-        tokens, judged = (self._embedded(windows) for windows in (self.model.tokens, self.model.judged))
+        tokens, judged = (self.full.embedded(windows) for windows in (self.model.tokens, self.model.judged))
         found: dict[str, Tensor] = {}
         with Progress("choosing: full precision, layer", self.arch.layers, short=True) as progress:
             for index in range(self.arch.layers):
                 if index in starts:
                     found |= {f"tokens {index}": tokens, f"judged {index}": judged}
                 if index < max(starts):
-                    tokens = self._layer(index, tokens)
-                judged = self._layer(index, judged)
+                    tokens = self.full.layer(index, tokens)
+                judged = self.full.layer(index, judged)
                 progress.step()
-        return found | {"judged": judged}
-
-    def _embedded(self, windows: Tensor) -> Tensor:
-        rows = self.model.source.get(self.arch.names.embedding)[windows]
-        return rows.float() * self.arch.embedding_factor(rows.dtype)
-
-    def _layer(self, index: int, chain: Tensor) -> Tensor:
-        """The chain float32 [n, T, hidden] after a layer in full precision."""
-        read = read_layer(self.model.source, self.arch, index)
-        tensors = each(read, lambda tensor: tensor.float().to(self.device))
-        return forward(self.model.devices, self.decoders[index].on(self.device), tensors, chain)
+        return found | self.full.wanted(judged)
 
     def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
         """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
@@ -144,12 +131,12 @@ class Judge:
         with torch.no_grad():
             for stretch in self.stretches:
                 for index in range(following, stretch.start):
-                    done = self._layer(index, done)
+                    done = self.full.layer(index, done)
                 done = self._served(job, stretch, matrix, done, slots, progress)
                 following = stretch.stop
             for index in range(following, self.arch.layers):
-                done = self._layer(index, done)
-            return torch.cat([self._kl(p, q) for p, q in zip(self.judged("judged", turn), done, strict=True)])
+                done = self.full.layer(index, done)
+            return self.full.kl({name: self.judged(name, turn) for name in self.full.kept}, done)
 
     def judged(self, where: str, turn: int) -> Tensor:
         """Half of the judged windows in full precision; where there is but one window, that."""
@@ -167,7 +154,7 @@ class Judge:
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
         chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
-        quantizer = ExpertsQuantizer(recipe, job.transforms, self.decoders, job.dtype, job.devices)
+        quantizer = ExpertsQuantizer(recipe, job.transforms, self.full.decoders, job.dtype, job.devices)
         fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
         for index in stretch:
             if learner:
@@ -178,23 +165,6 @@ class Judge:
             h = quantizer.passed(h)
             progress.step()
         return h.float() if matrix is None else h.float() @ matrix.T
-
-    def _kl(self, full: Tensor, quantized: Tensor) -> Tensor:
-        """KL [T' - 1] of one window from the residual streams [T', hidden] behind the last layer."""
-        pairs = zip(*(h[:-1].split(LOGIT_ROWS) for h in (full, quantized)), strict=True)
-        rows = []
-        for p, q in pairs:
-            p, q = (torch.cat(list(self._logits(h)), -1).log_softmax(-1) for h in (p, q))
-            rows.append((p.exp() * (p - q)).sum(-1))
-        return torch.cat(rows).cpu()
-
-    def _logits(self, h: Tensor) -> Iterator[Tensor]:
-        """float32 logits of rows h [n, hidden], the vocabulary in slices."""
-        names, source, device = self.arch.names, self.model.source, self.device
-        normed = rms_norm(h.to(device), read_gain(source, self.arch).float().to(device), self.arch.eps)
-        head = source.get(names.embedding if self.arch.tied else names.head)
-        for rows in head.split(VOCABULARY_ROWS):
-            yield (normed / self.arch.logits_divisor) @ rows.float().to(device).T
 
 
 def basis(job: Job, size: int) -> Tensor | None:

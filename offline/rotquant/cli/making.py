@@ -19,6 +19,7 @@ def add_quantize(verbs: Verbs) -> None:
         "rotquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --calibration notes.txt\n"
         "  rotquant quantize ./model -o out --recipe rtn               no calibration text needed\n"
         "  rotquant quantize ./model -o out --scheme auto              8-bit activations where they pay most\n"
+        "  rotquant quantize ./model -o out --target sm_86             as int4 tensor cores of an RTX 3090 read it\n"
         "  rotquant quantize ./model -o out --set kv.bits=16           a recipe with one key changed\n"
         "  rotquant quantize ./model -o out --resume                   go on after Ctrl-C or a crash",
         more="Works layer by layer: memory stays near that of two layers and the vocabulary's tables, whatever their"
@@ -31,8 +32,14 @@ def add_quantize(verbs: Verbs) -> None:
         help="bits of weights, activations and KV cache, with any recipe (default: what the recipe says); auto: 4-bit"
         " activations, but 8-bit ones where 4 bits do most damage, found by measuring. `rotquant doctor` says which"
         " pays on this machine")  # fmt: skip
-    add("--budget", metavar="N|P%", help="of --scheme auto: at most so many of the (layer, site) pairs, or so large a"
-        " share of them, get 8 bits (default: 25%%)")  # fmt: skip
+    add("--target", choices=["cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],
+        help="device to serve on. sm_80, sm_86, sm_89 (A100; RTX 30xx, A10; RTX 40xx, L4, L40S) have int4 tensor cores:"
+        " what their kernels read, which is symmetric activations, one scale a channel, no low-rank branch. The others"
+        " multiply 4-bit activations in int8, where 8-bit ones cost nothing: w4a8kv4, unless --scheme says otherwise."
+        " --set wins over both")  # fmt: skip
+    add("--budget", metavar="N|P%|'P% KL'", help="of --scheme auto: at most so many of the (layer, site) pairs, or so"
+        " large a share of them, get 8 bits (default: 25%%); or as few as bring the KL to full precision to at most so"
+        " much: '5%% KL' is 0.05 nats a token, about 5%% of perplexity")  # fmt: skip
     add("--calibration", metavar="FILE|DATASET", help="text to calibrate on: .txt, .jsonl or a hub dataset")
     add("--samples", type=positive, metavar="N", help="calibration windows (default: the recipe's)")
     add("--seq-len", type=positive, metavar="L", help="tokens in a calibration window (default: the recipe's)")
@@ -69,6 +76,7 @@ def _quantize(args: argparse.Namespace) -> int:
         max_memory=args.max_memory,
         scheme=args.scheme,
         budget=args.budget,
+        target=args.target,
     )
     folder = shlex.quote(str(output))
     print(

@@ -22,9 +22,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
-        for sentences, group in groupby(text.splitlines(), lambda line: bool(line) and not line.startswith(" ")):
-            block = list(group)
-            lines += textwrap.wrap(" ".join(block), min(width, WIDEST)) if sentences else _fitted(block, width)
+        for sentences, found in groupby(text.splitlines(), lambda line: bool(line) and not line.startswith(" ")):
+            group = list(found)
+            lines += textwrap.wrap(" ".join(group), min(width, WIDEST)) if sentences else _fitted(group, width)
         return "\n".join(indent + line for line in lines)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -23,7 +23,7 @@ from rotquant.learn.options import EndToEnd
 from rotquant.learn.orthogonal import CayleySGD, StiefelAdam
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Job
-from rotquant.models.decoder import rms_norm
+from rotquant.models.decoder import capped, rms_norm
 from rotquant.models.expert_tensors import each, whole
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_r1
@@ -56,7 +56,7 @@ class QuantizedModel:
     def logits(self, h: Tensor) -> Tensor:
         """Of the residual stream behind the last layer, in the model's own basis."""
         arch = self.job.arch
-        return rms_norm(h, self.gain, arch.eps) / arch.logits_divisor @ self.head.T
+        return capped(rms_norm(h, self.gain, arch.eps) / arch.logits_divisor @ self.head.T, arch.logits_cap)
 
     def teacher(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the full-precision model."""

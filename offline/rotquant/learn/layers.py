@@ -19,9 +19,10 @@ from rotquant.learn.options import Blockwise
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
-from rotquant.learn.stream import Capture, Job, forward
+from rotquant.learn.stream import Capture, Job, forward, product_dtype
 from rotquant.models import Tensors
-from rotquant.models.architecture import Attention
+from rotquant.models.attention import Attention
+from rotquant.models.mlp import GatedMLP
 from rotquant.transforms.fold import per_query_head
 from rotquant.transforms.permutation import zigzag
 from rotquant.transforms.scaling import smooth_scale
@@ -58,7 +59,8 @@ class LayerLearner:
         """
         job, tensors, decoder = self.job, self.job.layer(index), self.decoders[index]
         seen = Capture(decoder.kind, ROWS, len(self.chain), self.chain.shape[1], generator(job.seed, f"layer.{index}"))
-        after = forward(job.devices, decoder, tensors, self.chain, seen)
+        exactly = torch.float32 if self.block else product_dtype(job.dtype, job.device)  # gradients want the difference
+        after = forward(job.devices, decoder, tensors, self.chain, seen, exactly)
         layer = known or SampleLearner(job, index, tensors, seen).layer
         if self.block and known is None:
             layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
@@ -77,6 +79,7 @@ class SampleLearner:
         self.job, self.index, self.recipe, self.tensors = job, index, job.recipe, tensors
         self.kind = job.arch.kinds[index]
         self.x = {site: seen.rows(site) for site in (*self.kind.sites, "v")}
+        self.inner = [seen.reads(mlp.down) for mlp in self.kind.mlp.gated]
         self.layer = replace(job.transforms.layers[index])
         self.layer.inputs = {site: list(stages) for site, stages in self.layer.inputs.items()}
         self.smooth()
@@ -102,22 +105,35 @@ class SampleLearner:
             per_head = per_query_head(layer.s_ov.view(attention.kv_heads, -1), attention).flatten()
             x["v"], x["o"] = x["v"] * layer.s_ov.float(), x["o"] * per_head.float()
         if scales.up == "smooth":
-            layer.s_ud = 1 / self.scale("down")
-            x["down"] = x["down"] * layer.s_ud.float()
+            pairs = zip(self.kind.mlp.gated, self.inner, strict=True)
+            layer.s_ud = 1 / torch.cat([self.inner_scale(mlp, rows) for mlp, rows in pairs])
+            if len(self.inner) == 1:
+                x["down"] = x["down"] * layer.s_ud.float()
 
     def scale(self, site: str) -> Tensor:
-        """λ float64 [K] of a site."""
-        x, alpha = self.x[site], self.recipe.scales.alpha
+        """λ float64 [K] of a site behind a norm."""
         one = {
             "attn": self.kind.attention.reads[:1],
             "mlp": tuple(mlp.up for mlp in self.kind.mlp.gated),
         }  # what OmniQuant's code looks at
         every = self.kind.sites[site]
         linears = every if self.recipe.scales.weights == "all" else one.get(site, every)
-        weight = torch.cat([self.tensors[f"{linear}.weight"].cpu() for linear in linears])
-        if alpha != "search":
-            return smooth_scale(x.abs().amax(0), weight.abs().amax(0), float(alpha))
-        block = self.job.transforms.r4_block if site == "down" else 0
+        return self.between(self.x[site], linears)
+
+    def inner_scale(self, mlp: GatedMLP, x: Tensor) -> Tensor:
+        """λ float64 [width] between up and down of a gated MLP; 1 of an expert that no token went to."""
+        if not len(x):
+            return torch.ones(mlp.width, dtype=torch.float64)
+        return self.between(x, (mlp.down,), self.job.transforms.r4_block)
+
+    def between(self, x: Tensor, linears: tuple[str, ...], block: int = 0) -> Tensor:
+        """λ float64 [K] of linears that read x [n, K], in front of a block Hadamard where `block` is not 0."""
+        alpha = self.recipe.scales.alpha
+        read = (self.tensors[f"{linear}.weight"] for linear in linears)
+        if alpha != "search":  # of experts one is in memory at a time
+            largest = torch.stack([weight.abs().amax(0).cpu() for weight in read]).amax(0)
+            return smooth_scale(x.abs().amax(0), largest, float(alpha))
+        weight = torch.cat([one.cpu() for one in read])
 
         def rotate(rows: Tensor) -> Tensor:
             return reference.hadamard(rows, block) if block else rows

@@ -97,6 +97,9 @@ class Tuning(Part):
     scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
     gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch, relative")
     clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
+    routing: float = Field(
+        default=4.0, ge=0, description="weight of the KL of routers' probabilities, mean of the layers with experts"
+    )
 
     def without_clips(self) -> Tuning | None:
         """The same for a checkpoint that can hold no clip ratio; None where nothing else is tuned."""

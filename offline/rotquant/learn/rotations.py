@@ -18,8 +18,8 @@ from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Surrogate
 from rotquant.learn.steps import ALONE, Loop
-from rotquant.learn.stream import Capture, Job, forward
-from rotquant.models.architecture import Attention
+from rotquant.learn.stream import Capture, Job, forward, product_dtype
+from rotquant.models.attention import Attention
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.klt import covariance, equal_variances
@@ -59,7 +59,8 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
             seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
-            chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen)
+            compute = product_dtype(job.dtype, job.device)
+            chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen, compute)
             found += [seen.rows(site) for site in kind.norms]
             progress.step()
     rows = torch.cat(found)

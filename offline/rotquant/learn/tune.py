@@ -19,14 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from rotquant.checkpoint.journal import Slot
 from rotquant.checkpoint.layers import read_gain
 from rotquant.common.progress import Progress
-from rotquant.learn.distill import divergence, token_kl
+from rotquant.learn.distill import divergence, routing_divergence, token_kl
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
-from rotquant.learn.stream import Job
+from rotquant.learn.stream import Job, forward, product, product_dtype
 from rotquant.learn.tuned_layer import TunedLayer
 from rotquant.models import Tensors
-from rotquant.models.decoder import Linear, bias_of, rms_norm
+from rotquant.models.decoder import Decoder, rms_norm
+from rotquant.models.expert_tensors import each
+from rotquant.models.mlp import Experts
 from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
 
@@ -60,11 +62,16 @@ class ServedModel:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """What the head reads, float32 [n, hidden], of tokens [B, T]."""
-        arch = self.job.arch
+        return self.heard(tokens)[0]
+
+    def heard(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads, and what the routers say: float32 [n, experts] of each mixture."""
+        arch, routers = self.job.arch, []
         h = self.embedding[tokens].float() * arch.embedding_factor(self.job.dtype)
         for layer in self.layers:
-            h = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
-        return (rms_norm(h, self.gain, arch.eps) / arch.logits_divisor).flatten(0, 1)
+            h, router = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
+            routers += [] if router is None else [router]
+        return (rms_norm(h, self.gain, arch.eps) / arch.logits_divisor).flatten(0, 1), routers
 
     def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
         rates = {
@@ -96,17 +103,23 @@ def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None, aside: Te
     judge = None if aside is None else Held(job, aside)
     found = {} if judge is None else {BEFORE: judge(ServedModel(job, quantized, AS_STORED))}
     model = ServedModel(job, quantized, options)
-    wanted = targets(job, job.tokens, model.compute)
+    wanted, choices = targets(job, job.tokens, model.compute)
     windows = order(len(job.tokens), options, generator(job.seed, "tune"))
     steps = Steps(options.steps, [model.optimiser(options)], slot)
     with Progress("tuning: step", options.steps, steps.done, short=True) as progress:
         for step in steps:
             chosen = windows[step]
-            student = model(job.tokens[chosen].to(job.device))
-            loss = divergence(student, wanted[chosen].flatten(0, 1).to(job.device), model.head)
+            student, routers = model.heard(job.tokens[chosen].to(job.device))
+            cap = job.arch.logits_cap
+            loss = divergence(student, wanted[chosen].flatten(0, 1).to(job.device), model.head, cap)
+            note = f"KL {loss.item():.4f}"
+            if routers:
+                pairs = zip(routers, choices, strict=True)
+                of_routers = torch.stack([routing_divergence(r, c[chosen].flatten(0, 1)) for r, c in pairs]).mean()
+                loss, note = loss + options.routing * of_routers, f"{note}, of routers {of_routers.item():.4f}"
             loss.backward()
             steps.advance()
-            progress.step(f"KL {loss.item():.4f}")
+            progress.step(note)
     found |= {} if judge is None else {AFTER: judge(model)}
     found |= flat([layer.result(tensors) for layer, tensors in zip(model.layers, quantized, strict=True)])
     return found | {NORM: model.gain.detach().cpu()}
@@ -116,14 +129,14 @@ class Held:
     """Windows that nothing learned from, int64 [n, T], and what the original makes of them."""
 
     def __init__(self, job: Job, windows: Tensor) -> None:
-        self.windows, self.wanted = windows, targets(job, windows, product_dtype(job.dtype, job.device))
+        self.windows, self.wanted = windows, targets(job, windows, product_dtype(job.dtype, job.device))[0]
 
     @torch.no_grad()
     def __call__(self, model: ServedModel) -> Tensor:
         """KL float32 [n (T - 1)] of each predicted token."""
-        device = model.job.device
+        device, cap = model.job.device, model.job.arch.logits_cap
         pairs = zip(self.windows, self.wanted, strict=True)
-        found = [token_kl(model(ids[None].to(device)), t.to(device), model.head)[:-1].cpu() for ids, t in pairs]
+        found = [token_kl(model(ids[None].to(device)), t.to(device), model.head, cap)[:-1].cpu() for ids, t in pairs]
         return torch.cat(found)
 
 
@@ -143,38 +156,37 @@ def layer_of(tuned: Tensors, index: int) -> tuple[Tensors, dict[str, float]]:
 
 
 @torch.no_grad()
-def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> Tensor:
-    """What the original's head reads of int64 [n, T], in the folded head's basis: [n, T, hidden], on the CPU."""
-    arch, names = job.arch, job.arch.names
+def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """What the original says of int64 [n, T], on the CPU.
+
+    Returns:
+        what its head reads in the folded head's basis, [n, T, hidden]; of each mixture the logarithms of the router's
+        probabilities, float16 [n, T, experts].
+    """
+    arch, names, routers = job.arch, job.arch.names, []
     chain = job.source.get(names.embedding)[tokens].float() * arch.embedding_factor(job.dtype)
     with Progress("tuning: original's layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
-            tensors = {name: t.to(job.device) for name, t in job.read(index).items()}
-            linear = product(tensors, compute)
-            for i, h in enumerate(chain):
-                chain[i] = decoder.layer(tensors, h.to(job.device), linear).cpu()
+            if isinstance(decoder.kind.mlp, Experts):
+                chain, router = through_mixture(job, index, decoder, chain)
+                routers.append(router)
+            else:
+                tensors = {name: t.to(job.device) for name, t in job.read(index).items()}
+                linear = product(tensors, compute)
+                for i, h in enumerate(chain):
+                    chain[i] = decoder.layer(tensors, h.to(job.device), linear).cpu()
             progress.step()
     gain, r1 = read_gain(job.source, arch).float(), job.transforms.r1
     found = [rms_norm(h, torch.ones_like(gain) if r1 else gain, arch.eps) / arch.logits_divisor for h in chain]
-    return torch.stack([(r1.rows(x) if r1 else x).to(compute) for x in found])
+    return torch.stack([(r1.rows(x) if r1 else x).to(compute) for x in found]), routers
 
 
-def product(tensors: Tensors, compute: torch.dtype) -> Linear:
-    """The original's linears, float32 in and out."""
-    weights = {name: t.to(compute) for name, t in tensors.items() if t.dim() == 2}
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        made = torch.nn.functional.linear(x.to(compute), weights[f"{name}.weight"]).float()
-        bias = bias_of(tensors, name)
-        return made if bias is None else made + bias.float()
-
-    return linear
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 for a model in 16 bits where the hardware multiplies it, else float32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and dtype.itemsize == 2 else torch.float32
+def through_mixture(job: Job, index: int, decoder: Decoder, chain: Tensor) -> tuple[Tensor, Tensor]:
+    """The original's chain [n, T, hidden] after a layer with experts, and the router's of `targets`."""
+    said: list[Tensor] = []
+    tensors = each(job.read(index), lambda tensor: tensor.float().to(job.device))
+    after = forward(job.devices, decoder, tensors, chain, routed=said)
+    return after, torch.cat(said).log_softmax(-1).half().view(*chain.shape[:2], -1)
 
 
 def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:

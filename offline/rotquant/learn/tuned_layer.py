@@ -17,7 +17,8 @@ that little is lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
 from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
@@ -56,15 +58,15 @@ class TunedLayer(nn.Module):
         kind, form = decoder.kind, recipe.weights.form
         self.kv = recipe.kv.form(r3, transforms.clips) if kind.attends else None
         self.stages, self.start = transforms.inputs, transforms.clips
-        self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products
+        self.form = form
+        self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products; those of routed experts as they are packed
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
         self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
         self.units: Tensors = {}
         self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
-            codes = form.unpack(packed, kind.shapes[name][1])
-            self.codes[name] = codes.to(compute).unflatten(1, (scale.shape[1], -1))
+            self.codes[name] = packed if kind.shares[name] < 1 else self._unpacked(name, packed, scale.shape[1])
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
                 if f"{name}.{part}" in tensors:
@@ -72,7 +74,8 @@ class TunedLayer(nn.Module):
                     self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
                     self.branch[named] = nn.Parameter(factor / self.units[named])
         self.fixed |= {name: tensors[name] for name in kind.attention.kept}
-        self.fixed |= {f"{n}.weight": tensors[f"{n}.weight"].float() for n in kind.attention.full_precision}
+        exact = (name for names in kind.full_precision.values() for name in names)
+        self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}
         for norm in kind.every_norm:
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
         for name, ratio in self._ratios().items():
@@ -93,15 +96,17 @@ class TunedLayer(nn.Module):
         ratio = self.clips[name].sigmoid()
         return rows.clipped(ratio.item()), ratio
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h' of h [..., T, hidden], float32."""
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h' of h [..., T, hidden], float32; and the router's logits [N, experts], where there is one."""
         tensors = self.fixed | {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
         seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
+        exact: Tensors = {}  # what linears in full precision make
 
         def linear(name: str, x: Tensor) -> Tensor:
             nonlocal seen
             if name not in self.decoder.kind.site_of:
-                return nn.functional.linear(x.float(), tensors[f"{name}.weight"])
+                exact[name] = nn.functional.linear(x.float(), tensors[f"{name}.weight"])
+                return exact[name]
             site = self.decoder.kind.site_of[name]
             if seen is None or seen[0] is not x or seen[1] != site:
                 y = transformed(x.float(), self.stages.get(site, []))
@@ -109,19 +114,29 @@ class TunedLayer(nn.Module):
             made = self._product(name, seen[3])
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
             if down in self.branch:
-                made = made + (seen[2].to(self.compute) @ self._low(down) @ self._low(up)).float()
+                made = made + seen[2].to(self.compute) @ self._low(down) @ self._low(up)
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 
-        return self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
+        after = self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
+        block = self.decoder.kind.mlp
+        return after, exact[block.router] if isinstance(block, Experts) else None
 
     def _product(self, name: str, x: Tensor) -> Tensor:
-        """x Wᵀ, float32, the scales as stored."""
+        """x Wᵀ in the dtype of products, as it is served; the scales as stored."""
         codes, scale = self.codes[name], self.scales[key(name)].exp()
         scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
+        unpack = partial(self._unpacked, name, groups=scale.shape[1])
         if scale.shape[1] == 1:  # no gradient of W is needed for that of s
-            return nn.functional.linear(x, codes.flatten(1)).float() * scale.flatten()
-        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1)).float()
+            made = Unpacking.apply(x, codes, unpack) if codes.dim() == 2 else nn.functional.linear(x, codes.flatten(1))
+            return made * scale.flatten().to(self.compute)
+        codes = unpack(codes) if codes.dim() == 2 else codes
+        return nn.functional.linear(x, (codes * scale.to(self.compute)).flatten(1))
+
+    def _unpacked(self, name: str, packed: Tensor, groups: int) -> Tensor:
+        """Codes [N, G, K / G]."""
+        codes = self.form.unpack(packed, self.decoder.kind.shapes[name][1])
+        return codes.to(self.compute).unflatten(1, (groups, -1))
 
     def _low(self, name: str) -> Tensor:
         return self._factor(name).to(self.compute)
@@ -175,6 +190,20 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
+
+
+class Unpacking(torch.autograd.Function):
+    """x cᵀ of codes c that are unpacked when they are needed, and again for the gradient: experts are many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, unpack: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.packed, ctx.unpack = packed, unpack
+        return nn.functional.linear(x, unpack(packed).flatten(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] @ ctx.unpack(ctx.packed).flatten(1), None, None
 
 
 class Rounded(torch.autograd.Function):

@@ -7,7 +7,9 @@ For each predicted token, p the full-precision and q the quantized model's distr
     nll = -mean(log q(token)),   perplexity = exp(nll),   KL = mean(sum(p (log p - log q))) in nats,
     top-1 agreement = share of tokens where argmax p = argmax q,
     greedy tokens = how many of full precision's CONTINUED greedy tokens come before q's first other choice, mean over
-                    PROMPTS windows' first PROMPT_TOKENS tokens.
+                    PROMPTS windows' first PROMPT_TOKENS tokens,
+    routing agreement = share of the experts that full precision chooses which q chooses too, mean over layers; of a
+                    mixture of experts only.
 
 Both models run in their own dtype, as they are served; all of the above is float32 (sums over tokens
 float64). Both are in memory, the logits of a few windows at a time.
@@ -36,7 +38,9 @@ from rotquant.common.progress import Progress, peak_memory
 from rotquant.common.signals import ctrl_c_remembered
 from rotquant.errors import RotQuantError
 from rotquant.measure.evaluate import BATCH_TOKENS, LOGIT_ROWS, load_any, safe_exp, text_windows
+from rotquant.measure.inspection.routing import choices_watched, routing_facts
 from rotquant.measure.online_cost import online_cost
+from rotquant.models import read_architecture
 from rotquant.pipeline import quantize
 
 PROMPTS, PROMPT_TOKENS, CONTINUED = 50, 32, 32
@@ -133,9 +137,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     folder = fetch(job["model"])
     batch = text_windows(Path(job["text"]), folder, job["seq_len"], job["tokens"])
     full = load_any(folder)
-    quantized = load(checkpoint, device=full.device)
-    with Progress(f"{job['label']}: window", len(batch)) as progress:
+    quantized, arch = load(checkpoint, device=full.device), read_architecture(folder)
+    with (
+        Progress(f"{job['label']}: window", len(batch)) as progress,
+        choices_watched(full, arch) as before,
+        choices_watched(quantized, arch) as after,
+    ):
         distance = measure(full, quantized, batch, progress.step)
+    routing = [layer["agreement"] for layer in routing_facts(arch, after, before)]
     greedy, cost = greedy_tokens(full, quantized, batch), online_cost(checkpoint)
     return asdict(distance) | {
         "perplexity": safe_exp(distance.nll),
@@ -143,6 +152,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "quantize_seconds": spent.get("seconds"),
         "quantize_peak_gb": spent.get("peak_gb"),
         "greedy_tokens": greedy,
+        "routing_agreement": sum(routing) / len(routing) if routing else None,
         "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.glob("model-*.safetensors")),
         "online_multiply_adds": cost.online,
         "online_share": cost.online / cost.gemm,

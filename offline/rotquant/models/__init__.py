@@ -1,10 +1,12 @@
 """What rotquant knows about models: an architecture is data in one file, the rest of the quantizer asks it.
 
-architecture    the data types                     registry    the families, one file each
-decoder         how a layer computes               reading     config.json -> architecture; transformers' own model
+architecture    a whole model as data              layer, attention, delta, mlp    what it is made of
+registry        the families, one file each        config_fields   what config.json may say
+decoder         how a layer computes               reading         config.json -> architecture; transformers' own model
 """
 
-from rotquant.models.architecture import Architecture, Layer, Names, Tensors, head_size
+from rotquant.models.architecture import Architecture, Names, head_size
+from rotquant.models.layer import Layer, Tensors
 from rotquant.models.reading import (
     describe,
     expected_shapes,
@@ -13,6 +15,7 @@ from rotquant.models.reading import (
     read_config,
     rotary,
     skeleton,
+    torch_attention,
 )
 
 __all__ = [
@@ -28,4 +31,5 @@ __all__ = [
     "read_config",
     "rotary",
     "skeleton",
+    "torch_attention",
 ]

@@ -20,6 +20,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models.config_rope import ROPE_FIELDS, check_rope
 from rotquant.models.config_rules import Known, Rule, boolean, number, one_of, texts, tokens, whole
 from rotquant.models.registry import BY_CLASS, KNOWN_BY_CLASS
+from rotquant.models.unsupported import REASONS
 from rotquant.models.windows import SLIDING
 
 Fields = dict[str, Any]
@@ -199,7 +200,10 @@ def check_architecture(where: str, raw: Fields) -> Known:
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(BY_CLASS):
         found = short(repr(names or []), 80)
-        raise RotQuantError(f"{where}: architectures is {found}, supported are {', '.join(BY_CLASS)}")
+        reason = REASONS.get(str(names[0])) if isinstance(names, list) and names else None
+        raise RotQuantError(
+            f"{where}: architectures is {found}{f': {reason}' if reason else ''}, supported are {', '.join(BY_CLASS)}"
+        )
     known = KNOWN_BY_CLASS[names[0]]
     if raw.get("model_type") != known.model_type:
         raise RotQuantError(

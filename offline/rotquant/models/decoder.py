@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotquant.models.architecture import Architecture, Attention, Experts, Layer, PositionScale, Tensors
+from rotquant.models.architecture import Architecture
+from rotquant.models.attention import Attention, PositionScale
 from rotquant.models.delta import DeltaNet, delta_attention
+from rotquant.models.layer import Layer, Tensors
 from rotquant.models.mixture import inner, mixture
+from rotquant.models.mlp import Experts
 from rotquant.models.reading import rotary
 from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import KVFormat
@@ -70,7 +73,7 @@ class Decoder:
         value = linear(attention.value, x1).unflatten(-1, (-1, attention.head_dim)).float()
         if cache:
             query, key, value = cache(query, key, value)
-        mixed = causal(query, key, value, attention.scale, attention.window).flatten(-2).to(x1.dtype)
+        mixed = causal(query, key, value, attention.scale, attention.window, attention.cap).flatten(-2).to(x1.dtype)
         return mixed if gate is None else mixed * gate.sigmoid()
 
     def query_and_gate(self, y: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +119,7 @@ class Decoder:
         total = torch.zeros(steps, device=x1.device)
         for head in range(heads):  # one at a time: T x T numbers
             scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * attention.scale
+            scores = capped(scores, attention.cap)
             total += scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
         return total / heads
 
@@ -181,13 +185,24 @@ def visible(steps: int, window: int | None, device: torch.device) -> Tensor:
     return ones if window is None else ones.triu(1 - window)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(scores / cap); the scores where there is no cap."""
+    return scores if cap is None else (scores / cap).tanh() * cap
+
+
+def causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None, cap: float | None = None
+) -> Tensor:
     """Causal attention of query [..., T, heads, d] over key and value [..., T, kv_heads, d]; [..., T, heads, d].
 
     torch's fast kernels want exactly one dimension of batches: without one its plain product takes six times as long.
     """
     q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
     steps = query.shape[-3]
+    if cap is not None:  # which torch's kernels do not have
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = capped(q @ k.mT * scale, cap).masked_fill(~visible(steps, window, q.device), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(query.shape)
     mask = visible(steps, window, query.device) if window and window < steps else None
     mixed = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return mixed.transpose(1, 2).reshape(query.shape)

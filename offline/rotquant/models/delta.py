@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from rotquant.errors import RotQuantError
+from rotquant.models.attention import Shape
 
 Linear = Callable[[str, Tensor], Tensor]
-Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rotquant.models.architecture import Experts, Layer, Tensors
+from rotquant.models.layer import Layer, Tensors
+from rotquant.models.mlp import Experts
 
 Change = Callable[[Tensors], Tensors]
 

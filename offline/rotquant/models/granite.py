@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from rotquant.models.architecture import Architecture, Family, Layer
+from rotquant.models.architecture import Architecture, Family
 from rotquant.models.config_rules import Known, exactly, number, whole
+from rotquant.models.layer import Layer
 from rotquant.models.llama import attention, layer, model
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rotquant.models import Layer, Tensors, describe
-from rotquant.models.architecture import Attention, Experts
+from rotquant.models.attention import Attention
+from rotquant.models.mlp import Experts
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 

@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rotquant.models.architecture import Architecture, Attention, Family, GatedMLP, Layer, head_size
+from rotquant.models.architecture import Architecture, Family, head_size
+from rotquant.models.attention import Attention
 from rotquant.models.config_rules import Known
+from rotquant.models.layer import Layer
+from rotquant.models.mlp import GatedMLP
 from rotquant.models.windows import windows
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from rotquant.models.architecture import Architecture, Family, PositionScale
+from rotquant.models.architecture import Architecture, Family
+from rotquant.models.attention import PositionScale
 from rotquant.models.config_rules import Known, number, whole
 from rotquant.models.llama import attention, layer, model, plain_windowed, windowed
 

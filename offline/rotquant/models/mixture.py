@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from rotquant.models.architecture import Experts, GatedMLP
+from rotquant.models.mlp import Experts, GatedMLP
 
 Linear = Callable[[str, Tensor], Tensor]
 

@@ -12,9 +12,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from rotquant.errors import RotQuantError
-from rotquant.models.architecture import Architecture, Attention, Experts, Family, GatedMLP, Layer
+from rotquant.models.architecture import Architecture, Family
+from rotquant.models.attention import Attention
 from rotquant.models.config_rules import Known, boolean, exactly, whole
+from rotquant.models.layer import Layer
 from rotquant.models.llama import attention, layer, model, windowed
+from rotquant.models.mlp import Experts, GatedMLP
 
 MOST_EXPERTS = 2**12
 

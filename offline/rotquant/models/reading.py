@@ -54,6 +54,12 @@ def _checked(file: Path) -> dict[str, Any]:
     return raw
 
 
+def torch_attention(arch: Architecture) -> str:
+    """What transformers calls the attention that computes this model: torch's fast kernels have no soft cap, and
+    "sdpa" drops it in silence."""
+    return "eager" if arch.caps_scores else "sdpa"
+
+
 def is_known(config: PreTrainedConfig) -> bool:
     """Whether some family describes the class that a config names."""
     return bool(set((config.architectures or [])[:1]) & BY_CLASS.keys())

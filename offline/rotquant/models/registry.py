@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rotquant.models.architecture import Family
-from rotquant.models.gemma import GEMMA3
+from rotquant.models.gemma import GEMMA2, GEMMA3
 from rotquant.models.granite import GRANITE, GRANITE4
 from rotquant.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from rotquant.models.ministral import MINISTRAL, MINISTRAL3
@@ -27,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     MIXTRAL,
     QWEN35,
+    GEMMA2,
     GEMMA3,
 )
 BY_CLASS = {name: family for family in FAMILIES for name in family.classes}

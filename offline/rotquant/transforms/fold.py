@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.models.architecture import Attention
+from rotquant.models.attention import Attention
 from rotquant.models.expert_tensors import by_expert, each
 from rotquant.transforms.space import LayerTransforms, Rotation, Transforms
 from rotquant_kernels import KINDS, Stage

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rotquant.models import Tensors
-from rotquant.models.architecture import Experts, GatedMLP
 from rotquant.models.expert_tensors import ExpertTensors
 from rotquant.models.mixture import Routing, agreement, inner, route, shared_output
+from rotquant.models.mlp import Experts, GatedMLP
 from rotquant.weights.layerwise import LayerQuantizer
 
 ROWS = 2048  # tokens of an expert computed at a time

@@ -11,6 +11,7 @@ on with the recipe's bits everywhere, as the served model's would without a budg
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -38,16 +39,21 @@ def pairs(arch: Architecture) -> list[tuple[int, str]]:
     return [(index, site) for index, kind in enumerate(arch.kinds) for site in kind.sites]
 
 
-def widen(recipe: Recipe, arch: Architecture, transforms: Transforms, damage: Tensor) -> Transforms:
-    """The transforms with 8 bits at the sites of most damage, float64 [pairs], as many as the budget allows."""
-    known = pairs(arch)
-    worst = damage.argsort(descending=True, stable=True)[: recipe.activations.wide(len(known))]
-    chosen, share = [known[i] for i in worst.tolist()], float(damage[worst].sum() / damage.sum())
-    say(f"precision: 8-bit activations at {len(chosen)} of {len(known)} sites, with {share:.0%} of the damage")
-    layers = [
-        layer.widened([site for at, site in chosen if at == index]) for index, layer in enumerate(transforms.layers)
-    ]
+def widen(arch: Architecture, transforms: Transforms, damage: Tensor, count: int) -> Transforms:
+    """The transforms with 8 bits at the `count` sites of most damage, float64 [pairs]."""
+    chosen = worst(arch, damage, count)
+    share = float(damage.sort(descending=True).values[:count].sum() / damage.sum())
+    say(f"precision: 8-bit activations at {count} of {len(damage)} sites, with {share:.0%} of the damage")
+    layers = [layer.widened(chosen.get(index, ())) for index, layer in enumerate(transforms.layers)]
     return replace(transforms, layers=layers)
+
+
+def worst(arch: Architecture, damage: Tensor, count: int) -> dict[int, list[str]]:
+    """The `count` sites of most damage, by layer."""
+    known, found = pairs(arch), defaultdict[int, list[str]](list)
+    for i in damage.argsort(descending=True, stable=True)[:count].tolist():
+        found[known[i][0]].append(known[i][1])
+    return found
 
 
 class DamageMeter:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import empty_steps
 from rotquant_kernels import reference
 from rotquant_kernels.cuda import kv4, kv4_dense, workspace
+from rotquant_kernels.cuda.rope import Rope, turned
 from test_kv4_native import Batch, make_batch, randn, rows_to_write, strided
 from test_linear_native import same
 
@@ -30,7 +31,7 @@ def few(examples: int) -> settings:
 def attend(batch: Batch) -> torch.Tensor:
     """Rows of the batch; what follows them must be 0."""
     b, out = batch, strided(torch.full(batch.query.shape, 7.0), batch.query.dtype)
-    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric, b.window)
+    kv4.attention(b.query, b.cache, b.starts, b.lens, b.table, out, b.scale, b.rotate, b.symmetric, b.window, b.cap)
     assert (out[int(b.starts[-1]) :] == 0).all()
     return out[: int(b.starts[-1])]
 
@@ -73,6 +74,44 @@ def test_attention_adds_little_to_the_error_of_four_bits(
     out, codes, real = attend(batch).double(), batch.exact(quantized=True), batch.exact(quantized=False)
     rounding = torch.finfo(dtype).eps * codes.norm()
     assert (out - codes).norm() <= 0.2 * (codes - real).norm() + rounding
+
+
+def rope_of(dims: int, pairs: bool, dtype: torch.dtype) -> Rope:
+    angles = torch.arange(400)[:, None] * 10.0 ** -torch.linspace(0, 3, dims // 2)
+    return Rope(torch.cat((angles.cos(), angles.sin()), -1).to(dtype), pairs)
+
+
+@few(4)
+@given(SEEDS, st.lists(st.tuples(st.integers(1, 140), st.integers(1, 9)), min_size=1, max_size=3), HEADS, PAGES,
+       st.sampled_from([torch.float32, torch.float16]), st.booleans(), st.booleans(), st.booleans())  # fmt: skip
+def test_rotary_positions_are_the_same_inside_a_launch(
+    planned, seed, sequences, head, page, dtype, symmetric, pairs, part
+):
+    """Bit for bit as if q and k had been turned before: pages, attention of both kinds, queries of a long prefill."""
+    lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
+    batch = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, dtype, seed)
+    rope = rope_of(head[0] // 2 if part else head[0], pairs, dtype)
+    positions = torch.cat([torch.arange(n - new, n) for n, new in zip(lens, steps, strict=True)])
+    count = len(positions)
+    placed = torch.cat((turned(batch.query[:count], positions, rope), batch.query[count:]))
+
+    key, value = (strided(rows_to_write(count + 2, 2, head[0], seed + i), dtype) for i in range(2))
+    key = key.nan_to_num(0, 0, 0)  # a product of infinity may be NaN in one order and not in the other
+    slots = torch.randperm(-(-count // page) * page + page, generator=torch.Generator().manual_seed(seed))[:count]
+    pages = torch.zeros(-(-count // page) + 1, 2, page, reference.kv_token_bytes(head[0], symmetric), dtype=torch.uint8)
+    expected, rest = pages.clone(), (head[1], symmetric, 0.95, 0.9)
+    reference.kv4_write(turned(key[:count], positions, rope), value[:count], expected, slots, *rest)
+    kv4.write(key, value, pages, slots, *rest, rope, batch.starts, batch.lens)
+    assert torch.equal(pages, expected)
+
+    for plan in ((8, 2), (64, 1)):
+        planned(*plan)
+        out = torch.empty_like(batch.query)
+        given = batch.starts, batch.lens, batch.table, out, batch.scale, head[1], symmetric, 0, 0.0
+        kv4.attention(batch.query, batch.cache, *given, rope)
+        assert same(out[:count], attend(batch._replace(query=placed)))
+    given = head[1], batch.starts, batch.lens, rope
+    assert same(kv4_dense.turned(batch.query[:count], *given), kv4_dense.turned(placed[:count], head[1]))
 
 
 def over_sdpa(query, keys, values, out, starts, lens, table, most_new, longest, scale):
@@ -128,13 +167,13 @@ def test_a_long_prefill_over_the_workspace_adds_little_to_the_error_of_four_bits
 
 @few(4)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 12)), min_size=1, max_size=2), HEADS, PAGES,
-       st.booleans(), st.sampled_from([1, 17, 100, 130]),
+       st.booleans(), st.sampled_from([1, 17, 100, 130]), st.sampled_from([0.0, 0.5]),
        st.sampled_from([(8, 1), (8, 4), (64, 1), (64, 4)]))  # fmt: skip
-def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, plan):
+def test_a_window_hides_what_is_before_it(planned, seed, sequences, head, page, symmetric, window, cap, plan):
     """Pages that are gone among it; a window that is ignored, or one token too long, gives NaN."""
     planned(*plan)
     lens, steps = [n for n, _ in sequences], [min(sequence) for sequence in sequences]
-    whole = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed)
+    whole = make_batch(lens, steps, 1, 3, head[0], page, head[1], symmetric, torch.float32, seed)._replace(cap=cap)
     exact = whole._replace(window=window)
     out, codes, real = attend(whole.windowed(window)), exact.exact(quantized=True), exact.exact(quantized=False)
     assert (out - codes).norm() <= 0.2 * (codes - real).norm() + 1e-6 * codes.norm()

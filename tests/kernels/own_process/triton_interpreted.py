@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import empty_steps
+import test_experts
 from rotquant_kernels import KINDS, convention, reference
-from rotquant_kernels.cuda import gemm, layout, linear, rows
+from rotquant_kernels.cuda import experts, gemm, layout, linear, rows, scaled_mm
 from rotquant_kernels.cuda.device import Device
 from test_linear_native import activations, gate_up, linear_case, same
 
@@ -192,6 +193,43 @@ def test_every_tile_of_a_long_batch_is_made():
             assert same(gemm.int_linear(x, layout.pack_weight(packed, 4, 64, 1), scale, *rest), expected)
 
 
+def served_product(codes, weight, scale, weight_scale, dtype, sums, zero):
+    """A server's GEMM in torch, as CUTLASS asks to be called and in the order in which it multiplies."""
+    assert (codes.dtype, weight.dtype, codes.stride(1), weight.stride(0)) == (torch.int8, torch.int8, 1, 1)
+    assert (len(codes) == len(scale), weight.shape[1] == len(weight_scale)) == (True, True)
+    acc = codes.double() @ weight.double()
+    if sums is not None:
+        assert (sums.dtype, zero.dtype, sums.shape) == (torch.int32, torch.int32, (1, weight.shape[1]))
+        acc = acc - zero.double() * sums
+    return (acc.float() * weight_scale.t() * scale).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_tokens_over_an_unpacked_weight_are_the_same(monkeypatch, bits, symmetric):
+    """From the table's number of tokens on; what the server's GEMM would not compute alike stays in Triton."""
+    calls = []
+    product = scaled_mm.Provided("-", lambda *given: calls.append(1) or served_product(*given))
+    monkeypatch.setattr(scaled_mm, "_provided", product)
+    monkeypatch.setattr(gemm, "device_of", lambda _: Device(132, 8, 90))
+    real = gemm.tiles
+    monkeypatch.setattr(gemm, "tiles", lambda tokens, *a: real(max(tokens, 5000), *a))  # an interpreter is slow
+    for k, n, dtype, biased, taken in (
+        (304, 208, torch.float16, False, 1), (64, 16, torch.bfloat16, False, 1), (64, 16, torch.float16, True, 0),
+        (64, 16, torch.float32, False, 0), (72, 16, torch.float16, False, 0), (64, 24, torch.float16, False, 0),
+    ):  # fmt: skip
+        x, packed, scale, bias = linear_case(k, 5, k, n, torch.float16, 1, bits)
+        codes = reference.quantize_rows(x, "none", 0, None, 8, symmetric, 0.9)
+        rest = scale, bias.to(dtype) if biased else None, bits, symmetric, dtype
+        y = gemm.quantized_linear(*codes, layout.pack_weight(packed, bits, k, 1), *rest)
+        assert same(y, reference.quantized_linear(*codes, packed, *rest))
+        assert len(calls) == taken
+        calls.clear()
+    monkeypatch.setattr(gemm, "tiles", real)
+    gemm.quantized_linear(*codes, layout.pack_weight(packed, bits, k, 1), *rest)
+    assert not calls
+
+
 def nearly(got, expected) -> None:
     """Codes equal but for ties: one step, in less than one of two hundred."""
     difference = (got[0].int() - expected[0].int()).abs()
@@ -295,13 +333,39 @@ def test_codes_for_humming_are_the_same_in_its_order(columns):
     assert torch.equal(torch.stack((four << 4 >> 4, four >> 4), -1).flatten(1), pairs.flatten(1))
 
 
+@pytest.mark.parametrize(("tokens", "bits", "groups", "places"), [(9, 4, 2, [5, 2, 6]), (13, 8, 1, None)])
+def test_experts_are_the_specification_bit_for_bit(monkeypatch, tokens, bits, groups, places):
+    """Some without tokens, some of another process; a row of zeros and one that is not finite."""
+    monkeypatch.setattr(test_experts, "HIDDEN", 64)
+    mixture = test_experts.Mixture(tokens, 64, 16, bits, groups, torch.float16)
+    expected = mixture.run(test_experts.SPECIFICATION, places=places, act_bits=bits, symmetric=bits == 8)
+    monkeypatch.setattr(test_experts, "prepare_experts", layout.pack_weight)
+    got = mixture.run(experts.moe_experts, places=places, act_bits=bits, symmetric=bits == 8)
+    assert same(got, expected)
+
+
+def test_tiles_of_experts_hold_every_pair_once():
+    """Of many pairs, whose tiles are more than one for an expert: by number, without a product."""
+    chosen = (torch.randn(300, 7, generator=torch.Generator().manual_seed(1)) + torch.arange(7)).topk(3).indices
+    pairs = experts.sorted_pairs(chosen, None, 7)
+    tables = experts.tiles_of(pairs, 32)
+    seen = []
+    for expert, first, count in zip(*(table.tolist() for table in tables), strict=True):
+        for pair in range(first, first + max(count, 0)):
+            assert expert in chosen[pairs.token[pair]]
+            seen.append(pair)
+    assert sorted(seen) == list(range(900))
+    assert torch.equal(pairs.token[pairs.place.long()].view(300, 3), torch.arange(300)[:, None].expand(-1, 3).int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_without_rows(dtype):
-    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS}
+    kernels = {**rows.IMPLEMENTATIONS, **gemm.IMPLEMENTATIONS, **linear.IMPLEMENTATIONS, **experts.IMPLEMENTATIONS}
     assert empty_steps.check(kernels, dtype) >= {
         "online_stage",
         "quantize_rows",
         "int_linear",
         "rms_norm_quantize",
         "quantized_linear",
+        "moe_experts",
     }

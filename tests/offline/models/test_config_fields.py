@@ -25,7 +25,8 @@ def read(folder, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_models_are_taken(tmp_path, name):
-    assert read(tmp_path, CONFIGS[name]).layers == CONFIGS[name]["num_hidden_layers"]
+    text = CONFIGS[name].get("text_config", CONFIGS[name])
+    assert read(tmp_path, CONFIGS[name]).layers == text["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -23,8 +23,8 @@ from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
 from rotquant.learn.quantized_layer import LayerParameters, QuantizedLayer
 from rotquant.measure.online_cost import online_cost
-from rotquant.models import read_architecture
-from rotquant.models.decoder import Decoder, decoders, rms_norm
+from rotquant.models import read_architecture, torch_attention
+from rotquant.models.decoder import Decoder, capped, decoders, rms_norm
 from rotquant.models.registry import BY_CLASS
 from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe
@@ -57,9 +57,10 @@ def test_the_decoder_computes_what_transformers_does(sources: dict[str, Path], t
         tensors = decoder.kind.split(source.layer(arch.layer_prefix(index)))
         h = decoder.layer(tensors, h, decoder.float_linear(tensors))
     head = source.get(arch.names.embedding if arch.tied else arch.names.head)
-    logits = rms_norm(h, read_gain(source, arch), arch.eps) @ head.T / arch.logits_divisor
+    logits = capped(rms_norm(h, read_gain(source, arch), arch.eps) @ head.T / arch.logits_divisor, arch.logits_cap)
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None]).logits[0]
+        attention = torch_attention(arch)
+        expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)(TOKENS[None]).logits[0]
     assert (logits - expected).norm() < 1e-5 * expected.norm()
     transforms = Transforms(None, 0, [LayerTransforms() for _ in arch.kinds])
     assert check_equivalence(source, arch, Fold(arch, transforms), TOKENS, lambda _: None) < 1e-5
@@ -112,7 +113,7 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
 
 RECIPES = [
     ("smollm3", "best-online"), ("granite", "smoothrot"), ("phi3", "svd"), ("ministral3", "quarot"),
-    ("qwen3_moe", "dfrot"),
+    ("qwen3_moe", "dfrot"), ("gemma2", "quarot"),
     *(pytest.param(*rest, marks=pytest.mark.release) for rest in [
         ("granite4", "quarot"), ("phi3", "best-online"), ("ministral", "quarot"), ("mixtral", "quarot"),
     ]),

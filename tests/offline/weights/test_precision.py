@@ -20,7 +20,16 @@ from rotquant.models.expert_tensors import ExpertTensors
 from rotquant.pipeline import quantize
 from rotquant.recipe import Activations
 from rotquant.recipes import load_recipe, names
-from rotquant.recipes.schemes import SCHEMES, pays_on_cpu, pays_on_gpu, scheme_settings
+from rotquant.recipes.schemes import (
+    INT4_TARGETS,
+    SCHEMES,
+    TARGETS,
+    pays_on_cpu,
+    pays_on_gpu,
+    scheme_settings,
+    suits,
+    target_settings,
+)
 from rotquant.run import Settings, prepare
 from rotquant.transforms.space import LayerTransforms
 from rotquant.weights.layerwise import LayerQuantizer
@@ -66,13 +75,14 @@ def logits(folder: Path) -> torch.Tensor:
 def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One site at 8 bits; without R4, which would spread the channel."""
     out = tmp_path_factory.mktemp("precision") / "one"
-    return quantize(str(model), out, recipe="rtn", scheme="auto", budget="1", **QUICK)
+    return quantize(str(model), out, recipe="rtn", scheme="auto", budget="1", target="sm_86", **QUICK)
 
 
 def test_the_site_that_was_made_bad_is_the_one_that_gets_8_bits(model: Path, one: Path) -> None:
     found = bits(one)
     assert [name for name, width in found.items() if width == 8] == ["1.mlp.down_proj"]
     card = (one / "README.md").read_text()
+    assert "| made for | sm_86: 4-bit activations on int4 tensor cores, with humming-kernels installed |" in card
     assert f"at 1 of {LAYERS * SITES} sites" in card
     assert "`down` of layers 1 |" in card
     assert "W4A4KV4 (A8 at some sites)" in card
@@ -196,12 +206,40 @@ def test_every_recipe_takes_every_scheme(recipe: str, scheme: str) -> None:
     assert (activations.bits, activations.wide(100)) == {"w4a4kv4": (4, 0), "w4a8kv4": (8, 0), "auto": (4, 25)}[scheme]
 
 
+@pytest.mark.parametrize("recipe", names())
+def test_every_recipe_takes_every_target(recipe: str) -> None:
+    for target in TARGETS:
+        found = load_recipe(recipe, target_settings(target, None))
+        assert found.target == target
+        assert found.activations.bits == (4 if target in INT4_TARGETS else 8)
+        tried = found.choose.tried if found.choose else {}
+        for one in (found, *(found.with_changes(changes) for changes in tried.values())):  # whatever `best` takes
+            assert "int4 tensor cores, with humming" in suits(one) or target not in INT4_TARGETS
+
+
+def test_what_is_set_by_hand_wins_over_the_target() -> None:
+    def suited(target: str, scheme: str | None, *settings: str) -> str:
+        return suits(load_recipe("rtn", [*target_settings(target, scheme), *scheme_settings(scheme, None), *settings]))
+
+    assert suits(load_recipe("rtn")) == ""
+    assert suited("sm_90", "w4a4kv4").endswith("--scheme w4a8kv4 costs no speed")
+    assert suited("sm_90", None).endswith("in int8")
+    assert suited("sm_86", "w4a8kv4").endswith("in int8")
+    assert suited("sm_86", "auto", "activations.symmetric=false").endswith("do not take asymmetric activations")
+    assert suited("sm_86", None, "weights.rank=8", "weights.group_size=64").endswith("group, a low-rank branch")
+    assert pays_on_gpu(8, 6).startswith("w4a4kv4 or auto by --target sm_86")
+    with pytest.raises(RotQuantError, match="--target sm_75: take cpu, sm_80"):
+        quantize("nowhere", "out", target="sm_75")
+
+
 @pytest.mark.parametrize(
     ("scheme", "budget", "line"),
     [
         ("auto", "150%", "budget 150% is more than all sites"),
         ("auto", "-3", "activations.budget"),
         ("auto", "many", "activations.budget"),
+        ("auto", "5 KL", "activations.budget"),
+        ("auto", "0% KL", "nothing quantized has a KL of 0"),
         ("w4a8kv4", "3", "goes with --scheme auto"),
         (None, "3", "goes with --scheme auto"),
         ("w2a2", None, "take w4a4kv4, w4a8kv4, auto"),

@@ -25,7 +25,7 @@ from rotquant.checkpoint.quant_linear import QuantLinear
 from rotquant.measure.inspection.routing import Choices, choices_watched
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.models import Architecture, Layer
-from rotquant.models.architecture import Experts
+from rotquant.models.mlp import Experts
 from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 

@@ -1,0 +1,100 @@
+// The low-rank branch of a linear layer, (x down) up, in float32: the first product beside the quantization of a row,
+// the second one in the GEMM's epilogue.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+#include "silu.h"
+#include "tier.h"
+#include "vec.h"
+
+namespace RQ_TIER {
+namespace {
+
+// V vectors of out = row down. Four sums each: one of them would wait for its last addition.
+template <DType T, int V>
+inline void project_tile(const float* row, int64_t n, const char* down, int64_t rank, float* out) {
+  F sum[4][V];
+  for (auto& part : sum)
+    for (F& v : part) v = set1(0.0f);
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++)
+        sum[i][v] = fma(set1(row[k + i]), load_as<T>(down, (k + i) * rank + v * W), sum[i][v]);
+  for (; k < n; k++)
+    for (int v = 0; v < V; v++) sum[0][v] = fma(set1(row[k]), load_as<T>(down, k * rank + v * W), sum[0][v]);
+  for (int v = 0; v < V; v++) store(out + v * W, (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]));
+}
+
+template <DType T>
+void project(const float* row, int64_t n, const char* down, int64_t rank, float* out) {
+#if defined(RQ_AVX2)
+  constexpr int V = 2;
+#else
+  constexpr int V = 4;
+#endif
+  int64_t r = 0;
+  for (; r + V * W <= rank; r += V * W) project_tile<T, V>(row, n, down + r * size_of(T), rank, out + r);
+  for (; r + W <= rank; r += W) project_tile<T, 1>(row, n, down + r * size_of(T), rank, out + r);
+  if (r == rank) return;
+  memset(out + r, 0, size_t(rank - r) * 4);
+  for (int64_t k = 0; k < n; k++)
+    read(down + (k * rank + r) * size_of(T), T, rank - r, [](int64_t, F) {},
+         [&](int64_t i, float a) { out[r + i] += row[k] * a; });
+}
+
+// out[rank] = row[n] down
+void project_row(const float* row, int64_t n, const LowRank& low_rank, float* out) {
+  const char* down = (const char*)low_rank.down;
+  if (low_rank.dtype == DType::f32) project<DType::f32>(row, n, down, low_rank.rank, out);
+  if (low_rank.dtype == DType::bf16) project<DType::bf16>(row, n, down, low_rank.rank, out);
+  if (low_rank.dtype == DType::f16) project<DType::f16>(row, n, down, low_rank.rank, out);
+}
+
+constexpr int64_t UP_RANKS = 64;  // rows of `up` that are made float32 at a time
+
+// R rows of total [.., PANEL] += down up, `up` in float32 [ranks, PANEL].
+template <int R>
+inline void add_product(const float* down, int64_t rank, const float* up, int64_t ranks, float* total) {
+  constexpr int V = 2;
+  for (int c = 0; c < PANEL; c += V * W) {
+    F sum[R][V];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) sum[r][v] = load(total + r * PANEL + c + v * W);
+    for (int64_t k = 0; k < ranks; k++) {
+      F line[V];
+      for (int v = 0; v < V; v++) line[v] = load(up + k * PANEL + c + v * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r][v] = fma(set1(down[r * rank + k]), line[v], sum[r][v]);
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store(total + r * PANEL + c + v * W, sum[r][v]);
+  }
+}
+
+// total [m1 - m0, PANEL] += (x down) up of a panel's channels, rank after rank; `memory` is [UP_RANKS, PANEL].
+inline void add_low_rank(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, float* total,
+                         float* memory) {
+  const int64_t rank = g.low_rank.rank, size = size_of(g.low_rank.dtype), count = m1 - m0;
+  for (int64_t at = 0; at < rank; at += UP_RANKS) {
+    const int64_t ranks = rank - at < UP_RANKS ? rank - at : UP_RANKS;
+    for (int64_t k = 0; k < ranks; k++) {
+      float* up = memory + k * PANEL;
+      load_row((const char*)g.low_rank.up + ((at + k) * g.weight.rows + first) * size, g.low_rank.dtype, channels, up);
+      memset(up + channels, 0, size_t(PANEL - channels) * 4);
+    }
+    int64_t m = 0;
+    const float* down = g.down + m0 * rank + at;
+    for (; m + 4 <= count; m += 4) add_product<4>(down + m * rank, rank, memory, ranks, total + m * PANEL);
+    for (; m < count; m++) add_product<1>(down + m * rank, rank, memory, ranks, total + m * PANEL);
+  }
+}
+
+}  // namespace
+}  // namespace RQ_TIER
