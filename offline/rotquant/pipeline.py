@@ -167,7 +167,7 @@ def pass_gate(run: Run, journal: Journal, step: str = "gate") -> None:
         tokens = run.calibrated.tokens[0, :GATE_TOKENS]
     else:
         tokens = torch.randint(run.arch.vocab_size, (GATE_TOKENS,), generator=generator(run.seed, "gate"))
-    with Progress("equivalence gate", run.arch.layers) as progress:
+    with Progress("equivalence gate", run.arch.layers, short=True) as progress:
         distance = check_equivalence(run.source, run.arch, run.fold, tokens, lambda _: progress.step())
     say(f"equivalence gate: logits of the folded model differ by {distance:.1e} (limit 1e-4)")
     journal.finish(step, distance=f"{distance:.0e}")

@@ -55,7 +55,7 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
         return kept["rows"]
     arch, found = job.arch, []
     random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
-    with Progress("R1: rows of layer", arch.layers) as progress:
+    with Progress("R1: rows of layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
             seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)

@@ -165,7 +165,7 @@ def targets(job: Job, tokens: Tensor, compute: torch.dtype) -> tuple[Tensor, lis
     """
     arch, names, routers = job.arch, job.arch.names, []
     chain = job.source.get(names.embedding)[tokens].float() * arch.embedding_factor(job.dtype)
-    with Progress("tuning: original's layer", arch.layers) as progress:
+    with Progress("tuning: original's layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             if isinstance(decoder.kind.mlp, Experts):
                 chain, router = through_mixture(job, index, decoder, chain)

@@ -91,7 +91,7 @@ def evaluate(
     length = window_length(config, seq_len)
     batch = text_windows(text, folder, length, tokens)
     started = time.monotonic()
-    with Progress(f"{engine}: window", len(batch)) as progress:
+    with Progress(f"{engine}: window", len(batch), short=True) as progress:
         if engine == "vllm":
             losses = vllm_losses(folder, batch, progress.step, max_model_len, enforce_eager)
         else:

@@ -24,7 +24,7 @@ from rotquant.measure.inspection import TEXT, Inspection, inspect
 from rotquant.measure.inspection.findings import findings
 from rotquant.measure.inspection.html import spread
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
-from rotquant.measure.inspection.table import change
+from rotquant.measure.inspection.table import change, quantizers
 from rotquant_kernels.formats import KVFormat, RowFormat
 from source_models import KINDS, Demo, source_model
 
@@ -318,3 +318,12 @@ def test_bad_input(tmp_path: Path, capsys: Capture) -> None:
         assert message in shown.err
         assert shown.err.count("\n") == 1
         assert shown.out == ""
+
+
+def test_clips_that_tuning_moved_apart_are_one_range() -> None:
+    sites = [
+        {"site": site, "format": {"bits": bits, "symmetric": site != "k", "clip": clip}}
+        for site, bits, clip in (("h", 16, 1.0), ("k", 4, 0.95), ("o_in", 4, 0.89602339), ("o_in", 4, 0.90093691))
+    ]
+    said = quantizers({"sites": sites})
+    assert said == "int4 asymmetric clip 0.95 (k); int4 symmetric clip 0.896 to 0.9009 (o_in)"

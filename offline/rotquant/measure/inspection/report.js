@@ -37,11 +37,15 @@ function head() {
     : esc(name(facts.model));
   const quantizers = {};
   for (const s of facts.sites) if (s.format.bits < 16) {
-    const f = s.format, text = `int${f.bits} ${f.symmetric ? "symmetric" : "asymmetric"}, clip ${f.clip}`;
-    (quantizers[text] ??= new Set()).add(s.site);
+    const f = s.format, kind = `int${f.bits} ${f.symmetric ? "symmetric" : "asymmetric"}`;
+    const one = quantizers[kind] ??= { sites: new Set(), clips: [] };
+    one.sites.add(s.site);
+    one.clips.push(+f.clip.toPrecision(4));
   }
+  const range = clips => [...new Set([Math.min(...clips), Math.max(...clips)])].join(" to ");
   $("run").textContent = `${facts.tokens} tokens of ${facts.text} in ${facts.windows} windows of ${facts.seq_len}. `
-    + Object.entries(quantizers).map(([text, sites]) => `${[...sites].join(", ")}: ${text}`).join("; ") + ".";
+    + Object.entries(quantizers)
+      .map(([kind, one]) => `${[...one.sites].join(", ")}: ${kind}, clip ${range(one.clips)}`).join("; ") + ".";
   const linear = ["attn_in", "o_in", "mlp_in", "down_in"];
   const over = (sites, metric) => WHEN.map(when => mean(sites.flatMap(s => of(s, when, metric))));
   const largest = WHEN.map(when => Math.max(...facts.sites.filter(s => s.site === "h").map(s => s[when].massive.largest)));

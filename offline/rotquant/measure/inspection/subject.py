@@ -135,7 +135,7 @@ def _default(site: str) -> SiteFormat:
 def measure(subject: Subject, formats: Formats, tokens: Tensor) -> tuple[Statistics, Choices]:
     """`collect` over token windows int64 [n, T]; the model is gone from memory afterwards."""
     model = load_any(subject.folder)
-    with Progress(f"{subject.folder.name}: window", len(tokens)) as progress:
+    with Progress(f"{subject.folder.name}: window", len(tokens), short=True) as progress:
         found = collect(model, subject.arch, formats, tokens, progress.step)
     del model
     gc.collect()
@@ -153,7 +153,7 @@ def weight_snr(subject: Subject, like: Subject | None = None) -> dict[tuple[int,
     source = Source(subject.folder)
     found: dict[tuple[int, str], float | None] = {}
     arch = subject.arch
-    with Progress(f"{subject.folder.name}: weights of layer", arch.layers) as progress:
+    with Progress(f"{subject.folder.name}: weights of layer", arch.layers, short=True) as progress:
         for layer, kind in enumerate(arch.kinds):
             for linear in kind.stored:
                 found[layer, linear] = _linear_snr(source, arch.layer_prefix(layer) + linear, subject, like)

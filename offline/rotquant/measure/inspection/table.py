@@ -34,7 +34,7 @@ def render(facts: dict[str, Any]) -> str:
     for line in (*massive_lines(facts), *experts_lines(facts)):
         console.print(line, highlight=False, markup=False)
     said = f"{facts['tokens']} tokens of {facts['text']} in {facts['windows']} windows of {facts['seq_len']}"
-    console.print(f"{said}; quantizers: {_formats(facts)}", highlight=False, markup=False)
+    console.print(f"{said}; quantizers: {quantizers(facts)}", highlight=False, markup=False)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -172,11 +172,18 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
-def _formats(facts: dict[str, Any]) -> str:
-    kinds: dict[str, dict[str, None]] = {}  # sites of each, in order
+def quantizers(facts: dict[str, Any]) -> str:
+    """The number formats, the sites that have each, and their clips: one, or the range that tuning made of it."""
+    kinds: dict[str, tuple[dict[str, None], list[float]]] = {}  # sites of each, in order, and clips
     for site in facts["sites"]:
         f = site["format"]
         if f["bits"] < 16:
-            kind = f"int{f['bits']} {'symmetric' if f['symmetric'] else 'asymmetric'} clip {f['clip']}"
-            kinds.setdefault(kind, {})[site["site"]] = None
-    return "; ".join(f"{kind} ({', '.join(sites)})" for kind, sites in kinds.items())
+            sites, clips = kinds.setdefault(f"int{f['bits']} {'' if f['symmetric'] else 'a'}symmetric", ({}, []))
+            sites[site["site"]] = None
+            clips.append(f["clip"])
+    return "; ".join(f"{kind} clip {_range(clips)} ({', '.join(sites)})" for kind, (sites, clips) in kinds.items())
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low} to {high}"
