@@ -17,9 +17,12 @@ constexpr bool UNPACK_ONCE = true;
 // which feeds a tile fast enough, and accumulators move less often; for few, they are used before they leave the first.
 // A matrix unit reads them faster than the second level gives them.
 constexpr int64_t BLOCK_STEPS = 256;
+// What processors with a matrix unit fetch into the first level waits for its few places there.
 #if defined(RQ_AMX)
+constexpr auto FETCH = _MM_HINT_T1;
 inline int64_t block_steps(int64_t) { return 32; }
 #else
+constexpr auto FETCH = _MM_HINT_T0;
 inline int64_t block_steps(int64_t tiles) { return tiles < 8 ? 32 : BLOCK_STEPS; }
 #endif
 
@@ -36,7 +39,7 @@ inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t steps, 
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         // The hardware follows a stream only to the end of its 4 KiB page.
-        _mm_prefetch((const char*)w + 8192 + 64 * j, _MM_HINT_T0);
+        _mm_prefetch((const char*)w + 8192 + 64 * j, FETCH);
         const __m512i both = _mm512_loadu_si512(w + 64 * j);
         const __m512i first = _mm512_and_si512(both, low);
         const __m512i second = _mm512_and_si512(_mm512_srli_epi32(both, 4), low);
