@@ -179,9 +179,9 @@ def check(op: str, device: str, quick: bool = False) -> dict[str, Any]:
             columns = arguments[at].shape[1] * 32 // bits  # all of these layers fill their words
             given[at] = ops.prepare_weight(given[at], bits, columns, groups)
         for at in STACKS.get(op, ()):
-            if backend_of(op, device) is not REFERENCE:
-                bits, groups = given[8], given[at + 1].shape[2]
-                given[at] = ops.prepare_experts(given[at], bits, arguments[at].shape[2] * 32 // bits, groups)
+            bits, groups = given[8], given[at + 1].shape[2]
+            for side in (given, expected_of):  # the specification multiplies with `int_linear` of the CPU
+                side[at] = ops.prepare_experts(side[at], bits, arguments[at].shape[2] * 32 // bits, groups)
         call = getattr(torch.ops.rotquant, op)
         outcomes = [replayed(call, given)] if device == "cuda" else []
         outcomes.append((call(*given), given))

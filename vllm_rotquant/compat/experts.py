@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-from rotquant_kernels.backends import REFERENCE, kernel_of
+from rotquant_kernels.backends import REFERENCE, backend_of
 from vllm_rotquant.compat.settings import lora_is_on, on_cpu
 
 
@@ -22,7 +22,7 @@ def experts_refusals(layer: RoutedExperts, moe: Any) -> dict[str, bool]:
             parallel.use_all2all_kernels
         ),
         "experts under --enable-lora": lora_is_on(),
-        "experts on a GPU without Triton": not on_cpu() and kernel_of("moe_experts", "cuda") == REFERENCE.name,
+        "experts on a GPU without Triton": not on_cpu() and backend_of("moe_experts", "cuda") is REFERENCE,
         f"experts with the activation {activation}": activation != "silu",
         "experts with biases": moe.has_bias,
         "router weights on the experts' input": layer.apply_router_weight_on_input,
