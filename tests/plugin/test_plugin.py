@@ -301,10 +301,7 @@ def test_dummy_weights(child: Child, extended: Path, tmp_path: Path) -> None:
     got = child(serving.serve, tmp_path, PROMPTS, load_format="dummy")
     assert "RANDOM WEIGHTS" in got.log
     assert "MISMATCH" not in got.log
-    # A stage that runs before the op by the kernel of its kind: dense has one.
-    assert re.search(
-        r"down_proj +2 +native \(\w+\) \+ reference \(torch\) for kronecker, shift, permutation  ", got.log
-    )
+    assert re.search(r"down_proj +2 +native \(\w+\)  ", got.log)  # a stage of every kind has a kernel
     assert all(logprobs.isfinite().all() for logprobs in got.prompt_logprobs)
     assert [len(tokens) for tokens in got.tokens] == [4] * len(PROMPTS)
 

@@ -75,7 +75,7 @@ def linear(name: str, inputs: int, outputs: int, bits: int = 4, block: int = 0, 
 def attention(rotate: int = DIM, window: int | None = None):
     layer = SimpleNamespace(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=DIM, kv_cache_dtype="auto", dtype=DTYPE,
-        impl=SimpleNamespace(scale=0.1), sliding_window=window,
+        impl=SimpleNamespace(scale=0.1, logits_soft_cap=None), sliding_window=window,
     )  # fmt: skip
     layer.impl = KV4Impl(layer, KVFormat(False, 1.0, 1.0, rotate))
     return layer

@@ -193,12 +193,12 @@ void add_rows(const Tier& t) {
   const DType dtype = DType(number());
   const int64_t n = number();
   Array<char> rows = array<char>();
-  Array<float> weights = array<float>(), memory(2 * n);
+  Array<float> weights = array<float>();
   Array<char> out(n * size_of(dtype));
   std::vector<const void*> parts;
   for (int64_t i = 0; i < weights.size; i++)
     parts.push_back(weights.get()[i] != 0 ? rows.get() + i * n * size_of(dtype) : nullptr);
-  t.add_rows(parts.data(), weights.get(), weights.size, dtype, n, out.get(), memory.get());
+  t.add_rows(parts.data(), weights.get(), weights.size, dtype, n, out.get());
   give(out.get(), out.size);
 }
 

@@ -153,12 +153,12 @@ def swapped(how: str) -> Iterator[None]:
 
     def unrotated_query(
         query: Tensor, cache: Tensor, starts: Tensor, lens: Tensor, table: Tensor, out: Tensor, scale: float, kv: Any,
-        window: int | None,
+        window: int | None, cap: float | None,
     ) -> None:  # fmt: skip
-        attention(query, cache, starts, lens, table, out, scale, replace(kv, rotate=0), window)
+        attention(query, cache, starts, lens, table, out, scale, replace(kv, rotate=0), window, cap)
 
     def window_changed(by: int) -> Callable[..., None]:
-        return lambda *given: attention(*given[:-1], given[-1] and given[-1] + by)
+        return lambda *given: attention(*given[:-2], given[-2] and given[-2] + by, given[-1])
 
     def no_silu(x: Tensor, *rest: Any) -> Tensor:
         gate, up = x.chunk(2, -1) if rest[-1] else (1, x)
