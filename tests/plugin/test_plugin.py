@@ -264,7 +264,7 @@ def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where
 
 
 @pytest.mark.parametrize(
-    ("swap", "where"), [("no low rank", "qkv_proj"), ("no shift", "o_proj"), ("no bias", "o_proj")]
+    ("swap", "where"), [("no low rank", "qkv_proj"), ("no shift", "gate_up_proj"), ("no bias", "o_proj")]
 )
 def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where} on kernel"):
