@@ -3,7 +3,7 @@
 
     python run.py demo            quantize a real chat model, serve it with vLLM, talk to it
     python run.py test [ARGS]     ruff, mypy and pytest (ARGS go to pytest)
-    python run.py test --release  the same with the tests that run before a release only
+    python run.py test --release  the same, and the long tests that else are left out
     python run.py VERB [ARGS]     any verb of `rotquant`, e.g. `quantize`, `eval`, `doctor`
 
 Needs Python 3.11 or newer and nothing else: this file uses the standard library only. With an NVIDIA

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -124,19 +125,22 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def common_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Of the config of every model that is trained here."""
+    return {
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.04,
+    }
+
+
 def new_model(tokenizer: PreTrainedTokenizerFast, architecture: str, sizes: dict[str, int]) -> Model:
     config_class, model_class = ARCHITECTURES[architecture]
-    config = config_class(
-        vocab_size=2048,
-        **sizes,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.04,
-    )
+    config = config_class(vocab_size=2048, **sizes, **common_fields(tokenizer))
     model = model_class(config)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(2.0)

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from rotquant.measure.inspection.routing import choices_watched
 from rotquant.models import describe
 from rotquant.models.harden import harden_folder
-from train_demo_model import DATA, rate, save, stdlib_sources, text_rows
+from train_demo_model import DATA, common_fields, rate, save, stdlib_sources, text_rows
 
 LENGTH, ROWS, PEAK_LR, DECAY = 256, 8, 2e-3, 0.1
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -51,13 +51,7 @@ def config_of(architecture: str, tokenizer: PreTrainedTokenizerFast, args: argpa
         num_experts_per_tok=args.top_k,
         num_local_experts=args.experts,
         norm_topk_prob=True,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.04,
+        **common_fields(tokenizer),
         output_router_logits=True,
         router_aux_loss_coef=args.balance,
         **own[architecture],

@@ -189,7 +189,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     expected = float_linear(x, linear, stages, packed, layer.weight_scale, factors, bias)
     used = ["int_linear"] if method.norm is None else ["rms_norm_quantize", "quantized_linear"]
     kernels = {method.kernel if op == "int_linear" else kernel_of(op, packed.device) for op in used}
-    of_stages = stages_of((stage.kind for stage in split(stages)[0]), packed.device)
+    of_stages = stages_of((stage.kind for stage in split(stages, packed.device)[0]), packed.device)
     named = [f"{name} for {', '.join(kinds)}" for name, kinds in of_stages.items() if name not in kernels]
     group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
     rank = f" rank {linear.rank}" if linear.rank else ""

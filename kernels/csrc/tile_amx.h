@@ -46,28 +46,42 @@ struct Unpacking {
   }
 };
 
-// acc += at most 16 rows times 64 channels, `tiles` times 64 inputs. Four sums, since one waits for its last addition.
-inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
+// At most 16 rows times 64 channels: four sums, since one waits for its last addition.
+inline void load_sums(const int32_t* acc) {
   _tile_loadd(0, acc, LINE);
   _tile_loadd(1, acc + 16, LINE);
   _tile_loadd(2, acc + 32, LINE);
   _tile_loadd(3, acc + 48, LINE);
-  for (int64_t k = 0; k < tiles; k++, w += 16 * LINE, a += 64) {
-    _tile_loadd(5, a, lda);
-    _tile_loadd(6, w, LINE);
-    _tile_dpbsud(0, 5, 6);
-    _tile_loadd(7, w + 64, LINE);
-    _tile_dpbsud(1, 5, 7);
-    _tile_loadd(4, w + 128, LINE);
-    _tile_dpbsud(2, 5, 4);
-    _tile_loadd(6, w + 192, LINE);
-    _tile_dpbsud(3, 5, 6);
-    ahead.next();
-  }
+}
+
+inline void store_sums(int32_t* acc) {
   _tile_stored(0, acc, LINE);
   _tile_stored(1, acc + 16, LINE);
   _tile_stored(2, acc + 32, LINE);
   _tile_stored(3, acc + 48, LINE);
+}
+
+// To the sums: 64 inputs, weights as bytes.
+inline void add_tile(const uint8_t* w, const int8_t* a, int64_t lda) {
+  _tile_loadd(5, a, lda);
+  _tile_loadd(6, w, LINE);
+  _tile_dpbsud(0, 5, 6);
+  _tile_loadd(7, w + 64, LINE);
+  _tile_dpbsud(1, 5, 7);
+  _tile_loadd(4, w + 128, LINE);
+  _tile_dpbsud(2, 5, 4);
+  _tile_loadd(6, w + 192, LINE);
+  _tile_dpbsud(3, 5, 6);
+}
+
+// acc += at most 16 rows times 64 channels, `tiles` times 64 inputs.
+inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
+  load_sums(acc);
+  for (int64_t k = 0; k < tiles; k++, w += 16 * LINE, a += 64) {
+    add_tile(w, a, lda);
+    ahead.next();
+  }
+  store_sums(acc);
 }
 
 // The same for 17 to 32 rows and 32 channels.
@@ -102,27 +116,13 @@ inline void few_rows(const uint8_t* w, bool nibbles, const int8_t* a, int64_t ld
     if (nibbles && k < tiles) unpack(w + k * tile / 2, MATRIX_STEPS, ring + k % 4 * tile);
   };
   for (int64_t k = 0; k < early; k++) fill(k);
-  _tile_loadd(0, acc, LINE);
-  _tile_loadd(1, acc + 16, LINE);
-  _tile_loadd(2, acc + 32, LINE);
-  _tile_loadd(3, acc + 48, LINE);
+  load_sums(acc);
   for (int64_t k = 0; k < tiles; k++, a += 64) {
     const uint8_t* bytes = nibbles ? ring + k % 4 * tile : w + k * tile;
-    _tile_loadd(5, a, lda);
-    _tile_loadd(6, bytes, LINE);
-    _tile_dpbsud(0, 5, 6);
-    _tile_loadd(7, bytes + 64, LINE);
-    _tile_dpbsud(1, 5, 7);
-    _tile_loadd(4, bytes + 128, LINE);
-    _tile_dpbsud(2, 5, 4);
-    _tile_loadd(6, bytes + 192, LINE);
-    _tile_dpbsud(3, 5, 6);
+    add_tile(bytes, a, lda);
     fill(k + early);
   }
-  _tile_stored(0, acc, LINE);
-  _tile_stored(1, acc + 16, LINE);
-  _tile_stored(2, acc + 32, LINE);
-  _tile_stored(3, acc + 48, LINE);
+  store_sums(acc);
 }
 
 // A block of weights as bytes times `count` rows, more than 16.

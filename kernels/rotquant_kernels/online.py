@@ -1,12 +1,13 @@
 """A chain of online transforms (`stages`) in front of a linear layer, and the layer behind it.
 
-A stage that is `inside` runs within `int_linear` where it comes last, as most checkpoints want it.
+A stage that is `inside` runs within `int_linear` where it comes last, as most checkpoints want it; on CPUs any does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rotquant_kernels import calls
@@ -15,9 +16,11 @@ from rotquant_kernels.ops import online_stage
 from rotquant_kernels.stages import KINDS, Stage
 
 
-def split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Stage]:
-    """What runs before `int_linear`, and the stage that runs inside."""
-    return (stages[:-1], stages[-1]) if stages and KINDS[stages[-1].kind].inside else (stages, Stage("none", 0))
+def split(stages: Sequence[Stage], device: torch.device | None = None) -> tuple[Sequence[Stage], Stage]:
+    """What runs before `int_linear`, and the stage that runs inside: on a CPU one of any kind, else an `inside` one."""
+    any_kind = device is not None and device.type == "cpu"
+    runs_inside = stages and (any_kind or KINDS[stages[-1].kind].inside)
+    return (stages[:-1], stages[-1]) if runs_inside else (stages, Stage("none", 0))
 
 
 def transform(x: Tensor, stages: Sequence[Stage]) -> Tensor:
@@ -46,10 +49,8 @@ def linear(
     Returns:
         [..., N] in x's dtype.
     """
-    before, inside = split(stages)
-    assert not (before and silu_mul)
-    if before and inside.kind == "none" and x.device.type == "cpu":  # whose int_linear runs a stage of any kind
-        before, inside = before[:-1], before[-1]
+    assert not (silu_mul and split(stages)[0])
+    before, inside = split(stages, x.device)
     y = calls.int_linear(
         transform(x, before), weight, weight_scale, bias, weights, inside, rows, low_rank_down, low_rank_up, silu_mul
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rotquant
+from interruption import stop_at_call
 from rotquant.choose.kl_budget import BudgetMeter, fewest, remaining, sets
 from rotquant.errors import RotQuantError
 from rotquant.measure.compare_run import measure
@@ -73,17 +74,7 @@ def test_a_budget_is_kept_with_as_few_sites_as_it_takes(
     served = measure(load_any(model), rotquant.load(some), aside).kl
     assert eight < served < 1.02 * (four + eight) / 2
 
-    layer, seen = BudgetMeter._layer, []
-
-    def stopped(self: BudgetMeter, index: int, before: Any) -> Any:
-        seen.append(index)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return layer(self, index, before)
-
-    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
-    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", 1e9)
-    monkeypatch.setattr(BudgetMeter, "_layer", stopped)
+    seen = stop_at_call(monkeypatch, BudgetMeter, "_layer", 2)
     with pytest.raises(KeyboardInterrupt):
         quantize(str(model), tmp_path / "cut" / "some", **settings)
     cut = quantize(str(model), tmp_path / "cut" / "some", resume=True, **settings)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rotquant
+from interruption import stop_at_call
 from rotquant.checkpoint.format import CheckpointFormat
 from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.quant_linear import QuantLinear
@@ -180,17 +181,7 @@ def test_all_sites_at_8_bits_are_one_group(model: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_while_measuring_gives_the_same_bytes(
     model: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, measured = DamageMeter._layer, []
-
-    def stopped(self: DamageMeter, index: int, chain: torch.Tensor) -> Any:
-        measured.append(index)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return measure(self, index, chain)
-
-    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
-    monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", 1e9)
-    monkeypatch.setattr(DamageMeter, "_layer", stopped)
+    measured = stop_at_call(monkeypatch, DamageMeter, "_layer", 3)
     settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", "target": "sm_86", **QUICK}
     with pytest.raises(KeyboardInterrupt):
         quantize(str(model), tmp_path / "one", **settings)
