@@ -28,6 +28,7 @@ from rotquant.checkpoint.journal import Journal, Slot
 from rotquant.checkpoint.layers import read_gain, read_layer
 from rotquant.checkpoint.packed import joined, pack
 from rotquant.checkpoint.source import Source
+from rotquant.checkpoint.spool import Spool
 from rotquant.choose.choice import Choice
 from rotquant.choose.kl_budget import affordable
 from rotquant.choose.search import Search, learned
@@ -219,6 +220,9 @@ def write_layers(run: Run, journal: Journal) -> None:
     chain, quantizer.exact = journal.load_chain(first) if run.recipe.weights.needs_inputs else (None, None)
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
+            quantizer.spool = None  # tuning has all layers in memory at once
+            if index in arch.mixtures and not run.recipe.tune:
+                quantizer.spool = Spool(journal.folder, arch.layer_prefix(index))
             stored, chain = quantizer(index, fold.layer(read_layer(run.source, arch, index), index), chain)
             if chain is not None:
                 journal.save_chain(index + 1, chain, quantizer.exact)
@@ -227,19 +231,22 @@ def write_layers(run: Run, journal: Journal) -> None:
             if run.recipe.tune:
                 journal.keep(f"layer {index}", stored, **facts)
             else:
-                write_layer(run, journal, f"layer {index}", index, stored, **facts)
+                write_layer(run, journal, f"layer {index}", index, stored, spool=quantizer.spool, **facts)
             journal.drop_chain(index)
             note = report.note() if report else ""
             progress.step(f"rounding error {sum(quantizer.errors) / len(quantizer.errors):.3f}{note}")
 
 
-def write_layer(run: Run, journal: Journal, step: str, index: int, quantized: Tensors, **facts: Any) -> None:
-    """The shard of a layer, from its tensors by the names of its kind."""
+def write_layer(
+    run: Run, journal: Journal, step: str, index: int, quantized: Tensors, spool: Spool | None = None, **facts: Any
+) -> None:
+    """The shard of a layer, from its tensors by the names of its kind and those in the spool."""
     kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
     kept = {name: run.source.get(prefix + name) for name in kind.attention.kept}
     stored = joined(quantized, kind, run.recipe.weights.form) | kept
     tensors = writer.layer_tensors(stored, kind, run.transforms, index)
-    journal.finish(step, run.shard(index + 2), {prefix + name: tensor for name, tensor in tensors.items()}, **facts)
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    journal.finish(step, run.shard(index + 2), named, spool, **facts)
 
 
 def tune_layers(run: Run, journal: Journal) -> Run:

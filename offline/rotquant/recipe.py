@@ -54,6 +54,9 @@ class Scales(Part):
 
     norms: Literal["none", "smooth"] = "none"
     values: Literal["none", "smooth"] = "none"
+    keys: Literal["none", "smooth"] = Field(
+        default="none", description="smooth: keys against queries, for the least error of a score with a rotated cache"
+    )
     up: Literal["none", "smooth"] = "none"
     alpha: float | Literal["search"] = Field(
         default=0.5, description="0: weights decide, 1: activations; search: least error of each site on a grid"
@@ -286,7 +289,7 @@ class Recipe(Part):
             self.learn.blockwise is not None
             or self.rotations.r2 == "klt"
             or self._by_surrogate("r2")
-            or "smooth" in (scales.norms, scales.values, scales.up)
+            or "smooth" in (scales.norms, scales.values, scales.keys, scales.up)
             or scales.order
             or any(self.online.learned(site) for site in SITES)
         )

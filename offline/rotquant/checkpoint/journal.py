@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rotquant.checkpoint.source import file_digest, save_tensors, save_text
+from rotquant.checkpoint.spool import Spool
 from rotquant.common.signals import raise_dropped
 from rotquant.errors import RotQuantError
 
@@ -85,13 +86,14 @@ class Journal:
         return self.state["steps"][step]["facts"]
 
     def finish(
-        self, step: str, shard: str | None = None, tensors: dict[str, Tensor] | None = None, **facts: Any
-    ) -> None:
-        """Writes the shard of a step, then counts the step as done."""
+        self, step: str, shard: str | None = None, tensors: dict[str, Tensor] | None = None,
+        spool: Spool | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        """Writes the shard of a step, of these tensors and those in a spool, then counts the step as done."""
         raise_dropped()  # nobody knows what a step lacks that swallowed a Ctrl-C
         files = {}
         if shard and tensors is not None:
-            save_tensors(self.folder / shard, tensors)
+            save_tensors(self.folder / shard, tensors, spool)
             files[shard] = file_digest(self.folder / shard)
         self.state["steps"][step] = {"files": files, "facts": facts}
         save_text(self.file, json.dumps(self.state, indent=1))

@@ -60,6 +60,8 @@ class PackedLinear:
     def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
         """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
         first, rows = parts[0], sum(part.shape[0] for part in parts)
+        if len(parts) == 1:
+            return first
         downs = [part.down for part in parts if part.down is not None]
         ups = [part.up for part in parts if part.up is not None]
         return cls(
@@ -70,11 +72,17 @@ class PackedLinear:
 
 
 def joined(tensors: Tensors, kind: Layer, form: WeightFormat) -> Tensors:
-    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other."""
-    parts = {name: PackedLinear.of(tensors, name, form) for name in kind.linears}
+    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other.
+
+    Linears that are not among them, such as experts that wait elsewhere, are left out.
+    """
+    there = [name for name in kind.linears if f"{name}.weight_packed" in tensors]
+    parts = {name: PackedLinear.of(tensors, name, form) for name in there}
     stored = kind.join({name: t for name, t in tensors.items() if not name.endswith(LEAVES)})
     stored |= {name: stored[name].to(parts[kind.linears[0]].scale.dtype) for name in kind.gains if name in stored}
     for name, held in kind.stored.items():
+        if held[0] not in parts:
+            continue
         whole = PackedLinear.stacked([parts[part] for part in held])
         stored |= whole.tensors(name, whole.scale.dtype)
     return stored

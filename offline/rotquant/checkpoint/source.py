@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rotquant.checkpoint.spool import Spool
 from rotquant.common.json_files import read_object, short
 from rotquant.errors import RotQuantError
 from rotquant.models.text_half import own_name
@@ -178,13 +179,17 @@ def weight_files(where: str, present: Collection[str], weight_map: dict[str, str
     return shards
 
 
-def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file so that it is there whole or not at all, power loss included."""
+def save_tensors(file: Path, tensors: dict[str, Tensor], spool: Spool | None = None) -> None:
+    """Writes a safetensors file, of these and what waits in a spool, so that it is there whole or not at all, power
+    loss included."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask gives; save_file makes its files private
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        if spool:
+            spool.save(temporary, tensors)
+        else:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         commit(temporary, file)
     except BaseException:

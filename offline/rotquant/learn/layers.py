@@ -15,6 +15,7 @@ from torch import Tensor
 from rotquant.checkpoint.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
+from rotquant.learn.key_scale import key_scale
 from rotquant.learn.options import Blockwise
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
@@ -95,6 +96,8 @@ class SampleLearner:
     def smooth(self) -> None:
         """The scales that the recipe asks for, into the layer, and what the sites see behind them."""
         scales, layer, x = self.recipe.scales, self.layer, self.x
+        if scales.keys == "smooth" and (attention := self.kind.attends):
+            layer.s_qk = key_scale(self.kind, attention, self.tensors, x["attn"])
         if scales.norms == "smooth":
             layer.s_attn, layer.s_mlp = 1 / self.scale("attn"), 1 / self.scale("mlp")
         for site in ("attn", "mlp"):

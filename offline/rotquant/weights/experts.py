@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotquant.checkpoint.spool import Spool
 from rotquant.models import Tensors
 from rotquant.models.expert_tensors import ExpertTensors
 from rotquant.models.mixture import Routing, agreement, inner, route, shared_output
@@ -52,10 +53,12 @@ class ExpertsQuantizer(LayerQuantizer):
 
     After a call `report` is that of the layer, None where it has no experts. `exact` is the first window in full
     precision [1, T, hidden], to be set before the first layer where its routing shall be compared, and moved on here.
+    With a `spool` each expert goes there as soon as its outputs are known, and is not among the layer's tensors.
     """
 
     report: Report | None = None
     exact: Tensor | None = None
+    spool: Spool | None = None
 
     def __call__(self, index: int, folded: Tensors, chain: Tensor | None) -> tuple[Tensors, Tensor | None]:
         self.folded, self.report = folded, Report() if isinstance(folded, ExpertTensors) else None
@@ -67,6 +70,7 @@ class ExpertsQuantizer(LayerQuantizer):
             for index, mlp in enumerate(self.kind.mlp.routed):
                 super()._without_inputs(self._expert(index, mlp))
                 self._note_error()
+                self._leave(mlp)
 
     def _calibrate(self, weights: Tensors, chain: Tensor) -> Tensor:
         if self.exact is not None:
@@ -110,6 +114,7 @@ class ExpertsQuantizer(LayerQuantizer):
             for some, weight, rows in parts if len(tokens) else ():
                 y = served.linear(mlp.down, rows.to(self.device)).float().cpu()
                 out.index_add_(0, some, y * weight[:, None])
+            self._leave(mlp)
         if self.exact is not None and total is not None:
             self.exact = served.decoder.add(self.exact, total.cpu().view(self.exact.shape))
             del self.exact_x3, self.exact_routing
@@ -189,6 +194,13 @@ class ExpertsQuantizer(LayerQuantizer):
         parts = repeat(()) if weights is None else ((part.to(self.device),) for part in weights.split(ROWS))
         share = ((i, (x, *weight)) for i, (x, weight) in enumerate(zip(rows, parts, strict=False)))
         self._round(own, names, *self._means(*self._sums(self.served[0], site, "", share), len(self.hidden)))
+
+    def _leave(self, mlp: GatedMLP) -> None:
+        """To be called when nothing reads an expert any more."""
+        for name in (mlp.gate, mlp.up, mlp.down) if self.spool else ():
+            packed = [served.done.pop(name) for served in self.served]
+            assert self.spool
+            self.spool.put(packed[0].tensors(name, self.dtype))
 
     def _note_error(self) -> None:
         assert self.report is not None

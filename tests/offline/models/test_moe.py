@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import weakref
@@ -143,6 +144,25 @@ def test_one_expert_is_in_memory_at_a_time(sources: dict[str, Path]) -> None:
         gone += [weakref.ref(tensors[f"{name}.weight"]) for name in (mlp.gate, mlp.up, mlp.down)][:1]
     with pytest.raises(KeyError):
         tensors["block_sparse_moe.experts.4.w1.weight"]
+
+
+def test_experts_that_are_done_leave_memory(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lives when an expert's turn comes is the same for each of a layer: none of those before it, in no form."""
+    turn, alive = ExpertsQuantizer._expert, []
+
+    def counted(self: ExpertsQuantizer, index: int, *rest: Any) -> Any:
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+        alive.append(sum(storages.values()))
+        return turn(self, index, *rest)
+
+    monkeypatch.setattr(ExpertsQuantizer, "_expert", counted)
+    quantize(str(sources["qwen3_moe"]), tmp_path / "out", recipe="quarot", samples=2, seq_len=64)
+    packed = 3 * 48 * 128 // 2
+    assert len(alive) == 6
+    assert max(alive[1:]) - alive[1] < packed  # when the first one's turn comes nothing was read yet
 
 
 # ---- quantizing -----------------------------------------------------------------------------------------------------
