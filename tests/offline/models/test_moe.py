@@ -151,18 +151,18 @@ def test_experts_that_are_done_leave_memory(
 ) -> None:
     """What lives when an expert's turn comes is the same for each of a layer: none of those before it, in no form."""
     turn, alive = ExpertsQuantizer._expert, []
+    weights = torch.int32, torch.uint8, torch.int8, torch.float64  # packed, as they run, codes, folded
 
     def counted(self: ExpertsQuantizer, index: int, *rest: Any) -> Any:
-        tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and found.dtype in weights]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
         alive.append(sum(storages.values()))
         return turn(self, index, *rest)
 
     monkeypatch.setattr(ExpertsQuantizer, "_expert", counted)
     quantize(str(sources["qwen3_moe"]), tmp_path / "out", recipe="quarot", samples=2, seq_len=64)
-    packed = 3 * 48 * 128 // 2
     assert len(alive) == 6
-    assert max(alive[1:]) - alive[1] < packed  # when the first one's turn comes nothing was read yet
+    assert len(set(alive[1:])) == 1  # when the first one's turn comes nothing was read yet
 
 
 # ---- quantizing -----------------------------------------------------------------------------------------------------
