@@ -249,6 +249,26 @@ def experts() -> str:
     return table(["tokens", "threads", "rotquant W4A4", "vLLM bf16", "times as fast", "of reading"], rows)
 
 
+MIXTURES = (
+    ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("a second one: 12 experts, top 3", "compare-qwen3-moe-2"),
+    ("Mixtral: 8 experts, top 2", "compare-mixtral"), ("Qwen2-MoE: 8, top 2, a shared one", "compare-qwen2-moe"),
+)  # fmt: skip
+
+
+def mixtures() -> str:
+    """Toys with experts: quality and routing of a few recipes, ranges over seeds where there are several."""
+    rows = []
+    for name, file in MIXTURES:
+        found = Compared.of(file)
+        rows.append([name, "full precision", f"{found.full:.1f}", "0", "100%"])
+        for label in ("rtn", "quarot", "best", "best-online"):
+            if label in found.groups:
+                kl = found.cell(label, "kl", four_digits, spread=True)
+                cells = [found.cell(label, "perplexity", perplexity), kl, found.cell(label, "routing_agreement", percent)]
+                rows.append(["", f"`{label}`", *cells])
+    return table(["model", "recipe", "perplexity", "KL, nats", "routing as before"], rows)
+
+
 def soak() -> str:
     found = read("soak")
     total = sum(found["requests"].values())
@@ -265,4 +285,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
     "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
     "soak": soak, "dominates": dominates, "noise": noise, "experts": experts,
+    "mixtures": mixtures,
 }  # fmt: skip

@@ -34,12 +34,15 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 def config_of(architecture: str, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Any:
     """`intermediate_size` is an expert's in Mixtral, in Qwen models that of layers without experts."""
     own: dict[str, dict[str, Any]] = {
-        "qwen3_moe": {"intermediate_size": 4 * args.width, "moe_intermediate_size": args.width, "head_dim": HEAD_DIM},
+        "qwen3_moe": {
+            "intermediate_size": 4 * args.width, "moe_intermediate_size": args.width, "head_dim": HEAD_DIM,
+            "norm_topk_prob": True, "num_local_experts": args.experts,
+        },
         "qwen2_moe": {
             "intermediate_size": 4 * args.width, "moe_intermediate_size": args.width,
-            "shared_expert_intermediate_size": 2 * args.width,
+            "shared_expert_intermediate_size": 2 * args.width, "norm_topk_prob": True, "num_experts": args.experts,
         },
-        "mixtral": {"intermediate_size": args.width, "head_dim": HEAD_DIM},
+        "mixtral": {"intermediate_size": args.width, "head_dim": HEAD_DIM, "num_local_experts": args.experts},
     }  # fmt: skip
     return AutoConfig.for_model(
         architecture,
@@ -49,8 +52,6 @@ def config_of(architecture: str, tokenizer: PreTrainedTokenizerFast, args: argpa
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         num_experts_per_tok=args.top_k,
-        num_local_experts=args.experts,
-        norm_topk_prob=True,
         **common_fields(tokenizer),
         output_router_logits=True,
         router_aux_loss_coef=args.balance,

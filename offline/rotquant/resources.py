@@ -36,6 +36,7 @@ def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     copies = 3 if tunes else 1  # of the layers: as GPTQ made them, tuned, and written
     need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer_weights(arch) * recipe.weights.bits // 8
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
+    need += layer_weights(arch) * recipe.weights.bits // 8 if arch.mixtures else 0  # experts that wait for their file
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:
@@ -79,7 +80,8 @@ def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     tables = 3 * vocabulary(arch) * dtype.itemsize  # as read, folded, and folded in one piece
     beside = max(max(kind.shapes[name][1] for name in kind.writes) for kind in arch.kinds)  # inputs of o or down
     chains = 2 * chain + chain * beside // arch.hidden_size
-    packed = 2 * layer_weights(arch) * recipe.weights.bits // 8 if arch.mixtures else 0  # as stored and as they run
+    held = arch.mixtures and (recipe.tune or recipe.chooses)  # else experts wait on disk (`checkpoint.spool`)
+    packed = 2 * layer_weights(arch) * recipe.weights.bits // 8 if held else 0  # as stored and as they run
     return tables + weights_at_once(arch) * (8 + 4 + dtype.itemsize) + packed + hessians + chains
 
 
