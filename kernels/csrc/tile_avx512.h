@@ -51,12 +51,12 @@ inline void tile_packed(const uint8_t* w, const int8_t* a, int64_t lda, int64_t 
   Sums<R> sum;
   load_sums<R>(acc, sum);
   const __m512i low = _mm512_set1_epi8(15);
-  const auto step = [&](int64_t k) {
+  const auto step = [&](int64_t k, int64_t further) {
     const uint8_t* lines = w + 256 * k;
     const int8_t* x = a + 8 * k;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      _mm_prefetch((const char*)lines + STREAM_AHEAD + 64 * j, _MM_HINT_T0);
+      _mm_prefetch((const char*)lines + further + 64 * j, _MM_HINT_T0);
       const __m512i both = _mm512_loadu_si512(lines + 64 * j);
       const __m512i first = _mm512_and_si512(both, low);
       const __m512i second = _mm512_and_si512(_mm512_srli_epi32(both, 4), low);
@@ -70,11 +70,14 @@ inline void tile_packed(const uint8_t* w, const int8_t* a, int64_t lda, int64_t 
       }
     }
   };
-  const int64_t part = steps / STREAMS;
-  for (int64_t k = 0; k < part; k++)
+  // Behind a stream's end lies what the next one began with; the same stream goes on in the panel behind this one.
+  const int64_t part = steps / STREAMS, near = part - STREAM_AHEAD / 256;
+  for (int64_t k = 0; k < part; k++) {
+    const int64_t further = k < near ? STREAM_AHEAD : STREAM_AHEAD + 256 * (steps - part);
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < STREAMS; s++) step(k + s * part);
-  for (int64_t k = part * STREAMS; k < steps; k++) step(k);
+    for (int64_t s = 0; s < STREAMS; s++) step(k + s * part, further);
+  }
+  for (int64_t k = part * STREAMS; k < steps; k++) step(k, STREAM_AHEAD);
   store_sums<R>(sum, acc);
 }
 
