@@ -250,8 +250,8 @@ def experts() -> str:
 
 
 MIXTURES = (
-    ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("a second one: 12 experts, top 3", "compare-qwen3-moe-2"),
-    ("Mixtral: 8 experts, top 2", "compare-mixtral"), ("Qwen2-MoE: 8, top 2, a shared one", "compare-qwen2-moe"),
+    ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("Mixtral: 8 experts, top 2", "compare-mixtral"),
+    ("Qwen2-MoE: 60 experts, top 2, and a shared one", "compare-qwen2-moe"),
 )  # fmt: skip
 
 
@@ -264,7 +264,11 @@ def mixtures() -> str:
         for label in ("rtn", "quarot", "best", "best-online"):
             if label in found.groups:
                 kl = found.cell(label, "kl", four_digits, spread=True)
-                cells = [found.cell(label, "perplexity", perplexity), kl, found.cell(label, "routing_agreement", percent)]
+                cells = [
+                    found.cell(label, "perplexity", perplexity),
+                    kl,
+                    found.cell(label, "routing_agreement", percent),
+                ]
                 rows.append(["", f"`{label}`", *cells])
     return table(["model", "recipe", "perplexity", "KL, nats", "routing as before"], rows)
 
