@@ -74,4 +74,4 @@ class Spool:
 
 
 def write(file: BinaryIO, tensor: Tensor) -> None:
-    file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
