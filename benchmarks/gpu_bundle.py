@@ -116,7 +116,8 @@ def unpack(wheel: Path, site: Path, arch: int) -> None:
         for name in archive.namelist():
             native = name.startswith("vllm/") and name.endswith(".so")
             left = native and name not in TRIMMED and not WHOLE.match(name)
-            if name.endswith("/") or ".data/" in name or UNUSED.match(name) or left:
+            place = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", name)
+            if name.endswith("/") or ".data/" in place or UNUSED.match(name) or left:
                 continue
             data = archive.read(name)
             if name in TRIMMED:
@@ -128,8 +129,8 @@ def unpack(wheel: Path, site: Path, arch: int) -> None:
                     raise SystemExit(f"{name}: no code of other GPUs was found; has the format changed?")
                 print(f"{name}: {gone >> 20} of {len(data) >> 20} MiB zeroed", flush=True)
                 data = bytes(image)
-            (site / name).parent.mkdir(parents=True, exist_ok=True)
-            (site / name).write_bytes(data)
+            (site / place).parent.mkdir(parents=True, exist_ok=True)
+            (site / place).write_bytes(data)
 
 
 def main() -> None:

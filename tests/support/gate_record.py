@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What compilers make of each kernel of the launch gate's core list: registers, spills, memory, instructions.
 
-    python tests/support/gate_record.py FILE                  all architectures, the installed Triton, into FILE (JSON)
+    python tests/support/gate_record.py FILE [90,100]         all architectures or these, the installed Triton (JSON)
     PYTHONPATH=DIR python tests/support/gate_record.py FILE   another Triton beside it: pip install --target DIR
 
 `benchmarks/results/gpu-launch-gate.json` is such a file; `tools/write_docs.py` makes a table of docs/gpu.md from it.
@@ -126,7 +126,7 @@ def main() -> int:
     captured, besides = variants()
     kept["variants of Llama-3-8B"] = {"captured in graphs": captured, "besides, in traffic": besides}
     archs = kept["tritons"].setdefault(triton.__version__, {})
-    for arch in GPUS:
+    for arch in map(int, sys.argv[2].split(",")) if sys.argv[2:] else GPUS:
         archs[f"sm_{arch}"] = list(kernels(arch))
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         print(f"triton {triton.__version__}, sm_{arch}: {len(archs[f'sm_{arch}'])} kernels", flush=True)
