@@ -25,14 +25,46 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PACKAGES = """
-    annotated-types apache-tvm-ffi cachetools cbor2 compressed-tensors distro fastapi httpcore2 httpx2 humming-kernels
-    jiter jmespath llguidance loguru model-hosting-container-standards msgspec openai opentelemetry-api
-    opentelemetry-sdk opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai orjson oss-harmony
-    partial-json-parser prometheus-fastapi-instrumentator pybase64 pydantic pydantic-core pyzmq setproctitle sniffio
-    starlette truststore typing-inspection uvicorn watchfiles xgrammar
-""".split()
-PIP = "--only-binary=:all: --python-version=3.12 --platform=manylinux2014_x86_64".split()
+PACKAGES = [
+    "annotated-types",
+    "apache-tvm-ffi",
+    "cachetools",
+    "cbor2",
+    "compressed-tensors",
+    "distro",
+    "fastapi",
+    "httpcore2",
+    "httpx2",
+    "humming-kernels",
+    "jiter",
+    "jmespath",
+    "llguidance",
+    "loguru",
+    "model-hosting-container-standards",
+    "msgspec",
+    "openai",
+    "opentelemetry-api",
+    "opentelemetry-sdk",
+    "opentelemetry-semantic-conventions",
+    "opentelemetry-semantic-conventions-ai",
+    "orjson",
+    "oss-harmony",
+    "partial-json-parser",
+    "prometheus-fastapi-instrumentator",
+    "pybase64",
+    "pydantic",
+    "pydantic-core",
+    "pyzmq",
+    "setproctitle",
+    "sniffio",
+    "starlette",
+    "truststore",
+    "typing-inspection",
+    "uvicorn",
+    "watchfiles",
+    "xgrammar",
+]
+PIP = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux2014_x86_64"]
 PIP += [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(17, 40)]
 
 FLASH = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
@@ -106,7 +138,7 @@ def useless(image: bytes, arch: int, flash: bool) -> Iterator[tuple[int, int]]:
         native = any(kind == BINARY and target == arch for kind, target, *_ in pieces)
         for kind, target, first, last in pieces:
             runs = target == arch if kind == BINARY else not native and target <= arch
-            if not runs or flash and not wanted(image[first:last]):
+            if not runs or (flash and not wanted(image[first:last])):
                 yield first, last
 
 
@@ -148,7 +180,7 @@ def main() -> None:
         for wheel in (vllm, *agreeing(PACKAGES, vllm, folder / "others")):
             unpack(wheel, site, args.arch)
         archive = args.out / "vllm.tar.xz"
-        same = "--sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner".split()
+        same = ["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]
         subprocess.run(["tar", "-C", site, "-I", "xz -9 -T1", *same, "-cf", archive.resolve(), "."], check=True)
     size = archive.stat().st_size / 2**20
     print(f"{archive}: {size:.1f} MiB")

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gpu_bundle  # noqa: E402
+import gpu_bundle
 
 HEAD = ("_ZN7cutlass13device_kernelIN5flash20enable_sm90_or_laterINS1_16FlashAttnFwdSm90INS1_25CollectiveMainloopFwdSm90"
         "ILi2EN4cute5tupleIJNS5_1CILi1EEES8_S8_EEENS6_IJNS7_ILi{m}EEENS7_ILi96EEENS7_ILi{k}EEEEEELi{v}ENS_{type}fNS_4arch"

@@ -110,7 +110,11 @@ def variants(name: str = "Llama-3-8B") -> tuple[int, int]:
             attend(batch, batch, **shape, rope=True)
         captured = len(asked)
         for _ in range(STEPS):
-            decodes, chunk, prompt = draw.choice((0, 1, 7, 40, 300)), draw.choice((0, 3, 30)), draw.choice((0, 90, 8000))
+            decodes, chunk, prompt = (
+                draw.choice((0, 1, 7, 40, 300)),
+                draw.choice((0, 3, 30)),
+                draw.choice((0, 90, 8000)),
+            )
             layer(model, max(decodes + chunk + prompt, 1))
             for tokens, sequences in ((decodes, decodes), (chunk, 1), (chunk and 2 * chunk, 2)):
                 if tokens:

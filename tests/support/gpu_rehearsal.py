@@ -6,6 +6,8 @@ serves, over tensors that have shapes only; nothing is compiled and nothing runs
 Of `gathered` the pages are real, since it reads them; what its kernels would write stays as it was.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import importlib
@@ -21,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("", "offline", "kernels", "benchmarks", "tests/support")]
 os.environ |= {"ROTQUANT_GPU_DEVICE": "meta", "ROTQUANT_CPU_TIER": "reference"}
 
-import torch
 import triton
 
 import gpu_checks
+import gpu_kernels
 import gpu_phases
 from rotquant_kernels import cuda, ops, reference
 from rotquant_kernels.cuda import layout, scaled_mm
@@ -39,11 +41,9 @@ def implementations() -> dict[str, Any]:
 
 
 def gathered() -> dict[str, Any]:
-    """As `right` runs it, with real pages and an attention that leaves its output as it is."""
-    stand_in_attention = "a stand-in", lambda *given: None
+    """As `right` runs it, with real pages."""
     with (
         mock.patch.object(gpu_phases, "DEVICE", "cpu"),
-        mock.patch.object(compat.flash, "dense_attention", return_value=stand_in_attention),
         mock.patch.object(reference, "kv4_attention"),
         mock.patch.object(gpu_checks, "compare", return_value=0.0) as compared,
     ):
@@ -64,13 +64,20 @@ def main() -> None:
         for line in getattr(gpu_phases, name)():
             print(json.dumps({"phase": name} | line), flush=True)
 
-    with stand_in(90), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+    attention = "a stand-in", lambda *given: None
+    with (
+        stand_in(90),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
+        mock.patch.object(compat.flash, "dense_attention", return_value=attention),
+    ):
         print(json.dumps({"phase": "gathered"} | gathered()), flush=True)
         patched = [mock.patch.object(ops, op, call) for op, call in real.items()]
         patched.append(mock.patch.object(ops, "prepare_weight", lambda *given: layout.pack_weight(*given, 1)))
         server = scaled_mm.Provided("a stand-in", lambda codes, weight, *scales: codes.new_empty(0))
         patched.append(mock.patch.object(compat, "integer_products", return_value=server))
         patched.append(mock.patch.object(gpu_phases, "SWEPT", gpu_phases.SWEPT[:2]))
+        others = {name for kind in gpu_kernels.PEERS.values() for name in kind if not name.startswith("rotquant")}
+        patched.append(mock.patch.object(gpu_phases, "SLOW_PEERS", others))  # what is not ours wants numbers
         for one in patched:
             one.start()
         for problem in gpu_phases.launches():
