@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Packs vLLM's CUDA wheel for a GPU machine without a network that takes few megabytes, as `gpu.py --vllm-bundle` wants.
+"""Packs vLLM's CUDA wheel for a GPU machine without a network that takes few megabytes (`gpu.py --vllm-bundle`).
 
     python benchmarks/gpu_bundle.py --vllm 0.32.0 --out .gpu          .gpu/vllm.tar.xz, ignored by git
 

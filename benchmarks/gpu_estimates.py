@@ -92,11 +92,8 @@ TOKEN = 133  # bytes of K and V of a token and head
 FLASH = 550e12  # operations/s of FlashAttention 3 in bf16, as it is known to reach
 DECODE, PREFILL = 765, 2760  # instructions of a warp for a tile of 128 tokens; PREFILL before alone
 ALONE = 3  # clocks of an instruction of a warp that has its scheduler for itself
-RESIDENT, WANTED, SPLIT = (
-    3,
-    4,
-    256,
-)  # programs a multiprocessor that fit, that were made before; tokens of a part at least
+# Programs a multiprocessor that fit, and that were made before; tokens of a part at least.
+RESIDENT, WANTED, SPLIT = 3, 4, 256
 
 
 class Row(NamedTuple):

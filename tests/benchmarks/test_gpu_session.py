@@ -42,10 +42,11 @@ KERNELS = {"quantize_kernel", "linear_kernel", "sum_kernel", "unpack_kernel", "w
            "gather", "turn"}  # fmt: skip
 
 
-def test_hoppers_shapes_pass_through_the_host_code_of_every_phase():
+def test_hoppers_shapes_pass_through_the_host_code_of_every_phase(tmp_path):
     """What a rehearsal on a CPU leaves out: every launch of the real shapes, short of its compilation."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, REHEARSAL], capture_output=True, text=True, check=False)
+    known = os.environ | {"ROTQUANT_GPU_LINES": str(tmp_path / "lines")}  # where the sweep leaves what it found
+    done = subprocess.run([sys.executable, REHEARSAL], env=known, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     phases = [line.pop("phase") for line in lines]

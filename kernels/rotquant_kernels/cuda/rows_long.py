@@ -90,6 +90,6 @@ def launch(
     direct = settings["BITS"] == 0
     scratch = codes if direct else torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     quantize_long_kernel[(programs,)](
-        x, scratch, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN, HELD=held(1 << LOG_SPAN, WARPS), num_warps=WARPS,
-        num_stages=1, **EXACT,
+        x, scratch, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN,
+        HELD=held(1 << LOG_SPAN, WARPS), num_warps=WARPS, num_stages=1, **EXACT,
     )  # fmt: skip
