@@ -29,6 +29,7 @@ def test_every_phase_is_entered_and_leaves_lines(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith((tmp_path / "gpu-A.md").read_text() + "\n")
     lines = [json.loads(line) for line in (tmp_path / "gpu-A.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == set(gpu_session.PARTS["A"])
     for name in gpu_session.PARTS["A"]:
         own = [line for line in lines if line["phase"] == name]
         assert len(own) >= 2, name
