@@ -16,6 +16,7 @@ import os
 import pkgutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,15 @@ import gpu_phases
 from rotquant_kernels import cuda, ops, reference
 from rotquant_kernels.cuda import layout, scaled_mm
 from stand_in_gpu import stand_in
-from vllm_rotquant import compat
+
+
+def server() -> dict[str, ModuleType]:
+    """What the phases import of vLLM by way of the plugin: an attention and a product that leave things as they are."""
+    compat, flash = ModuleType("vllm_rotquant.compat"), ModuleType("vllm_rotquant.compat.flash")
+    vars(flash)["dense_attention"] = lambda: ("a stand-in", lambda *given: None)
+    product = scaled_mm.Provided("a stand-in", lambda codes, weight, *scales: codes.new_empty(0))
+    vars(compat).update(integer_products=lambda: product, flash=flash)
+    return {module.__name__: module for module in (compat, flash)}
 
 
 def implementations() -> dict[str, Any]:
@@ -64,17 +73,14 @@ def main() -> None:
         for line in getattr(gpu_phases, name)():
             print(json.dumps({"phase": name} | line), flush=True)
 
-    attention = "a stand-in", lambda *given: None
     with (
         stand_in(90),
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
-        mock.patch.object(compat.flash, "dense_attention", return_value=attention),
+        mock.patch.dict(sys.modules, server()),
     ):
         print(json.dumps({"phase": "gathered"} | gathered()), flush=True)
         patched = [mock.patch.object(ops, op, call) for op, call in real.items()]
         patched.append(mock.patch.object(ops, "prepare_weight", lambda *given: layout.pack_weight(*given, 1)))
-        server = scaled_mm.Provided("a stand-in", lambda codes, weight, *scales: codes.new_empty(0))
-        patched.append(mock.patch.object(compat, "integer_products", return_value=server))
         patched.append(mock.patch.object(gpu_phases, "SWEPT", gpu_phases.SWEPT[:2]))
         others = {name for kind in gpu_kernels.PEERS.values() for name in kind if not name.startswith("rotquant")}
         patched.append(mock.patch.object(gpu_phases, "SLOW_PEERS", others))  # what is not ours wants numbers
