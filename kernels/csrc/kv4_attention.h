@@ -75,18 +75,15 @@ inline __attribute__((always_inline)) void weigh_rows(Block& b, const Tile& tile
   // Three loops, not one: what a row waits for is then hidden behind the other rows.
   for (int r = 0; r < n; r++) {
     seen[r] = {within(b.begin[row + r] - tile.begin), within(b.end[row + r] - tile.begin)};
-    const auto exponents_of = seen[r].whole() ? exponents<true> : exponents<false>;
-    found[r] = exponents_of(dots + r * TILE, tile, seen[r], b.factor[row + r], b.cap, b.sum[row + r],
-                            b.exponents + r * TILE);
+    found[r] = exponents(dots + r * TILE, tile, seen[r], b.factor[row + r], b.cap, b.sum[row + r],
+                         b.exponents + r * TILE);
   }
   for (int r = 0; r < n; r++) {
     float& largest = s.largest[row + r];
     const float before = largest;
     largest = found[r] > before ? found[r] : before;
     w[r].fade = exp2(before - largest);
-    const auto weigh_in = seen[r].whole() ? weigh<true> : weigh<false>;
-    w[r].scale = weigh_in(tile, seen[r], largest, w[r].fade, b.exponents + r * TILE,
-                          s.sums + (row + r) * s.columns + dim);
+    w[r].scale = weigh(tile, seen[r], largest, w[r].fade, b.exponents + r * TILE, s.sums + (row + r) * s.columns + dim);
   }
   for (int r = 0; r < n; r++, codes += WEIGHTS) {
     to_bytes(b.exponents + r * TILE, TILE, w[r].scale > 1e-30f ? 255.0f / w[r].scale : 0.0f, DITHER.of, codes);

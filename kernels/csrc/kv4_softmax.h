@@ -118,7 +118,7 @@ inline F capped(F x, float cap) {
 // Exponents of a row from its integer dot products with the keys that it sees; returns the largest. cap: of the
 // exponents, 0 for none. WHOLE: all of the tile is seen.
 template <bool WHOLE>
-inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
+inline float exponents_of(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
   F largest = set1(LOWEST);
   const int64_t start = WHOLE ? 0 : seen.start(), last = WHOLE ? TILE : seen.last;
   for (int64_t i = start; i < last; i += W) {
@@ -132,10 +132,15 @@ inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float f
   return hmax(largest);
 }
 
+inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
+  if (seen.whole() && cap == 0) return exponents_of<true>(dots, tile, seen, factor, 0, sum, x);
+  return exponents_of<false>(dots, tile, seen, factor, cap, sum, x);
+}
+
 // Turns exponents into weights times V's scales, 0 where nothing is seen, in place. The weights are added to
 // sums[0..15], which first fade. Returns the largest weight times scale.
 template <bool WHOLE>
-inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
+inline float weigh_by(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
   F sum = set1(0.0f);
   I most = set1(0);  // compared as integers: NaN is the largest
   const int64_t start = WHOLE ? 0 : seen.start(), last = WHOLE ? TILE : seen.last;
@@ -153,6 +158,11 @@ inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float
   for (int64_t i = (last + W - 1) / W * W; i < TILE; i += W) store(x + i, set1(0.0f));
   store(sums, fma(load(sums), set1(fade), sum));
   return float_of(uint32_t(hmax(most)));
+}
+
+inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
+  if (seen.whole()) return weigh_by<true>(tile, seen, largest, fade, x, sums);
+  return weigh_by<false>(tile, seen, largest, fade, x, sums);
 }
 
 inline void store_bytes(int8_t* p, const I* q) { store_i8(p, q[0], q[1], q[2], q[3], -127, 127); }
