@@ -1,4 +1,4 @@
-"""The KV cache's memory moves into pages of 2 MiB while it serves: nothing in it changes, and the log says what came."""
+"""The KV cache moves into pages of 2 MiB while it serves: nothing in it changes, and the log says what came."""
 
 from types import SimpleNamespace
 
