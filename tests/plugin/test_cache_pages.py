@@ -19,9 +19,7 @@ def said(monkeypatch):
     """(level, line) of what the log was told."""
     lines: list[tuple[str, str]] = []
     for level in ("info", "warning"):
-        monkeypatch.setattr(
-            compat.logger, level, lambda text, *parts, level=level: lines.append((level, text % parts))
-        )
+        monkeypatch.setattr(compat.logger, level, lambda text, *parts, level=level: lines.append((level, text % parts)))
     return lines
 
 
