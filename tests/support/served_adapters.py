@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def serve_with(
     folder: Path, adapters: list[Path | None], prompts: list[list[int]], **options: Any
 ) -> list[list[Tensor] | str]:
     """One engine; for each adapter the log-probabilities of each prompt's own tokens, or why it was refused."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

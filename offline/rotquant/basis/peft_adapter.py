@@ -1,9 +1,10 @@
 """A LoRA adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors, read and checked.
 
 An adapter adds s B A to the weights of some linears, y = x (W + s B A)ᵀ, with s = alpha / r, or alpha / sqrt(r) where
-it is rank-stabilised. An adapter of a model of text and images is one of its text half, under that half's own names, if
-it changes nothing else. Two programs read this folder, PEFT by the config and servers by the tensors; one that would mean
+it is rank-stabilised. Two programs read this folder, PEFT by the config and servers by the tensors; one that would mean
 two things to them is refused, and so is all that makes more of an adapter than its factors. PEFT itself is not needed.
+
+An adapter of a model of text and images is one of its text half, under that half's names, if it changes nothing else.
 """
 
 from __future__ import annotations
@@ -231,9 +232,7 @@ def with_own_names(config: dict[str, Any], names: dict[str, str]) -> dict[str, A
 # ---- the factors --------------------------------------------------------------------------------------------------
 
 
-def read_factors(
-    file: Path, config: dict[str, Any], arch: Architecture
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> tuple[dict[str, Tensor], dict[str, str]]:
     """adapter_model.safetensors by name, checked against the config and the model; names of linears: own -> stored."""
     if not file.is_file():
         found = [p.name for p in sorted(file.parent.glob("adapter_model.*"))]
