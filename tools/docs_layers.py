@@ -9,7 +9,7 @@ from docs_results import RESULTS, Compared, four_digits, percent, perplexity, re
 TOYS = {
     "mistral": "Mistral, a window in all layers",
     "qwen2": "Qwen2, a window in three layers of four",
-    "gemma3": "Gemma 3, the same",
+    "gemma3": "Gemma 3, a window in three layers of four",
     "qwen3_5": "Qwen3.5, three layers of linear attention, one of gated",
 }
 RECIPES = ("rtn", "quarot", "best")
