@@ -25,6 +25,7 @@ from train_demo_model import DATA, common_fields, save
 
 LENGTH, ROWS, PEAK_LR, WARM = 128, 8, 3e-3, 20
 WINDOW = 64
+QWEN2_ROWS = 2056  # of embeddings: transformers reads the tokenizer of a Qwen2 with a token more
 INTERLEAVED = ["sliding_attention"] * 3 + ["full_attention"]
 # What each architecture has beside the sizes.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -97,6 +98,8 @@ def main() -> None:
     model = new_model(names[args.architecture], tokenizer)
     soft = args.out.with_name(f"{args.out.name}-soft")
     train(model, tokenizer, args.steps)
+    if args.architecture == "qwen2":
+        model.resize_token_embeddings(QWEN2_ROWS, mean_resizing=False)
     save(model, tokenizer, soft)
     harden_folder(soft, args.out)
 
