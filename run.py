@@ -172,7 +172,7 @@ def main() -> int:
     code = 0
     given = [argument for argument in arguments[1:] if argument != "--release"]
     chosen = [] if "--release" in arguments else ["-m", "not release"]
-    pytest = ["pytest", "-n", "2", "--dist", "loadfile", *chosen, *given]
+    pytest = ["pytest", "-n", "2", "--dist", "loadfile", "--durations", "40", *chosen, *given]
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], pytest):
         say(" ".join(check))
         code = subprocess.call([str(PYTHON), "-m", *check], cwd=ROOT) or code

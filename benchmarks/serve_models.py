@@ -65,6 +65,7 @@ STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
 BRANCH = ("weights.rank=32", "weights.branch=svd")  # what `best-online` may put beside every linear
+FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # and so does the calibration of a branch
 EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
 LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -125,7 +126,8 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
         else:
             bits = ("activations.bits=8", "activations.clip=1.0") if "w4a8" in variant else ("activations.bits=4",)
             branch = BRANCH if variant.endswith("-branch") else ()
-            quantize(str(base), output, recipe="quarot", settings=[*CHEAP, *bits, *branch], resume=True)
+            settings = [*CHEAP, *bits, *branch]
+            quantize(str(base), output, recipe="quarot", settings=settings, resume=True, **FEW)
         note.write_text(f"{time.monotonic() - started:.1f}\n")
     return output, float(note.read_text()) if note.exists() else 0.0
 
