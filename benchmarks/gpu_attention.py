@@ -15,7 +15,7 @@ from rotquant_kernels import ops, reference
 
 Call = Callable[[], object]
 HEADS, KV_HEADS, DIM = 32, 8, 128
-DEVICE = os.environ.get("ROTQUANT_GPU_DEVICE", "cuda")  # "cpu" where a run is rehearsed
+DEVICE = os.environ.get("ROTQUANT_GPU_DEVICE", "cuda")  # "cpu" where a run is rehearsed, "meta" its launches alone
 PAGE, SYMMETRIC = 16, False  # vLLM's default page on CUDA; the default recipe's KV cache
 
 

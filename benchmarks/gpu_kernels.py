@@ -195,7 +195,7 @@ def time_us(call: Call) -> dict[str, Any]:
 
     The cache is filled by reading: what is written would be written back in the timed call's time.
     """
-    if DEVICE == "cpu":
+    if DEVICE != "cuda":
         started = time.perf_counter()
         call()
         return {"us": 1e6 * (time.perf_counter() - started)}

@@ -29,6 +29,7 @@ SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "dow
 SMALL = {"qkv": (256, 384), "o": (256, 256), "gate_up": (256, 512), "down": (768, 256)}
 SLOW_PEERS = ("Humming W4A16", "Marlin W4A16")  # the first compiles with nvcc, the second is Machete's elder
 SWEPT = (("down", 128), ("o", 64), ("down", 64), ("gate_up", 256), ("o", 128), ("gate_up", 2048), ("down", 16))
+GATHERED = "gathered prefill"
 UNPACKED = (2048, 4096, 8192)  # tokens for which an unpacked weight is tried
 
 
@@ -101,16 +102,15 @@ def compile_all() -> Iterator[Line]:
 
 def right() -> Iterator[Line]:
     """Every op against its specification, eager and replayed from a graph."""
-    for op in gpu_checks.CASES:
+    checks = {op: partial(gpu_checks.check, op, DEVICE, quick=REHEARSAL) for op in gpu_checks.CASES}
+    for op, check in checks.items() if REHEARSAL else (checks | {GATHERED: gathered}).items():
         if late(8):
             yield {"op": op, "error": "no time was left"}
             continue
         try:
-            yield {"op": op} | gpu_checks.check(op, DEVICE, quick=REHEARSAL)
+            yield {"op": op} | check()
         except Exception as error:  # of a kernel: the others are looked at all the same
             yield {"op": op, "error": f"{type(error).__name__}: {error}"[:400]}
-    if not REHEARSAL:
-        yield gathered()
 
 
 def gathered() -> Line:
@@ -119,22 +119,22 @@ def gathered() -> Line:
     from vllm_rotquant.compat.flash import dense_attention
 
     steps, lens, found = [700, 300], [700, 1900], dense_attention()
-    room, table = workspace.workspace(lens, torch.device("cuda")), torch.randperm(240).view(2, 120).int()
-    cache = torch.zeros(240, 8, 16, reference.kv_token_bytes(128, False), dtype=torch.uint8, device="cuda")
-    key, value = torch.randn(2, 240 * 16, 8, 128, device="cuda").bfloat16()
-    ops.kv4_write(key, value, cache, torch.arange(240 * 16, device="cuda"), 128, False, 1.0, 1.0)
+    room, table = workspace.workspace(lens, torch.device(DEVICE)), torch.randperm(240).view(2, 120).int()
+    cache = torch.zeros(240, 8, 16, reference.kv_token_bytes(128, False), dtype=torch.uint8, device=DEVICE)
+    key, value = torch.randn(2, 240 * 16, 8, 128, device=DEVICE).bfloat16()
+    ops.kv4_write(key, value, cache, torch.arange(240 * 16, device=DEVICE), 128, False, 1.0, 1.0)
     starts, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, steps[0], sum(steps)], lens))
     query = torch.randn(sum(steps), 32, 128).bfloat16()
-    got = kv4_dense.gather(cache, table.cuda(), ends.cuda(), room, 128, torch.bfloat16, False)
+    got = kv4_dense.gather(cache, table.to(DEVICE), ends.to(DEVICE), room, 128, torch.bfloat16, False)
     expected = reference.kv4_gather(cache.cpu(), table, ends, 128, False, workspace.PAGE, torch.bfloat16)
     same = all(torch.equal(one.cpu(), other) for one, other in zip(got, expected, strict=True))
-    line: Line = {"op": "gathered prefill", "kernel": found[0] if found else "none", "pages are equal": same}
+    line: Line = {"kernel": found[0] if found else "none", "pages are equal": same}
     if found:
-        out, wanted = torch.empty_like(query, device="cuda"), torch.empty_like(query)
-        on_gpu = (query.cuda(), cache, starts.cuda(), ends.cuda(), table.cuda(), out, 128**-0.5, 128, False)
-        kv4_dense.attention(*on_gpu, room, max(steps), found[1])
+        out, wanted = torch.empty_like(query, device=DEVICE), torch.empty_like(query)
+        step = (one.to(DEVICE) for one in (starts, ends, table))
+        kv4_dense.attention(query.to(DEVICE), cache, *step, out, 128**-0.5, 128, False, room, max(steps), found[1])
         reference.kv4_attention(query, cache.cpu(), starts, ends, table, wanted, 128**-0.5, 128, False)
-        line["worst"] = gpu_checks.compare("gathered prefill", "kv4_attention", out.cpu(), wanted)
+        line["worst"] = gpu_checks.compare(GATHERED, "kv4_attention", out.cpu(), wanted)
     return line
 
 

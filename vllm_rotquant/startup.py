@@ -58,7 +58,7 @@ class Startup:
         model = compat.outermost(last) or holders.outermost(last)
         around = holders.around()
         collected.recurrent = count_recurrent(around)
-        check_recurrent(collected.recurrent, collected.settings.dtype, collected.lora)
+        check_recurrent(collected.recurrent, collected.settings.dtype)
         readings = [] if collected.dummy else reading_rows(around, collected.settings)
         if self.when_loaded is not None:
             self.when_loaded(model)

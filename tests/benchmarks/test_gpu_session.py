@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+REHEARSAL = Path(__file__).parents[1] / "support" / "gpu_rehearsal.py"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_phases  # noqa: E402
@@ -26,12 +29,39 @@ def test_every_phase_is_entered_and_leaves_lines(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith((tmp_path / "gpu-A.md").read_text() + "\n")
     lines = [json.loads(line) for line in (tmp_path / "gpu-A.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == set(gpu_session.PARTS["A"])
     for name in gpu_session.PARTS["A"]:
         own = [line for line in lines if line["phase"] == name]
         assert len(own) >= 2, name
         assert not [line for line in own if "error" in line], own
     assert {line["op"] for line in lines if "op" in line} >= {"int_linear", "kv4_attention"}
     assert any("rotquant W4A4" in line for line in lines)
+
+
+# What a layer of Llama-3-8B launches on a GPU.
+KERNELS = {"quantize_kernel", "linear_kernel", "sum_kernel", "unpack_kernel", "write", "decode", "merge", "prefill",
+           "gather", "turn"}  # fmt: skip
+
+
+def test_hoppers_shapes_pass_through_the_host_code_of_every_phase(tmp_path):
+    """What a rehearsal on a CPU leaves out: every launch of the real shapes, short of its compilation."""
+    pytest.importorskip("triton")
+    known = os.environ | {"ROTQUANT_GPU_LINES": str(tmp_path / "lines")}  # where the sweep leaves what it found
+    done = subprocess.run([sys.executable, REHEARSAL], env=known, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    phases = [line.pop("phase") for line in lines]
+    assert set(phases) == {"gathered", "compile_all", "layer", "times", "sweep", "launched"}
+    assert not [line for line in lines if "error" in line]
+    names = {name.split(".")[-1] for name in lines[-1]}
+    assert names == KERNELS
+    for phase, line in zip(phases, lines, strict=True):
+        if phase == "times":
+            ours = {name: us for name, us in line.items() if name.startswith("rotquant") and us}
+            assert ours
+            assert all(isinstance(us, float) or "a few tokens" in us for us in ours.values()), line
+    assert [line for line in lines if "unpacked, us" in line]
+    assert {line["page"] for line in lines if "page" in line} == {16, 64, 128}
 
 
 def test_part_b_serves_every_format(monkeypatch):

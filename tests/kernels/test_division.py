@@ -40,6 +40,17 @@ def test_the_quotient_is_rounded_as_division_rounds_it():
         assert torch.equal(corrected(hard * 5, divisor), hard * 5 / divisor)
 
 
+def test_rows_near_either_end_of_floats_are_moved_first():
+    """By 2^64, or 2^-64: what the first remainder needs is then a normal number, and the quotient is the same."""
+    generator = torch.Generator().manual_seed(2)
+    small = torch.rand(4000, generator=generator) * 10.0 ** -torch.randint(19, 38, (4000,), generator=generator)
+    large = torch.rand(4000, generator=generator) * 10.0 ** torch.randint(19, 37, (4000,), generator=generator)
+    for scale, move in ((small, 2.0**64), (large, 2.0**-64)):
+        y = scale * (16 * torch.rand(4000, generator=generator) - 8)
+        counts = (y / scale).abs() > 0.1
+        assert torch.equal(corrected(y * move, scale * move)[counts], (y / scale)[counts])
+
+
 def test_the_kernel_does_these_steps():
     steps = rows_steps.CORRECTED.value.strip("{} ;").split("; ")
     assert steps[1:] == [

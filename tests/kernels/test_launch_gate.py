@@ -9,6 +9,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import gate_record  # noqa: E402
 import launch_gate  # noqa: E402
 from rotquant_kernels.cuda import kv4_decode, rows  # noqa: E402
 from stand_in_gpu import GPUS  # noqa: E402
@@ -70,3 +71,21 @@ def test_the_gate_sees_what_it_is_for(monkeypatch):
     decode = ("decode", lambda: launch_gate.attend(1, 1))
     assert launch_gate.check(90, iter([decode]), lines.append)[2] == 1
     assert "'int' object has no attribute 'to'" in lines[-1]
+
+
+def test_traffic_meets_few_kernels_that_graphs_did_not():
+    """As a compiler tells them apart, over decodes, chunks and prompts of many lengths."""
+    captured, besides = gate_record.variants()
+    assert captured >= 10
+    assert 1 <= besides <= 12
+
+
+def test_the_record_counts_the_steps_of_loops_and_whole_kernels():
+    with launch_gate.stand_in(90) as found:
+        launch_gate.linear(4097, 4096, 512)
+        launch_gate.quantize(3, 4096)
+    product, row = (gate_record.measured("", made) for made in found)
+    assert 60 < product["instructions of a step"] < product["instructions"] / 2
+    assert row["instructions of a step"] == row["instructions"] < 30 * 32  # 30 of them a number at most
+    assert product["registers"] > row["registers"] > 30
+    assert row["spilled bytes"] == 0

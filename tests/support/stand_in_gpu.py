@@ -42,12 +42,19 @@ class Compiled(NamedTuple):
 
     def spilled(self) -> int:
         """Bytes of stack of a thread, from the machine code: registers that did not suffice."""
+        return self._uses("STACK")
+
+    def registers(self) -> int:
+        """Of a thread, from the machine code."""
+        return self._uses("REG")
+
+    def _uses(self, what: str) -> int:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.kernel.asm["cubin"])
             file.flush()
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return max(int(stack) for stack in re.findall(r"STACK:(\d+)", said))
+        return max(int(count) for count in re.findall(rf"{what}:(\d+)", said))
 
 
 @contextmanager

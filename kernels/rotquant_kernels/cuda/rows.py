@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rotquant_kernels import reference
 from rotquant_kernels.cuda import rows_dense, rows_long
-from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, load_row, qparams, store_codes
+from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, held, load_row, qparams, store_codes
 
 # Columns that one program holds: the butterflies' exchange takes 4 bytes each of the 99 KiB of shared memory that the
 # smallest GPUs have, and a norm, which exchanges nothing, has registers for no more than LONGEST_NORM.
@@ -30,7 +30,7 @@ STAGES = ("hadamard", "dense")  # online transforms that have a kernel; a dense 
 @triton.jit
 def quantize_kernel(
     x, residual, norm, stream, codes, scales, zeros, x_stride, columns, clip, eps,
-    SOURCE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
+    SOURCE: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One row: see the module's docstring. ORDER of the codes: natural; humming8, humming4: `humming`."""
@@ -48,7 +48,7 @@ def quantize_kernel(
     else:
         y = load_row(x + row * x_stride, k, columns, SOURCE == "silu_mul")
     if LOG > 0:
-        y = butterflies(y, WIDTH, LOG) * tl.constexpr(BLOCK**-0.5)
+        y = butterflies(y, WIDTH, LOG, HELD) * tl.constexpr(BLOCK**-0.5)
     if BITS == 0:
         tl.store(codes + row * columns + k, y, inside)
     else:
@@ -96,7 +96,7 @@ def launch(
     elif rows:
         quantize_kernel[(rows,)](
             x, residual, norm, stream, codes, scale, zero, step, columns, clip, eps, **settings, WIDTH=width,
-            num_warps=warps(width), **EXACT,
+            HELD=held(width, warps(width)), num_warps=warps(width), **EXACT,
         )  # fmt: skip
     return codes, scale, zero
 

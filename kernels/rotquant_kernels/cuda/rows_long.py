@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rotquant_kernels.cuda.device import device_of
-from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, load_row, qparams, store_codes
+from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, held, load_row, qparams, store_codes
 
 LOG_SPAN = 13  # of the columns of a part: 32 KiB to exchange
 WARPS = 16
@@ -38,7 +38,7 @@ def joined(at, STRIDE: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def quantize_long_kernel(
-    x, scratch, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr,
+    x, scratch, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr, HELD: tl.constexpr,
     SOURCE: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def quantize_long_kernel(
         for first in range(0, columns, SPAN):
             y = load_row(x + row * x_stride, first + place, columns, SOURCE == "silu_mul")
             if LOG > 0:
-                y = butterflies(y, SPAN, INNER)
+                y = butterflies(y, SPAN, INNER, HELD)
             if INNER == LOG:
                 y = y * tl.constexpr(BLOCK**-0.5)
                 part = extremes(y, SYMMETRIC)
@@ -90,6 +90,6 @@ def launch(
     direct = settings["BITS"] == 0
     scratch = codes if direct else torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     quantize_long_kernel[(programs,)](
-        x, scratch, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN, num_warps=WARPS,
-        num_stages=1, **EXACT,
+        x, scratch, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN,
+        HELD=held(1 << LOG_SPAN, WARPS), num_warps=WARPS, num_stages=1, **EXACT,
     )  # fmt: skip
