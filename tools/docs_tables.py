@@ -233,6 +233,24 @@ def attention() -> str:
     return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
 
 
+def kernels_amx() -> str:
+    """Linear layers and attention on a processor with matrix units, one thread: its peers, and the share of reading."""
+    found, rows = read("kernels-xeon-amx-1-thread"), []
+    most = max(limit[name]["cpu"] for limit in found["limits"] for name in ("read", "read_huge"))
+    peers = [peer for peer in PEERS if peer != "ggml-q4_0"]
+    for run in found["runs"]:
+        case, kernels = run["case"], run["kernels"]
+        linear = run["section"] == "linear"
+        ours = kernels["rotquant-w4a4" if linear else "rotquant-kv4"]
+        what = f"{case['k']} x {case['n']}" if linear else case["work"]
+        times = [f"{kernels[peer]['cpu_us'] / ours['cpu_us']:.2f}x" if peer in kernels else "" for peer in peers]
+        reads = run["rows"] <= 1 and ours["bytes"]
+        share = percent(ours["bytes"] / ours["cpu_us"] * 1e6 / most) if reads else ""
+        tokens = run["rows"] if linear else case["context"]
+        rows.append([what, f"{tokens:,}", f"{ours['cpu_us'] / 1000:.2f} ms", *times, share])
+    return table(["work", "tokens", "rotquant", *(PEERS[peer] for peer in peers), "of reading"], rows)
+
+
 def experts() -> str:
     """A layer of experts against vLLM's bf16, with the share of the machine's reading that a step reaches."""
     found, rows = read("kernels-experts-xeon-amx"), []
@@ -290,4 +308,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
     "soak": soak, "dominates": dominates, "noise": noise, "experts": experts,
     "mixtures": mixtures,
+    "kernels-amx": kernels_amx,
 }  # fmt: skip

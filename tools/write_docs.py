@@ -17,13 +17,19 @@ from pathlib import Path
 import docs_demo
 import docs_figure
 import docs_gpu
+import docs_layers
 import docs_recipes
 import docs_refusals
 import docs_tables
 from docs_results import ROOT
 
 BLOCKS: dict[str, Callable[[], str]] = (
-    docs_tables.BLOCKS | docs_demo.BLOCKS | docs_recipes.BLOCKS | docs_refusals.BLOCKS | docs_gpu.BLOCKS
+    docs_tables.BLOCKS
+    | docs_demo.BLOCKS
+    | docs_gpu.BLOCKS
+    | docs_layers.BLOCKS
+    | docs_recipes.BLOCKS
+    | docs_refusals.BLOCKS
 )
 BLOCK = re.compile(r"(<!-- begin (?P<name>[^>]+?) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 

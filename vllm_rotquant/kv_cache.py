@@ -21,6 +21,7 @@ from rotquant_kernels.formats import KVFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
 from vllm_rotquant import compat, steps
 from vllm_rotquant.collector import Collector
+from vllm_rotquant.large_pages import enlarge
 from vllm_rotquant.warmup import warm_attention
 
 PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a plane is aligned
@@ -46,7 +47,9 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         kinds = {}
-        for layer in compat.built_layers(vllm_config, layer_names):
+        layers = compat.built_layers(vllm_config, layer_names)
+        self.small = layers if device.type == "cpu" else []  # whose pages of memory are still to be made large
+        for layer in layers:
             shape = layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype
             kinds[shape, layer.impl.kv.rotate, layer.impl.window, layer.impl.cap] = layer
         for layer in kinds.values():
@@ -71,6 +74,9 @@ class KV4MetadataBuilder(compat.AttentionMetadataBuilder[KV4Metadata]):
     ) -> KV4Metadata:
         if common_attn_metadata.causal is not True:
             raise RotQuantError("this build of rotquant runs the 4-bit KV cache only with causal attention")
+        if self.small:  # the first step: vLLM makes the caches after this object
+            enlarge(compat.bound_caches(self.small))
+            self.small = []
         step = (
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,

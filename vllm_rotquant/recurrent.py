@@ -10,11 +10,11 @@ from rotquant.errors import RotQuantError
 from vllm_rotquant import compat
 
 
-def check_recurrent(layers: int, dtype: torch.dtype, lora: bool) -> None:
-    """Refuses what vLLM's linear attention asserts against on CPUs.
+def check_recurrent(layers: int, dtype: torch.dtype) -> None:
+    """Refuses what vLLM's linear attention does not run on CPUs.
 
     Args:
-        layers: of linear attention on this rank; dtype: of the model; lora: whether adapters are served.
+        layers: of linear attention on this rank; dtype: of the model.
     Raises:
         RotQuantError: naming the flag.
     """
@@ -23,8 +23,6 @@ def check_recurrent(layers: int, dtype: torch.dtype, lora: bool) -> None:
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise RotQuantError(f"--dtype {name}: vLLM's linear attention runs in bfloat16 only on CPUs: --dtype bfloat16")
-    if lora:
-        raise RotQuantError("--enable-lora: vLLM's linear attention runs no adapters on CPUs: leave the flag out")
 
 
 def count_recurrent(modules: list[Any]) -> int:

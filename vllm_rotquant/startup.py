@@ -11,6 +11,7 @@ from vllm_rotquant import agreement, compat
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.experts_proof import experts_rows
 from vllm_rotquant.fusion import fuse
+from vllm_rotquant.large_pages import report_weights
 from vllm_rotquant.positions import join_rope
 from vllm_rotquant.proof import rank_and_stage, reading_rows, run_checks
 from vllm_rotquant.recurrent import check_recurrent, count_recurrent
@@ -57,7 +58,7 @@ class Startup:
         model = compat.outermost(last) or holders.outermost(last)
         around = holders.around()
         collected.recurrent = count_recurrent(around)
-        check_recurrent(collected.recurrent, collected.settings.dtype, collected.lora)
+        check_recurrent(collected.recurrent, collected.settings.dtype)
         readings = [] if collected.dummy else reading_rows(around, collected.settings)
         if self.when_loaded is not None:
             self.when_loaded(model)
@@ -68,4 +69,5 @@ class Startup:
         check(experts_rows(collected) + readings)
         warm_linears(layer for layer, _ in collected.packed.values())
         warm_experts(collected.mixtures[:1])
+        report_weights()
         Reload(collected, partial(check, [])).install(model)

@@ -100,6 +100,7 @@ inline void load_scales(Tile& tile, bool symmetric) {
 struct Seen {
   int64_t first, last;
 
+  bool whole() const { return first == 0 && last == TILE; }
   int64_t start() const { return first / W * W; }
   // x at the places from i on that are seen, `other` at the rest.
   F keep(F x, int64_t i, F other) const {
@@ -115,37 +116,53 @@ inline F capped(F x, float cap) {
 }
 
 // Exponents of a row from its integer dot products with the keys that it sees; returns the largest. cap: of the
-// exponents, 0 for none.
-inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
+// exponents, 0 for none. WHOLE: all of the tile is seen.
+template <bool WHOLE>
+inline float exponents_of(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
   F largest = set1(LOWEST);
-  for (int64_t i = seen.start(); i < seen.last; i += W) {
+  const int64_t start = WHOLE ? 0 : seen.start(), last = WHOLE ? TILE : seen.last;
+  for (int64_t i = start; i < last; i += W) {
     F v = fma(load(tile.key_zero + i), set1(-sum), to_float(load(dots + i)));  // exact: all below 2^24
     v = v * load(tile.key_scale + i) * set1(factor);
     if (cap > 0) v = capped(v, cap);
-    v = seen.keep(v, i, set1(LOWEST));
+    if (!WHOLE) v = seen.keep(v, i, set1(LOWEST));
     store(x + i, v);
     largest = max(largest, v);
   }
   return hmax(largest);
 }
 
+inline float exponents(const int32_t* dots, const Tile& tile, Seen seen, float factor, float cap, float sum, float* x) {
+  if (seen.whole() && cap == 0) return exponents_of<true>(dots, tile, seen, factor, 0, sum, x);
+  return exponents_of<false>(dots, tile, seen, factor, cap, sum, x);
+}
+
 // Turns exponents into weights times V's scales, 0 where nothing is seen, in place. The weights are added to
 // sums[0..15], which first fade. Returns the largest weight times scale.
-inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
+template <bool WHOLE>
+inline float weigh_by(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
   F sum = set1(0.0f);
   I most = set1(0);  // compared as integers: NaN is the largest
-  for (int64_t i = 0; i < seen.start(); i += W) store(x + i, set1(0.0f));
-  for (int64_t i = seen.start(); i < seen.last; i += W) {
+  const int64_t start = WHOLE ? 0 : seen.start(), last = WHOLE ? TILE : seen.last;
+  for (int64_t i = 0; i < start; i += W) store(x + i, set1(0.0f));
+  for (int64_t i = start; i < last; i += W) {
     F p = exp2(load(x + i) - set1(largest)), w = p * load(tile.value_scale + i);
-    p = seen.keep(p, i, set1(0.0f));
-    w = seen.keep(w, i, set1(0.0f));
+    if (!WHOLE) {
+      p = seen.keep(p, i, set1(0.0f));
+      w = seen.keep(w, i, set1(0.0f));
+    }
     store(x + i, w);
     sum = sum + p;
     most = max(most, as_int(w));
   }
-  for (int64_t i = (seen.last + W - 1) / W * W; i < TILE; i += W) store(x + i, set1(0.0f));
+  for (int64_t i = (last + W - 1) / W * W; i < TILE; i += W) store(x + i, set1(0.0f));
   store(sums, fma(load(sums), set1(fade), sum));
   return float_of(uint32_t(hmax(most)));
+}
+
+inline float weigh(const Tile& tile, Seen seen, float largest, float fade, float* x, float* sums) {
+  if (seen.whole()) return weigh_by<true>(tile, seen, largest, fade, x, sums);
+  return weigh_by<false>(tile, seen, largest, fade, x, sums);
 }
 
 inline void store_bytes(int8_t* p, const I* q) { store_i8(p, q[0], q[1], q[2], q[3], -127, 127); }

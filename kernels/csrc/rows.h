@@ -124,6 +124,8 @@ void hadamard(float* row, int64_t n, int64_t block) {
   int64_t i = 0;
   for (; i + CHUNK <= n; i += CHUNK) first_strides<16>(row + i, block, block > CHUNK ? one : last);
   for (; i + W <= n && block <= W; i += W) first_strides<1>(row + i, block, last);
+  for (; i + 8 * W <= n && block == 8 * W; i += 8 * W) first_strides<8>(row + i, block, last);
+  for (; i + 4 * W <= n && block == 4 * W; i += 4 * W) first_strides<4>(row + i, block, last);
   // Blocks between W and CHUNK may lie behind the last chunk.
   for (; i < n && block > W; i += block) {
     for (int64_t j = 0; j < block; j += W) first_strides<1>(row + i + j, W, one);

@@ -89,7 +89,7 @@ struct KVPages {
 };
 
 // Most dimensions of a head; tokens that are attended over before results are merged; most rows of a work item.
-constexpr int64_t kv_max_dim = 512, kv_chunk = 2048, kv_rows = 24;
+constexpr int64_t kv_max_dim = 512, kv_chunk = 2048, kv_rows = 32;
 
 // Floats of a row's result over one chunk: the largest exponent, sums for each dimension, 16 parts of the weights' sum.
 constexpr int64_t kv_partial(int64_t head_dim) { return 17 + head_dim; }

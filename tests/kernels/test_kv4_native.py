@@ -233,6 +233,15 @@ def test_results_do_not_depend_on_batch_chunks_or_threads(tier):  # noqa: F811
     assert torch.equal(with_threads(2, decode.attend), decode.attend())
 
 
+@pytest.mark.parametrize("d", [16, 80, 112, 512])
+def test_many_rows_of_a_block_find_the_bits_of_few(tier, d):  # noqa: F811
+    """A block of many rows goes through matrix units where there are some; heads may end within what they multiply."""
+    batch = make_batch([150, 37], [13, 9], kv_heads=1, group=3, d=d, rotate=16)
+    whole = batch.attend()
+    alone = [batch.part(b, i, i + 1).attend() for b, steps in enumerate((13, 9)) for i in range(steps)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
 @pytest.mark.parametrize("where", ["key", "value", "query"])
 def test_a_row_that_is_not_finite_spoils_only_what_sees_it(tier, where):  # noqa: F811
     batch = make_batch([150, 40], [20, 3])

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import rotquant
 import vllm_serving as serving
 from child import Child, child_process
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
+from torch_engine import judged
 
 pytestmark = pytest.mark.vllm
 
@@ -25,16 +25,21 @@ def child() -> Iterator[Child]:
 
 
 def test_what_is_measured_is_served(child: Child, tmp_path: Path) -> None:
-    """In chunks of 32 tokens, contexts of four windows; all that vLLM reads of config.json as transformers does."""
+    """In chunks of 32 tokens, contexts of four windows; all that vLLM reads of config.json as transformers does.
+
+    The text is that of the torch engine, which knows no chunks, and again where prefixes come from the cache.
+    """
     out = quantize(
         str(source_model(tmp_path / "m", "gemma3")), tmp_path / "out", recipe="quarot", samples=4, seq_len=128
     )
     prompts = [torch.randint(VOCABULARY, (96,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
-    served = child(serving.serve, out, prompts, max_tokens=1, max_num_batched_tokens=32, enable_prefix_caching=False)
-    with torch.no_grad():
-        logits = rotquant.load(out)(torch.tensor(prompts)).logits[:, :-1].double()
-    own = logits.log_softmax(-1).gather(2, torch.tensor(prompts)[:, 1:, None]).squeeze(2)
+    options = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "again": True}
+    served = child(serving.serve, out, prompts, max_tokens=12, **options)
+    own, gaps = judged(out, prompts, served.tokens)
     assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    assert gaps.max() < 0.05  # the same tokens, but for near ties
+    assert served.again == served.tokens
+    assert served.cached_tokens > 0
     lines = served.log[served.log.index("rotquant start-up check") :].splitlines()
     rows = {" ".join(line.split()) for line in lines if line.startswith("  ")}
     for start in (

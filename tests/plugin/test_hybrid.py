@@ -20,6 +20,7 @@ from child import Child, child_process
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
+from torch_engine import judged
 
 pytestmark = pytest.mark.vllm
 
@@ -99,6 +100,22 @@ def test_at_4_bits_the_engines_differ_by_noise_alone(child: Child, made: Path, t
     assert difference.mean().abs() < 4 * difference.std() / difference.numel() ** 0.5
 
 
+@pytest.mark.release
+def test_chunks_and_cached_pages_change_nothing(child: Child, tmp_path: Path) -> None:
+    """A prompt of more than a page; the torch engine knows neither chunks nor pages."""
+    source = source_model(tmp_path / "source", "qwen3_5", dtype=torch.bfloat16, max_position_embeddings=2048)
+    settings = ["activations.bits=8"]
+    out = quantize(str(source), tmp_path / "out", recipe="quarot", samples=4, seq_len=128, settings=settings)
+    options = {"max_num_batched_tokens": 256, "enable_prefix_caching": True, "again": True, "max_model_len": 2048}
+    prompts = prompts_of(2, 1100)
+    served = child(serving.serve, out, prompts, max_tokens=8, **hybrid_serving.OPTIONS | options)
+    own, gaps = judged(out, prompts, served.tokens)
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    for text_gaps in (gaps, judged(out, prompts, served.again)[1]):
+        assert text_gaps.max() < 0.1  # the same tokens, but for near ties
+    assert served.cached_tokens > 0
+
+
 def test_a_stage_of_one_kind_of_layer(child: Child, made: Path) -> None:
     first, second = child(ranks.run, ranks.load_stage, made, "1,1", "bfloat16", pipeline=True)
     assert "in_proj_qkvz" in rows(first)
@@ -108,15 +125,7 @@ def test_a_stage_of_one_kind_of_layer(child: Child, made: Path) -> None:
     assert re.search(r"attention +1 .* KV4", second)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": "float32"}, "--dtype float32: vLLM's linear attention runs in bfloat16 only on CPUs"),
-        ({"dtype": "bfloat16", "enable_lora": True}, "--enable-lora: vLLM's linear attention runs no adapters on CPUs"),
-    ],
-)
-def test_what_would_end_the_server_at_its_first_request_is_refused(  # last: it leaves vLLM's groups in the process
-    child: Child, made: Path, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RotQuantError, match=message):
-        child(serving.load_only, made, **options)
+def test_what_would_end_the_server_at_its_first_request_is_refused(child: Child, made: Path) -> None:
+    """Last: it leaves vLLM's groups in the process."""
+    with pytest.raises(RotQuantError, match="--dtype float32: vLLM's linear attention runs in bfloat16 only on CPUs"):
+        child(serving.load_only, made, dtype="float32")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import rotquant
 import vllm_serving as serving
 from checkpoints import Spec, model_config, prompts, write_checkpoint
 from child import Child, child_process
@@ -22,6 +21,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models import describe
 from rotquant_kernels import calls
 from rotquant_kernels.formats import KVFormat
+from torch_engine import judged
 from vllm_rotquant.window_proof import window_distance
 from vllm_rotquant.windows import Windows
 from vllm_rotquant.witness import limit
@@ -94,16 +94,9 @@ def test_logprobs_are_those_of_float_arithmetic(child: Child, tmp_path: Path, sp
 
 def test_both_engines_agree(served: serving.Served, interleaved: Path) -> None:
     """Served by the native kernels, over pages that vLLM frees behind the window, and in transformers' model."""
-    model = rotquant.load(interleaved)
-    losses, own = torch.cat(served.prompt_logprobs), []
-    for prompt, tokens in zip(PROMPTS, served.tokens, strict=True):
-        with torch.inference_mode():
-            logprobs = model(torch.tensor([prompt + tokens])).logits[0].double().log_softmax(-1)
-        own.append(logprobs[: len(prompt) - 1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0])
-        behind = logprobs[len(prompt) - 1 : -1]
-        chosen = behind.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert (behind.amax(1) - chosen).max() < 0.05  # the same tokens, but for near ties
-    assert (losses.mean() - torch.cat(own).mean()).exp().sub(1).abs() < 0.005
+    own, gaps = judged(interleaved, PROMPTS, served.tokens)
+    assert gaps.max() < 0.05  # the same tokens, but for near ties
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
 
 
 def test_chunks_prefix_caching_and_freed_pages_change_nothing(
@@ -116,6 +109,19 @@ def test_chunks_prefix_caching_and_freed_pages_change_nothing(
     assert got.cached_tokens > 0
     token = KVFormat(True, 1.0, 1.0, 0).token_bytes(QWEN2.head_dim) * QWEN2.kv_heads * QWEN2.layers
     assert got.cache_tokens > 1.3 * serving.DEFAULTS["kv_cache_memory_bytes"] / token
+
+
+@pytest.mark.release
+def test_a_window_in_all_layers(child: Child, tmp_path: Path) -> None:
+    """In chunks and from the cache the text of the torch engine, which knows neither."""
+    folder, same = write_checkpoint(tmp_path / "mistral", MISTRAL), prompts((150, 150, 150))
+    options = {"block_size": 16, "enable_prefix_caching": True, "max_num_batched_tokens": 32, "again": True}
+    served = child(serving.serve, folder, same, max_tokens=40, **options)
+    own, gaps = judged(folder, same, served.tokens)
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    assert gaps.max() < 0.05  # the same tokens, but for near ties
+    assert served.again == served.tokens
+    assert served.cached_tokens > 0
 
 
 def test_windows_without_vllm_s_manager_of_several_kinds_of_layer(

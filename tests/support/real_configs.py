@@ -197,6 +197,10 @@ CONFIGS: dict[str, Config] = {
     "Zephyr-7B": mistral(vocab_size=32000, pad_token_id=2, rope_theta=10000.0, use_cache=True),
     "Qwen2-7B": qwen("Qwen2", 3584, 18944, 28, 28, 4, max_position_embeddings=131072, sliding_window=131072,
                      vocab_size=152064),
+    "Qwen2-7B-Instruct, windows on": qwen("Qwen2", 3584, 18944, 28, 28, 4, use_sliding_window=True, vocab_size=152064,
+                                          sliding_window=131072),
+    "Qwen2-7B, windows from layer 14 on": qwen("Qwen2", 3584, 18944, 28, 28, 4, use_sliding_window=True,
+                                               max_window_layers=14, sliding_window=4096, vocab_size=152064),
     "Qwen2.5-0.5B-Instruct": qwen("Qwen2", 896, 4864, 24, 14, 2, max_window_layers=21, tie_word_embeddings=True),
     "Qwen2.5-7B-Instruct": qwen("Qwen2", 3584, 18944, 28, 28, 4, vocab_size=152064),
     "Qwen2.5-7B-Instruct, 128K": qwen("Qwen2", 3584, 18944, 28, 28, 4, vocab_size=152064,
@@ -210,6 +214,16 @@ CONFIGS: dict[str, Config] = {
     "Qwen3.5-4B, the text alone": qwen35(2560, 9216, 32, 16, 4, linear_num_value_heads=32, tie_word_embeddings=True),
     "Qwen3.5-9B": whole(qwen35(4096, 12288, 32, 16, 4, linear_num_value_heads=32), "Qwen3_5ForConditionalGeneration",
                         "qwen3_5", image_token_id=248056, tie_word_embeddings=False),
+    "Qwen3.5-0.8B": whole(
+        qwen35(1024, 3584, 24, 8, 2, linear_num_value_heads=16, tie_word_embeddings=True),
+        "Qwen3_5ForConditionalGeneration", "qwen3_5", image_token_id=248056, video_token_id=248057,
+        vision_end_token_id=248054, vision_start_token_id=248053, tie_word_embeddings=True,
+        transformers_version="4.57.0.dev0"),
+    "Qwen3.6-27B": whole(
+        QWEN35 | {"bos_token_id": 248044, "pad_token_id": None, "output_gate_type": "swish",
+                  "partial_rotary_factor": 0.25},
+        "Qwen3_5ForConditionalGeneration", "qwen3_5", language_model_only=False, image_token_id=248056,
+        tie_word_embeddings=False),
     "gemma-2-2b": GEMMA2,
     "gemma-2-9b-it": GEMMA2 | {
         "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_hidden_layers": 42,
@@ -254,6 +268,13 @@ REFUSED: dict[str, tuple[Config, str]] = {
         whole(GEMMA3 | {"model_type": "gemma4_text", "attention_k_eq_v": True, "global_head_dim": 512},
               "Gemma4ForConditionalGeneration", "gemma4"),
         "architectures is ['Gemma4ForConditionalGeneration']: values without a linear of their own, layers that share",
+    ),
+    "gemma-4-E2B-it, the text alone": (
+        GEMMA3 | {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_kv_shared_layers": 20},
+        "architectures is ['Gemma4ForCausalLM']: values without a linear of their own, layers that share",
+    ),
+    "Qwen3.6-27B, another gate": (
+        QWEN35 | {"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid', expected is 'silu' or 'swish'"
     ),
     "gemma-3n-E4B": (
         whole(GEMMA3 | {"model_type": "gemma3n_text"}, "Gemma3nForConditionalGeneration", "gemma3n"),

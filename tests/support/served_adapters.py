@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +13,21 @@ import vllm_serving as serving
 from rotquant.errors import RotQuantError
 
 
-def serve_with(folder: Path, adapters: list[Path | None], prompts: list[list[int]]) -> list[list[Tensor] | str]:
+def serve_with(
+    folder: Path, adapters: list[Path | None], prompts: list[list[int]], **options: Any
+) -> list[list[Tensor] | str]:
     """One engine; for each adapter the log-probabilities of each prompt's own tokens, or why it was refused."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     parameters = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0)
+    served: Any = {"dtype": "float32", "block_size": 32} | options
     results: list[list[Tensor] | str] = []
     with torch.compiler.set_stance("force_eager"):
         llm = LLM(
-            str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=128,
-            kv_cache_memory_bytes=1 << 23, block_size=32, enable_lora=True, max_lora_rank=8, max_loras=2,
+            str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 23,
+            enable_lora=True, max_lora_rank=8, max_loras=2, **served,
         )  # fmt: skip
         try:
             for number, adapter in enumerate(adapters, 1):

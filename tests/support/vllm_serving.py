@@ -12,7 +12,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +42,7 @@ class Served:
     log: str
     cached_tokens: int
     preemptions: int
+    again: list[list[int]] = field(default_factory=list)  # the tokens where prefixes may come from the cache
 
     @property
     def cache_tokens(self) -> int:
@@ -65,9 +66,14 @@ def serve(
     rounds: int = 1,
     logprobs: bool = True,
     swap: str = "",
+    again: bool = False,
     **options: Any,
 ) -> Served:
-    """Serves a checkpoint in this process, greedily; the prompts `rounds` times, the last round counts."""
+    """Serves a checkpoint in this process, greedily; the prompts `rounds` times, the last round counts.
+
+    Log-probabilities of a prompt keep vLLM from taking its pages from the cache: with `again` it is asked once more,
+    without them, and `cached_tokens` are those of that time.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
@@ -83,6 +89,10 @@ def serve(
             llm = LLM(str(folder), **arguments)
             for _ in range(rounds):
                 outputs = llm.generate(requests, parameters, use_tqdm=False)
+            cached = outputs
+            if again:
+                plain = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False)
+                cached = llm.generate(requests, plain, use_tqdm=False)
             counters = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
             del llm
         finally:
@@ -91,8 +101,9 @@ def serve(
         [list(o.outputs[0].token_ids) for o in outputs],
         [own_logprobs(p, o.prompt_logprobs) for p, o in zip(prompts, outputs, strict=True)] if logprobs else [],
         "\n".join(log),
-        sum(o.num_cached_tokens or 0 for o in outputs),
+        sum(o.num_cached_tokens or 0 for o in cached),
         int(counters["vllm:num_preemptions"]),
+        [list(o.outputs[0].token_ids) for o in cached] if again else [],
     )
 
 

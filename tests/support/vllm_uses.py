@@ -46,7 +46,7 @@ ATTRIBUTES = {
     ),
     Name(f"{LAYERS}attention", "Attention"): (
         "attn_backend attn_type dtype has_sink head_size head_size_v impl kv_cache_dtype kv_sharing_target_layer_name "
-        "num_heads num_kv_heads quant_method sliding_window"
+        "kv_cache num_heads num_kv_heads quant_method sliding_window"
     ),
     Name(f"{LAYERS}fused_moe", "RoutedExperts"): (
         "apply_router_weight_on_input e_score_correction_bias expert_map local_num_experts moe_config quant_method "

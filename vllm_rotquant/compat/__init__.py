@@ -44,6 +44,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_rotquant.compat.attention import (
     attention_refusals,
+    bound_caches,
     built_layers,
     head_major_layouts,
     opaque_pages,
@@ -132,6 +133,7 @@ __all__ = [
     "additional_config",
     "asked",
     "attention_refusals",
+    "bound_caches",
     "built_layers",
     "can_be_reloaded",
     "decoder_output",

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -38,6 +39,11 @@ def step_lengths(common: CommonAttentionMetadata) -> tuple[list[int], list[int]]
 def built_layers(vllm_config: Any, names: Sequence[str]) -> list[Any]:
     """The attention layers of these names in the model that this process has built."""
     return [vllm_config.compilation_config.static_forward_context[name] for name in names]
+
+
+def bound_caches(layers: Sequence[Any]) -> list[Tensor]:
+    """The caches of attention layers, once vLLM has made them."""
+    return [cache if isinstance(cache, Tensor) else cache[0] for cache in (layer.kv_cache for layer in layers)]
 
 
 def attention_refusals(layer: Attention, cap: float | None) -> dict[str, bool]:

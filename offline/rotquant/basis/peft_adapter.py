@@ -3,6 +3,8 @@
 An adapter adds s B A to the weights of some linears, y = x (W + s B A)ᵀ, with s = alpha / r, or alpha / sqrt(r) where
 it is rank-stabilised. Two programs read this folder, PEFT by the config and servers by the tensors; one that would mean
 two things to them is refused, and so is all that makes more of an adapter than its factors. PEFT itself is not needed.
+
+An adapter of a model of text and images is one of its text half, under that half's names, if it changes nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture
+from rotquant.models.text_half import own_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -67,7 +70,8 @@ class LoRAAdapter:
             RotQuantError: naming the file and the field or tensor that is wrong, or that is more than LoRA on linears.
         """
         config = read_config(folder / CONFIG)
-        return cls(folder, config, read_factors(folder / WEIGHTS, config, arch))
+        factors, names = read_factors(folder / WEIGHTS, config, arch)
+        return cls(folder, with_own_names(config, names), factors)
 
     @property
     def basis(self) -> str | None:
@@ -213,11 +217,23 @@ def targeted(config: dict[str, Any], linear: str) -> bool:
     return index in ([layers] if isinstance(layers, int) else layers)
 
 
+def with_own_names(config: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The config that says of linears by their own names what this one says of them by the adapter's names."""
+    if all(own == name for own, name in names.items()):
+        return config
+    patterns = {
+        field: {re.escape(own): pattern_of(config, field, name, config[default]) for own, name in names.items()}
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    }
+    chosen = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return config | chosen | patterns | {"target_modules": list(names)}
+
+
 # ---- the factors --------------------------------------------------------------------------------------------------
 
 
-def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict[str, Tensor]:
-    """adapter_model.safetensors by name, checked against the config and the model."""
+def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """adapter_model.safetensors by name, checked against the config and the model; names of linears: own -> stored."""
     if not file.is_file():
         found = [p.name for p in sorted(file.parent.glob("adapter_model.*"))]
         hint = f"; {found[0]} may run code when it is read: save the adapter as safetensors" if found else ""
@@ -226,15 +242,16 @@ def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RotQuantError(f"{file}: truncated or not a safetensors file ({error})") from error
-    shapes, factors = dict(arch.linears()), {}
+    shapes, factors, names = arch.adaptable(), {}, {}
     for name, tensor in sorted(stored.items()):
         linear, factor = split_name(name)
-        if linear not in shapes:
-            raise RotQuantError(f"{file}: {name} {reason(name)}")
+        own = own_name(linear)
+        if own not in shapes:
+            raise RotQuantError(f"{file}: {name} {reason(name, own, arch)}")
         if not targeted(config, linear):
             raise RotQuantError(f"{file}: {name} belongs to a linear that {CONFIG} does not target")
         rank = pattern_of(config, "rank_pattern", linear, config["r"])
-        outputs, inputs = shapes[linear]
+        outputs, inputs = shapes[own]
         wanted = [rank, inputs] if factor == "lora_A" else [outputs, rank]
         if list(tensor.shape) != wanted:
             raise RotQuantError(
@@ -243,17 +260,17 @@ def read_factors(file: Path, config: dict[str, Any], arch: Architecture) -> dict
             )
         if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
             raise RotQuantError(f"{file}: {name} holds NaN or infinite values, or has dtype {tensor.dtype}")
-        if f"{linear}.{factor}" in factors:
-            raise RotQuantError(f"{file}: {linear}.{factor} is there twice")
-        factors[f"{linear}.{factor}"] = tensor
+        if f"{own}.{factor}" in factors:
+            raise RotQuantError(f"{file}: {own}.{factor} is there twice")
+        factors[f"{own}.{factor}"], names[own] = tensor, linear
     for name in factors:
         linear, _, factor = name.rpartition(".")
         other = FACTORS[factor == "lora_A"]
         if f"{linear}.{other}" not in factors:
-            raise RotQuantError(f"{file}: {PREFIX}{linear}.{other}.weight is missing")
+            raise RotQuantError(f"{file}: {PREFIX}{names[linear]}.{other}.weight is missing")
     if not factors:
         raise RotQuantError(f"{file}: holds no tensor")
-    return factors
+    return factors, names
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -262,8 +279,10 @@ def split_name(name: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", "")
 
 
-def reason(name: str) -> str:
+def reason(name: str, linear: str, arch: Architecture) -> str:
     """Why a tensor is not taken."""
+    if linear.startswith(arch.left):
+        return "adapts a part of the model that is left out: train with LoRA on its language model alone"
     for part, what in (
         ("embed_tokens", "adapts the embeddings"),
         ("lm_head", "adapts the output layer"),

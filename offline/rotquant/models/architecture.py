@@ -117,6 +117,15 @@ class Architecture:
             for linear in layer.stored:
                 yield self.layer_prefix(index) + linear, layer.stored_shape(linear)
 
+    def adaptable(self) -> dict[str, Shape]:
+        """`linears`, and those beside them that stay in full precision."""
+        small = {
+            self.layer_prefix(index) + linear: shape
+            for index, kind in enumerate(self.kinds)
+            for linear, shape in kind.attention.small_shapes(kind.hidden).items()
+        }
+        return dict(self.linears()) | small
+
     @property
     def mixtures(self) -> dict[int, Experts]:
         """The layers that have experts."""

@@ -88,3 +88,7 @@ class Attention:
             self.query: (queries, hidden), self.key: (values, hidden), self.value: (values, hidden),
             self.output: (hidden, self.channels),
         }  # fmt: skip
+
+    def small_shapes(self, hidden: int) -> dict[str, Shape]:
+        """Outputs and inputs of the linears in full precision; there is none."""
+        return {}

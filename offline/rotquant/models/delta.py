@@ -92,6 +92,10 @@ class DeltaNet:
             self.mixed: (mixed, hidden), self.gate: (self.channels, hidden), self.output: (hidden, self.channels),
         }  # fmt: skip
 
+    def small_shapes(self, hidden: int) -> dict[str, Shape]:
+        """Outputs and inputs of the linears in full precision."""
+        return dict.fromkeys(self.full_precision, (self.value_heads, hidden))
+
 
 def delta_attention(block: DeltaNet, tensors: dict[str, Tensor], x: Tensor, linear: Linear, eps: float) -> Tensor:
     """What the output linear reads, x [..., T, hidden] to [..., T, value_heads * value_dim] in x's dtype.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from drawn_transforms import everything, random_orthogonal
-from lora_adapters import changes, edit_adapter, scaling, write_adapter
+from lora_adapters import NAMES, changes, edit_adapter, scaling, write_adapter
 from rotquant.basis.peft_adapter import LoRAAdapter
 from rotquant.basis.sidecar import FILE, Basis
 from rotquant.basis.turn_adapter import turn
@@ -23,7 +23,7 @@ from rotquant.models.decoder import decoders
 from rotquant.pipeline import quantize
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import Fold
-from rotquant.transforms.space import Transforms
+from rotquant.transforms.space import LayerTransforms, Transforms
 from source_models import KINDS, source_model
 
 ADAPTERS = [
@@ -48,17 +48,22 @@ def linear_with(decoder, tensors, transforms, prefix, changed):
     return linear
 
 
+HYBRID = {"names": [*NAMES, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]}
 FUSED = {"names": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
 
 
-@pytest.mark.parametrize(("kind", "config"), [*product(KINDS, ADAPTERS), ("phi3", FUSED)])
+OTHERS = [("phi3", FUSED), ("gemma3", {}), ("qwen3_5", HYBRID)]
+
+
+@pytest.mark.parametrize(("kind", "config"), [*product(KINDS, ADAPTERS), *OTHERS])
 def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
     """Every transform of the design space at once; the basis comes from its file."""
     extra = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
     folder = source_model(tmp_path / "m", kind, **extra)
     arch, source, random = read_architecture(folder), Source(folder), torch.Generator().manual_seed(2)
     layers = [everything(layer, random) for layer in arch.kinds]
-    transforms = Transforms(Dense(random_orthogonal(arch.hidden_size, random)), 0, layers)
+    r1 = Dense(random_orthogonal(arch.hidden_size, random)) if arch.rotates else None
+    transforms = Transforms(r1, 0, layers)
     stated = Basis.of(source, arch, transforms).write(tmp_path)
     arch.config.rotquant = {"basis": stated.model_dump()}
     basis = Basis.read(tmp_path, arch.config)
@@ -70,15 +75,59 @@ def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
         for name in before
     }
     fold, h = Fold(arch, transforms), torch.randn(12, arch.hidden_size, generator=random)
+    stream = r1.rows if r1 else lambda rows: rows
     for index, decoder in enumerate(decoders(arch, 12)):
         prefix = arch.layer_prefix(index)
         tensors = decoder.kind.split(source.layer(prefix))
         expected = decoder.layer(tensors, h, linear_with(decoder, tensors, None, prefix, before))
         plain = decoder.layer(tensors, h, decoder.float_linear(tensors))
         folded = {name: t.float() for name, t in fold.layer(tensors, index).items()}
-        got = decoder.layer(folded, fold.r1.rows(h), linear_with(decoder, folded, layers[index], prefix, after))
-        assert (got - fold.r1.rows(expected)).norm() < 1e-4 * expected.norm()
+        got = decoder.layer(folded, stream(h), linear_with(decoder, folded, layers[index], prefix, after))
+        assert (got - stream(expected)).norm() < 1e-4 * expected.norm()
         assert (plain - expected).norm() > 0.05 * expected.norm()
+
+
+WHOLE = {
+    "r": 4, "rank_pattern": {r"language_model\.(model\.)?layers\.1\.self_attn\.k_proj": 6},
+    "alpha_pattern": {"v_proj": 3},
+    "target_modules": r".*language_model.*\.(q|k|v|o)_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_whole_model_is_one_of_its_text_half(tmp_path, prefix):
+    """As the same factors under the text half's names; none of another part."""
+    folder = source_model(tmp_path / "m", "gemma3")
+    arch, model = read_architecture(folder), AutoModelForCausalLM.from_pretrained(folder)
+    plain = write_adapter(tmp_path / "plain", model, names=["q_proj", "k_proj", "v_proj", "o_proj"])
+    whole = shutil.copytree(plain, tmp_path / "whole")
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.model.", f"base_model.model.{prefix}")] = tensors.pop(name)
+        for factor, shape in (("A", (6, 128)), ("B", (64, 6))):
+            name = f"base_model.model.{prefix}layers.1.self_attn.k_proj.lora_{factor}.weight"
+            tensors[name] = torch.ones(shape)
+
+    edit_adapter(whole, WHOLE, rename)
+    read, expected = LoRAAdapter.read(whole, arch), LoRAAdapter.read(plain, arch)
+    assert read.factors.keys() == expected.factors.keys()
+    same = "model.layers.0.mlp.", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+    assert all(torch.equal(read.factors[n], t) for n, t in expected.factors.items() if n.startswith(same))
+    names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    assert [read.scaling(name) for name in names] == [2.0, 8 / 6, 3 / 4]
+    basis = Basis(arch, Transforms(None, 0, [LayerTransforms() for _ in arch.kinds]), [{}, {}], torch.ones(128), "x")
+    turned = turn(read, basis)
+    save_file({n: t.contiguous() for n, t in turned.tensors().items()}, whole / "adapter_model.safetensors")
+    (whole / "adapter_config.json").write_text(json.dumps(turned.config))
+    again = LoRAAdapter.read(whole, arch)
+    assert turn(again, basis) is again
+    assert [again.scaling(name) for name in names] == [2.0, 8 / 6, 3 / 4]
+    tower = "base_model.model.model.vision_tower.layers.0.self_attn.q_proj.lora_A.weight"
+    every = {"target_modules": [f"{x}_proj" for x in "qkvo"]}
+    edit_adapter(whole, every, lambda tensors: tensors.update({tower: torch.ones(4, 8)}))
+    with pytest.raises(RotQuantError, match=r"vision_tower.* adapts a part of the model that is left out: train with"):
+        LoRAAdapter.read(whole, arch)
 
 
 @pytest.fixture(scope="module")

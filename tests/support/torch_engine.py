@@ -1,0 +1,31 @@
+"""What the torch engine, which knows neither chunks nor pages, says of what was served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rotquant
+
+
+def judged(folder: Path, prompts: list[list[int]], tokens: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
+    """Scores prompts and the texts that a server wrote behind them.
+
+    Args:
+        folder: a checkpoint; options: of `rotquant.load`.
+    Returns:
+        of all prompts, one after the other: log p of their own tokens but the first, and by how many nats the model
+        prefers another token to each that was served, 0 for its first choice.
+    """
+    model, own, gaps = rotquant.load(folder, **options), [], []
+    for prompt, written in zip(prompts, tokens, strict=True):
+        ids = torch.tensor([prompt + written])
+        with torch.inference_mode():
+            logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+        found = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+        own.append(found[: len(prompt) - 1])
+        gaps.append((logprobs.amax(1) - found)[len(prompt) - 1 :])
+    return torch.cat(own), torch.cat(gaps)
