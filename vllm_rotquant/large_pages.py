@@ -44,7 +44,7 @@ def ask(owners: Iterable[weakref.ref[Tensor]]) -> None:
                 return
             storage = cache.untyped_storage()
             end = min(start + CHUNK - (storage.data_ptr() + start) % PAGE, storage.nbytes())
-            part = torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - start,))
+            part = torch.empty(0, dtype=torch.uint8).set_(storage, start, torch.Size([end - start]), (1,))
             found = torch.ops.rotquant.large_pages(part)
             pages, given = pages + found[0], given + found[1]
             start, more = end, end < storage.nbytes()
