@@ -1,10 +1,11 @@
 """Which candidates a model is quantized with: greedy, one after the other, by the KL that each trial measures.
 
 The base is tried first. Each candidate is tried on top of the base and of those taken so far, and is taken if it lowers
-the KL, both its mean and on the typical token (`judge.relative`): a wrong pick within the error of the measurement
-costs little, a part left out costs what it is worth. Then all that was taken has to win against the base once more,
-judged on other windows, by more than MARGIN standard errors of the relative difference: he who tries much finds
-something. The mean alone cannot tell: few tokens hold most of it. Where it does not win, the base stands as it is.
+the KL of the typical token (`judge.relative`) and does not raise the mean by more than its error: a wrong pick within
+the error of the measurement costs little, a part left out costs what it is worth. Then all that was taken has to win
+against the base once more, in both, judged on other windows, by more than MARGIN standard errors of the relative
+difference: he who tries much finds something. The mean alone cannot tell: few tokens hold most of it. Where it does not
+win, the base stands as it is.
 
 What a trial learns of the whole model (R1, or everything end to end) is kept in the journal under what decides it, for
 later trials and the run itself. So is each trial's result: a killed run repeats none.
@@ -124,10 +125,11 @@ class Search:
 
 
 def compared(name: str, changes: Changes, kl: Tensor, before: Tensor, margin: float = 0) -> Trial:
-    """A trial from the KL [judged tokens] of each side; it has to win by more than `margin` errors."""
-    difference, each = (kl - before).mean().item(), relative(kl, before)
-    typical, error = each.mean().item(), error_of(each)
-    taken = difference < 0 and typical < -margin * error  # never where anything is not a number
+    """A trial from the KL [judged tokens] of each side; with a margin it has to win by more than so many errors."""
+    change, each = kl - before, relative(kl, before)
+    difference, typical, error = change.mean().item(), each.mean().item(), error_of(each)
+    noise = 0 if margin else error_of(change)
+    taken = difference < noise and typical < -margin * error  # never where anything is not a number
     return Trial(name, changes, kl.mean().item(), difference, typical, error, taken)
 
 

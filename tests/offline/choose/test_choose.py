@@ -379,6 +379,11 @@ def test_few_tokens_with_most_of_the_kl_do_not_hide_a_win() -> None:
     assert not compared("it", {}, worst, before, 2).taken
     assert compared("it", {}, 0.9 * before, before, 2).taken
     assert not compared("it", {}, before * float("nan"), before).taken
+    even = torch.where(before == before.max(), before + (0.1 * before).sum() + 0.1, 0.9 * before)
+    assert (even - before).mean() > 0
+    assert compared("it", {}, even, before).taken  # of a trial; what was taken has to lower the mean, too
+    assert not compared("it", {}, even, before, 2).taken
+    assert not compared("it", {}, worst, before).taken
 
 
 def test_the_error_of_a_mean() -> None:
