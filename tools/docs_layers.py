@@ -1,4 +1,4 @@
-"""The tables of models whose layers differ, from `compare-ARCHITECTURE.json` and `engines-layers.json`."""
+"""The tables of toys of other architectures: those whose layers differ, and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -43,4 +43,30 @@ def engines() -> str:
     return table(["`quarot`, nats", *heads], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"layers": layers, "engines of layers": engines}
+MIXTURES = (
+    ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("Mixtral: 8 experts, top 2", "compare-mixtral"),
+    ("Qwen2-MoE: 60 experts, top 2, and a shared one", "compare-qwen2-moe"),
+)  # fmt: skip
+
+
+def mixtures() -> str:
+    """Toys with experts: quality and routing of a few recipes, ranges over seeds where there are several."""
+    rows = []
+    for name, file in MIXTURES:
+        found = Compared.of(file)
+        rows.append([name, "full precision", f"{found.full:.1f}", "0", "100%"])
+        for label in ("rtn", "quarot", "best", "best-online"):
+            if label in found.groups:
+                kl = found.cell(label, "kl", four_digits, spread=True)
+                cells = [
+                    found.cell(label, "perplexity", perplexity),
+                    kl,
+                    found.cell(label, "routing_agreement", percent),
+                ]
+                rows.append(["", f"`{label}`", *cells])
+    return table(["model", "recipe", "perplexity", "KL, nats", "routing as before"], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "layers": layers, "engines of layers": engines, "mixtures": mixtures,
+}  # fmt: skip

@@ -12,6 +12,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ABSENT = "not measured yet"
+# Formats of serve.py
+BF16, W8A8, HEAD8, W4A4, W4A8 = "bf16", "w8a8", "w8a8-head8", "rotquant-w4a4kv4", "rotquant-w4a8kv4"
+BRANCH = "rotquant-w4a4kv4-branch"
 Run = dict[str, Any]
 
 
@@ -68,13 +71,17 @@ class Compared:
 
 @dataclass(frozen=True)
 class Served:
-    """serve.json: what each format does under each load; medians over rounds."""
+    """A file of `serve.py`: what each format does under each load; medians over rounds."""
 
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str = "serve") -> Served:
+    def of(cls, name: str = "serve-xeon-amx") -> Served:
         return cls(read(name))
+
+    @property
+    def formats(self) -> set[str]:
+        return {server["format"] for server in self.data["servers"] if "error" not in server}
 
     def load(self, start: str) -> str:
         """The name of the load that begins so."""

@@ -6,26 +6,24 @@ from collections.abc import Callable
 
 from docs_results import (
     ABSENT,
+    BF16,
+    BRANCH,
+    HEAD8,
+    W4A4,
+    W4A8,
+    W8A8,
     Compared,
     Served,
     four_digits,
-    milliseconds,
     minutes,
     nats,
     percent,
     perplexity,
-    rate,
     read,
-    seconds,
     table,
 )
 
 REAL = "compare-smollm2"
-BF16, W8A8, HEAD8, W4A4, W4A8 = "bf16", "w8a8", "w8a8-head8", "rotquant-w4a4kv4", "rotquant-w4a8kv4"
-FORMATS = {
-    BF16: "bf16", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)", HEAD8: "W8A8 with int8 lm_head",
-    W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**",
-}  # fmt: skip
 
 # label in compare-smollm2.json, the served format whose speed it has, when to take it
 GLANCE = (
@@ -33,7 +31,7 @@ GLANCE = (
     ("`rtn`: to nearest, no rotation", "rtn", W4A4, "never: it shows what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in minutes"),
     ("`best`, the default", "best", W4A4, "you want 4-bit activations: as fast as `quarot`, closer to the original"),
-    ("`best-online`", "best-online", "", "quality counts more than speed: two thin 16-bit matrices join each linear"),
+    ("`best-online`", "best-online", BRANCH, "quality counts more than speed: thin 16-bit matrices join linears"),
     ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
 )  # fmt: skip
 
@@ -57,7 +55,7 @@ def glance() -> str:
 
 
 def _speed(served: Served, form: str) -> list[str]:
-    if not form:
+    if form not in served.formats:
         return [ABSENT, ABSENT, f"{served.server(W4A4, 'kv_tokens'):,.0f}"]
     return [
         f"{served.run('1024/32', form, 'median_tpot_ms'):.0f}",
@@ -182,131 +180,7 @@ def engines() -> str:
     return table(["recipe", "one model", "the other"], rows)
 
 
-def serving() -> str:
-    served = Served.of()
-    loads = (
-        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", milliseconds),
-        ("128/64 all", "output_throughput", rate), ("2048/32", "output_throughput", rate),
-        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", milliseconds),
-    )  # fmt: skip
-    rows = []
-    for form, name in FORMATS.items():
-        cells = [write(served.run(load, form, metric)) for load, metric, write in loads]
-        rows.append([name, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
-    heads = ["format", "1024-token prompt: first token", "one stream: ms a token", "16 x 128/64 at once: tokens/s"]
-    heads += ["2 x 2048/32: tokens/s", "one 128/64 a second: first token", "ms a token", "tokens in 1 GiB of KV cache"]
-    return table(heads, rows)
-
-
-PEERS = {
-    "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)",
-    "ggml-q4_0": "llama.cpp Q4_0",
-}  # fmt: skip
-
-
-def kernels() -> str:
-    """The linear layer at 4096 x 4096 on one thread and on two, and the peers in the same alternating run."""
-    runs = [r for r in read("kernels-xeon-cascade-lake-2-threads")["runs"] if r["section"] == "linear"]
-    found = {(r["threads"], r["rows"]): r["kernels"] for r in runs if r["case"] == {"k": 4096, "n": 4096}}
-    rows = []
-    for tokens in sorted({rows for _, rows in found}):
-        one, two = found[1, tokens], found[2, tokens]
-        ours = [at["rotquant-w4a4"]["wall_us"] for at in (one, two)]
-        cells = [str(tokens), f"{ours[0] / 1000:.2f}, {ours[1] / 1000:.2f} ms"]
-        cells += [
-            ", ".join(f"{at[peer]['wall_us'] / own:.1f}x" for at, own in zip((one, two), ours, strict=True))
-            for peer in PEERS
-        ]
-        rows.append(cells)
-    return table(["tokens", "rotquant W4A4", *PEERS.values()], rows)
-
-
-def attention() -> str:
-    """Attention over the 4-bit cache against vLLM's bf16, same runs."""
-    rows = []
-    for run in read("kernels-xeon-cascade-lake-2-threads")["runs"]:
-        if run["section"] == "attention":
-            case, ours = run["case"], run["kernels"]["rotquant-kv4"]["wall_us"]
-            theirs = run["kernels"]["vllm-bf16"]["wall_us"]
-            what = [case["work"], str(case["batch"]), f"{case['context']:,}", str(run["threads"])]
-            rows.append([*what, f"{ours / 1000:.2f} ms", f"{theirs / 1000:.2f} ms", f"{theirs / ours:.1f}x"])
-    return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
-
-
-def kernels_amx() -> str:
-    """Linear layers and attention on a processor with matrix units, one thread: its peers, and the share of reading."""
-    found, rows = read("kernels-xeon-amx-1-thread"), []
-    most = max(limit[name]["cpu"] for limit in found["limits"] for name in ("read", "read_huge"))
-    peers = [peer for peer in PEERS if peer != "ggml-q4_0"]
-    for run in found["runs"]:
-        case, kernels = run["case"], run["kernels"]
-        linear = run["section"] == "linear"
-        ours = kernels["rotquant-w4a4" if linear else "rotquant-kv4"]
-        what = f"{case['k']} x {case['n']}" if linear else case["work"]
-        times = [f"{kernels[peer]['cpu_us'] / ours['cpu_us']:.2f}x" if peer in kernels else "" for peer in peers]
-        reads = run["rows"] <= 1 and ours["bytes"]
-        share = percent(ours["bytes"] / ours["cpu_us"] * 1e6 / most) if reads else ""
-        tokens = run["rows"] if linear else case["context"]
-        rows.append([what, f"{tokens:,}", f"{ours['cpu_us'] / 1000:.2f} ms", *times, share])
-    return table(["work", "tokens", "rotquant", *(PEERS[peer] for peer in peers), "of reading"], rows)
-
-
-def experts() -> str:
-    """A layer of experts against vLLM's bf16, with the share of the machine's reading that a step reaches."""
-    found, rows = read("kernels-experts-xeon-amx"), []
-    for run in found["runs"]:
-        threads = run["threads"]
-        ours, theirs = (run["kernels"][name] for name in ("rotquant-w4a4", "vllm-bf16"))
-        seconds = ours["cpu_us"] / threads * 1e-6
-        limits = [limit for limit in found["limits"] if limit["threads"] == threads]
-        most = max(limit[name]["cpu"] for limit in limits for name in ("read", "read_huge"))
-        share = percent(ours["bytes"] / seconds / most) if run["rows"] < 100 else ""
-        cells = [f"{run['rows']:,}", str(threads), f"{seconds * 1000:.2f} ms"]
-        cells += [f"{theirs['cpu_us'] / threads / 1000:.2f} ms", f"{theirs['cpu_us'] / ours['cpu_us']:.1f}x", share]
-        rows.append(cells)
-    return table(["tokens", "threads", "rotquant W4A4", "vLLM bf16", "times as fast", "of reading"], rows)
-
-
-MIXTURES = (
-    ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("Mixtral: 8 experts, top 2", "compare-mixtral"),
-    ("Qwen2-MoE: 60 experts, top 2, and a shared one", "compare-qwen2-moe"),
-)  # fmt: skip
-
-
-def mixtures() -> str:
-    """Toys with experts: quality and routing of a few recipes, ranges over seeds where there are several."""
-    rows = []
-    for name, file in MIXTURES:
-        found = Compared.of(file)
-        rows.append([name, "full precision", f"{found.full:.1f}", "0", "100%"])
-        for label in ("rtn", "quarot", "best", "best-online"):
-            if label in found.groups:
-                kl = found.cell(label, "kl", four_digits, spread=True)
-                cells = [
-                    found.cell(label, "perplexity", perplexity),
-                    kl,
-                    found.cell(label, "routing_agreement", percent),
-                ]
-                rows.append(["", f"`{label}`", *cells])
-    return table(["model", "recipe", "perplexity", "KL, nats", "routing as before"], rows)
-
-
-def soak() -> str:
-    found = read("soak")
-    total = sum(found["requests"].values())
-    rows = [
-        ["requests", f"{total:,}"], ["of these aborted by the client", f"{found['requests']['abort']:,}"],
-        ["failed", str(len(found["failures"]))], ["served tokens compared", f"{found['compared']:,}"],
-        ["of these not the fake-quantized model's first choice", f"{found['not_first_choice']} (near ties)"],
-        ["growth of memory", percent(found["growth"])],
-    ]  # fmt: skip
-    return table([f"{found['minutes']} minutes of mixed load", ""], rows)
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
-    "released code": released, "engines": engines, "serving": serving, "kernels": kernels, "attention": attention,
-    "soak": soak, "dominates": dominates, "noise": noise, "experts": experts,
-    "mixtures": mixtures,
-    "kernels-amx": kernels_amx,
+    "released code": released, "engines": engines, "dominates": dominates, "noise": noise,
 }  # fmt: skip

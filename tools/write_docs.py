@@ -20,6 +20,7 @@ import docs_gpu
 import docs_layers
 import docs_recipes
 import docs_refusals
+import docs_speed
 import docs_tables
 from docs_results import ROOT
 
@@ -30,6 +31,7 @@ BLOCKS: dict[str, Callable[[], str]] = (
     | docs_layers.BLOCKS
     | docs_recipes.BLOCKS
     | docs_refusals.BLOCKS
+    | docs_speed.BLOCKS
 )
 BLOCK = re.compile(r"(<!-- begin (?P<name>[^>]+?) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 

@@ -204,11 +204,11 @@ def test_disk_too_small_is_seen_before_any_work(model, monkeypatch):
 def test_disk_full_in_the_middle_keeps_what_is_done(model, tmp_path, monkeypatch):
     real, calls = journal_module.save_tensors, []
 
-    def full(file, tensors):
+    def full(file, *given):
         calls.append(file)
         if len(calls) > 4:
             raise OSError(28, "No space left on device")
-        real(file, tensors)
+        real(file, *given)
 
     monkeypatch.setattr(journal_module, "save_tensors", full)
     with pytest.raises(RotQuantError, match="disk full; free some space and run again with --resume"):

@@ -148,7 +148,7 @@ def test_every_way_of_learning_computes_the_same_function(source: Path, tmp_path
     quick = ["learn.surrogate.steps=10"] if recipe.startswith("best") else []
     settings = [*all_candidates(recipe), *quick, *short.get(recipe, []), *FINE]
     out = quantize(str(source), tmp_path / "out", recipe=recipe, settings=settings, **QUICK)
-    assert relative(rotquant.load(out), source) < 0.1
+    assert relative(rotquant.load(out), source) < 0.15  # above 1 where something is not undone
 
 
 def test_the_portable_profile_is_transformers_own(source: Path, tmp_path: Path) -> None:
