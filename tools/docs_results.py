@@ -76,7 +76,7 @@ class Served:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str = "serve-xeon-amx") -> Served:
+    def of(cls, name: str = "serve-xeon-cascade-lake") -> Served:
         return cls(read(name))
 
     @property

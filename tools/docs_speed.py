@@ -1,0 +1,138 @@
+"""The tables of speed, from what `serve.py`, `kernels.py` and `soak.py` measured: one function for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from docs_results import (
+    BF16,
+    BRANCH,
+    HEAD8,
+    W4A4,
+    W4A8,
+    W8A8,
+    Served,
+    milliseconds,
+    percent,
+    rate,
+    read,
+    seconds,
+    table,
+)
+
+FORMATS = {
+    BF16: "bf16", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)", HEAD8: "W8A8 with int8 lm_head",
+    W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**", BRANCH: "rotquant W4A4KV4 with a low-rank branch",
+}  # fmt: skip
+
+
+def serving(name: str) -> str:
+    """Every format under load, on one machine."""
+    served = Served.of(name)
+    loads = (
+        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", milliseconds),
+        ("128/64 all", "output_throughput", rate), ("2048/32", "output_throughput", rate),
+        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", milliseconds),
+    )  # fmt: skip
+    rows = []
+    for form, shown in FORMATS.items():
+        if form not in served.formats:
+            continue
+        cells = [write(served.run(load, form, metric)) for load, metric, write in loads]
+        rows.append([shown, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
+    heads = ["format", "1024-token prompt: first token", "one stream: ms a token", "16 x 128/64 at once: tokens/s"]
+    heads += ["2 x 2048/32: tokens/s", "one 128/64 a second: first token", "ms a token", "tokens in 1 GiB of KV cache"]
+    return table(heads, rows)
+
+
+PEERS = {
+    "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)",
+    "ggml-q4_0": "llama.cpp Q4_0",
+}  # fmt: skip
+
+
+def kernels() -> str:
+    """The linear layer at 4096 x 4096 on one thread and on two, and the peers in the same alternating run."""
+    runs = [r for r in read("kernels-xeon-cascade-lake-2-threads")["runs"] if r["section"] == "linear"]
+    found = {(r["threads"], r["rows"]): r["kernels"] for r in runs if r["case"] == {"k": 4096, "n": 4096}}
+    rows = []
+    for tokens in sorted({rows for _, rows in found}):
+        one, two = found[1, tokens], found[2, tokens]
+        ours = [at["rotquant-w4a4"]["wall_us"] for at in (one, two)]
+        cells = [str(tokens), f"{ours[0] / 1000:.2f}, {ours[1] / 1000:.2f} ms"]
+        cells += [
+            ", ".join(f"{at[peer]['wall_us'] / own:.1f}x" for at, own in zip((one, two), ours, strict=True))
+            for peer in PEERS
+        ]
+        rows.append(cells)
+    return table(["tokens", "rotquant W4A4", *PEERS.values()], rows)
+
+
+def attention() -> str:
+    """Attention over the 4-bit cache against vLLM's bf16, same runs."""
+    rows = []
+    for run in read("kernels-xeon-cascade-lake-2-threads")["runs"]:
+        if run["section"] == "attention":
+            case, ours = run["case"], run["kernels"]["rotquant-kv4"]["wall_us"]
+            theirs = run["kernels"]["vllm-bf16"]["wall_us"]
+            what = [case["work"], str(case["batch"]), f"{case['context']:,}", str(run["threads"])]
+            rows.append([*what, f"{ours / 1000:.2f} ms", f"{theirs / 1000:.2f} ms", f"{theirs / ours:.1f}x"])
+    return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
+
+
+def kernels_amx() -> str:
+    """Linear layers and attention on a processor with matrix units, one thread: its peers, and the share of reading."""
+    found, rows = read("kernels-xeon-amx-1-thread"), []
+    most = max(limit[name]["cpu"] for limit in found["limits"] for name in ("read", "read_huge"))
+    peers = [peer for peer in PEERS if peer != "ggml-q4_0"]
+    for run in found["runs"]:
+        case, kernels = run["case"], run["kernels"]
+        linear = run["section"] == "linear"
+        ours = kernels["rotquant-w4a4" if linear else "rotquant-kv4"]
+        what = f"{case['k']} x {case['n']}" if linear else case["work"]
+        times = [f"{kernels[peer]['cpu_us'] / ours['cpu_us']:.2f}x" if peer in kernels else "" for peer in peers]
+        reads = run["rows"] <= 1 and ours["bytes"]
+        share = percent(ours["bytes"] / ours["cpu_us"] * 1e6 / most) if reads else ""
+        tokens = run["rows"] if linear else case["context"]
+        rows.append([what, f"{tokens:,}", f"{ours['cpu_us'] / 1000:.2f} ms", *times, share])
+    return table(["work", "tokens", "rotquant", *(PEERS[peer] for peer in peers), "of reading"], rows)
+
+
+def experts() -> str:
+    """A layer of experts against vLLM's bf16, with the share of the machine's reading that a step reaches."""
+    found, rows = read("kernels-experts-xeon-amx"), []
+    for run in found["runs"]:
+        threads = run["threads"]
+        ours, theirs = (run["kernels"][name] for name in ("rotquant-w4a4", "vllm-bf16"))
+        seconds = ours["cpu_us"] / threads * 1e-6
+        limits = [limit for limit in found["limits"] if limit["threads"] == threads]
+        most = max(limit[name]["cpu"] for limit in limits for name in ("read", "read_huge"))
+        share = percent(ours["bytes"] / seconds / most) if run["rows"] < 100 else ""
+        cells = [f"{run['rows']:,}", str(threads), f"{seconds * 1000:.2f} ms"]
+        cells += [f"{theirs['cpu_us'] / threads / 1000:.2f} ms", f"{theirs['cpu_us'] / ours['cpu_us']:.1f}x", share]
+        rows.append(cells)
+    return table(["tokens", "threads", "rotquant W4A4", "vLLM bf16", "times as fast", "of reading"], rows)
+
+
+def soak() -> str:
+    found = read("soak")
+    total = sum(found["requests"].values())
+    rows = [
+        ["requests", f"{total:,}"], ["of these aborted by the client", f"{found['requests']['abort']:,}"],
+        ["failed", str(len(found["failures"]))], ["served tokens compared", f"{found['compared']:,}"],
+        ["of these not the fake-quantized model's first choice", f"{found['not_first_choice']} (near ties)"],
+        ["growth of memory", percent(found["growth"])],
+    ]  # fmt: skip
+    return table([f"{found['minutes']} minutes of mixed load", ""], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "serving": partial(serving, "serve-xeon-cascade-lake"),
+    "serving-amx": partial(serving, "serve-xeon-amx"),
+    "kernels": kernels,
+    "kernels-amx": kernels_amx,
+    "attention": attention,
+    "experts": experts,
+    "soak": soak,
+}
