@@ -229,6 +229,14 @@ def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
+def begin(seed: int, threads: int) -> None:
+    """What every training here starts with: transformers is quiet, torch has its threads and its seed."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+
+
 def rate(step: int, steps: int) -> float:
     """Linear warm-up over 2% of the steps, then a cosine to 1% of the peak."""
     warm = max(20, steps // 50)
@@ -334,10 +342,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="only verify the folder in --out")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args.seed, args.threads)
     if not args.check:
         sources, held = stdlib_sources()
         write_texts(sources, held, args.out.parent, args.seed)

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from rotquant.measure.inspection.routing import choices_watched
 from rotquant.models import describe
 from rotquant.models.harden import harden_folder
-from train_demo_model import DATA, common_fields, rate, save, stdlib_sources, text_rows
+from train_demo_model import DATA, begin, common_fields, rate, save, stdlib_sources, text_rows
 
 LENGTH, ROWS, PEAK_LR, DECAY = 256, 8, 2e-3, 0.1
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -111,10 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args.seed, args.threads)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "demo")
     model = AutoModelForCausalLM.from_config(config_of(args.architecture, tokenizer, args))
     soft = args.out.with_name(f"{args.out.name}-soft")

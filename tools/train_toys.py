@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from rotquant.models.harden import harden_folder
-from train_demo_model import DATA, common_fields, save
+from train_demo_model import DATA, begin, common_fields, save
 
 LENGTH, ROWS, PEAK_LR, WARM = 128, 8, 3e-3, 20
 WINDOW = 64
@@ -90,10 +89,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args.seed, args.threads)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "demo")
     model = new_model(names[args.architecture], tokenizer)
     soft = args.out.with_name(f"{args.out.name}-soft")

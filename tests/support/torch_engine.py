@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rotquant
+from vllm_serving import Served
 
 
 def judged(folder: Path, prompts: list[list[int]], tokens: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
@@ -29,3 +30,12 @@ def judged(folder: Path, prompts: list[list[int]], tokens: list[list[int]], **op
         own.append(found[: len(prompt) - 1])
         gaps.append((logprobs.amax(1) - found)[len(prompt) - 1 :])
     return torch.cat(own), torch.cat(gaps)
+
+
+def check_text(folder: Path, prompts: list[list[int]], served: Served) -> None:
+    """Asserts that probabilities and greedy text of a server are the torch engine's, and from cached prefixes, too."""
+    own, gaps = judged(folder, prompts, served.tokens)
+    assert (torch.cat(served.prompt_logprobs).mean() - own.mean()).exp().sub(1).abs() < 0.005
+    assert gaps.max() < 0.05  # the same tokens, but for near ties
+    assert served.again == served.tokens
+    assert served.cached_tokens > 0
