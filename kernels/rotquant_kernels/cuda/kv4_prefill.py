@@ -72,8 +72,9 @@ def prefill(
     query, cache, query_start, seq_lens, table, cos_sin, out, partial, state, query_token, query_head, cache_block,
     cache_head, table_row, out_token, out_head, tokens, sequences, splits, window, factor, cap, DIM: tl.constexpr,
     PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, ASSEMBLER: tl.constexpr,
+    HELD: tl.constexpr, SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """As `kv4_decode.decode`, with ROWS at least 64."""
     sequence, token, head, any, valid, seen, begin, end = rows_of(
@@ -85,7 +86,7 @@ def prefill(
         inside = valid[:, None] & (dim < DIM)[None, :]
         query_low, query_high, query_sum, unit = load_queries(
             query + token * query_token + head * query_head, dim, inside, seen - 1, cos_sin, factor, ROWS, PADDED,
-            BLOCK, STAGES, NORM, ROPE, PAIRS,
+            BLOCK, STAGES, NORM, HELD, ROPE, PAIRS,
         )  # fmt: skip
         lowest = tl.min(tl.where(valid, seen, 1 << 30), 0)
         ones = tl.full([TILE // 2, 16], 1, tl.int8)
