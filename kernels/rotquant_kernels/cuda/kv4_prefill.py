@@ -108,11 +108,8 @@ def prefill(
             p = p * unit[:, None] * half(scales)[None, :]
             if CAPPED:
                 p = capped(p, cap)
-            if WINDOWED:
-                whole = (first + TILE <= lowest) & (first >= end - window)
-            else:
-                whole = first + TILE <= lowest
-            if not whole:
+            whole = (first + TILE <= lowest) & (first >= end - window) if WINDOWED else first + TILE <= lowest
+            if not whole:  # the others see all of it
                 place = first + (rest >> 8 & 255)
                 p = tl.where(place[None, :] < seen[:, None], p, float("-inf"))
                 if WINDOWED:

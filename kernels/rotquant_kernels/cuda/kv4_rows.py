@@ -71,8 +71,10 @@ def hadamard(
     x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """`reference.hadamard` of rows [ROWS, DIM], its additions in its order (`rows_steps.butterflies`), by programs whose
-    threads hold 2^HELD numbers. BLOCK = 2^STAGES, NORM = BLOCK^-0.5."""
+    """`reference.hadamard` of rows [ROWS, DIM], its additions in its order (`rows_steps.butterflies`).
+
+    BLOCK = 2^STAGES, NORM = BLOCK^-0.5; threads hold 2^HELD numbers.
+    """
     x = butterflies(tl.reshape(x, [ROWS * DIM]), ROWS * DIM, STAGES, HELD)
     return tl.reshape(x, [ROWS, DIM]) * NORM
 
