@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# A file is one worker's: those of minutes go first, or the last one keeps a worker while the other is idle.
+LONG = ("test_real_model.py", "test_plugin.py", "test_models.py", "test_pipeline.py", "test_sanitizers.py")
+LONG += ("test_tensor_parallel.py", "test_compare.py", "test_serve.py")
+
 if TYPE_CHECKING:
     from source_models import Demo
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

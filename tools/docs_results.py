@@ -76,16 +76,16 @@ class Served:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str = "serve-xeon-cascade-lake") -> Served:
+    def of(cls, name: str = "serve-smollm2-xeon-amx") -> Served:
         return cls(read(name))
 
     @property
     def formats(self) -> set[str]:
         return {server["format"] for server in self.data["servers"] if "error" not in server}
 
-    def load(self, start: str) -> str:
-        """The name of the load that begins so."""
-        return next(run["load"] for run in self.data["runs"] if run["load"].startswith(start))
+    def load(self, start: str) -> str | None:
+        """The name of the first load that begins so, if there is one."""
+        return next((run["load"] for run in self.data["runs"] if run["load"].startswith(start)), None)
 
     def run(self, load: str, form: str, metric: str) -> float:
         name = self.load(load)
@@ -105,7 +105,7 @@ def perplexity(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    return f"{value:.0f} ms"
+    return f"{value:.0f} ms" if value >= 20 else f"{value:.1f} ms"
 
 
 def rate(value: float) -> str:

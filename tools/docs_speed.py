@@ -27,23 +27,32 @@ FORMATS = {
 }  # fmt: skip
 
 
+# start of a load's name, metric, how it is written, head of its column
+LOADS = (
+    ("1024/32", "median_ttft_ms", seconds, "1024-token prompt: first token"),
+    ("1024/32", "median_tpot_ms", milliseconds, "one stream: ms a token"),
+    ("128/64 all at once x16", "output_throughput", rate, "16 x 128/64 at once: tokens/s"),
+    ("128/64 all at once x32", "output_throughput", rate, "32 x 128/64: tokens/s"),
+    ("512/64 all", "output_throughput", rate, "16 x 512/64: tokens/s"),
+    ("2048/32", "output_throughput", rate, "2 x 2048/32: tokens/s"),
+    ("7680/64", "median_ttft_ms", seconds, "7680-token prompt: first token"),
+    ("7680/64", "median_tpot_ms", milliseconds, "behind it: ms a token"),
+    ("128/64 1/s", "median_ttft_ms", seconds, "one 128/64 a second: first token"),
+    ("128/64 1/s", "median_tpot_ms", milliseconds, "ms a token"),
+)
+
+
 def serving(name: str) -> str:
-    """Every format under load, on one machine."""
+    """Every format under the loads that were run, on one machine."""
     served = Served.of(name)
-    loads = (
-        ("1024/32", "median_ttft_ms", seconds), ("1024/32", "median_tpot_ms", milliseconds),
-        ("128/64 all", "output_throughput", rate), ("2048/32", "output_throughput", rate),
-        ("128/64 1/s", "median_ttft_ms", seconds), ("128/64 1/s", "median_tpot_ms", milliseconds),
-    )  # fmt: skip
+    loads = [load for load in LOADS if served.load(load[0])]
     rows = []
     for form, shown in FORMATS.items():
         if form not in served.formats:
             continue
-        cells = [write(served.run(load, form, metric)) for load, metric, write in loads]
+        cells = [write(served.run(load, form, metric)) for load, metric, write, _ in loads]
         rows.append([shown, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
-    heads = ["format", "1024-token prompt: first token", "one stream: ms a token", "16 x 128/64 at once: tokens/s"]
-    heads += ["2 x 2048/32: tokens/s", "one 128/64 a second: first token", "ms a token", "tokens in 1 GiB of KV cache"]
-    return table(heads, rows)
+    return table(["format", *(head for *_, head in loads), "tokens in 1 GiB of KV cache"], rows)
 
 
 PEERS = {
@@ -129,6 +138,7 @@ def soak() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "serving": partial(serving, "serve-xeon-cascade-lake"),
+    "serving-smollm2": partial(serving, "serve-smollm2-xeon-amx"),
     "serving-amx": partial(serving, "serve-xeon-amx"),
     "kernels": kernels,
     "kernels-amx": kernels_amx,

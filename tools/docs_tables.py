@@ -15,6 +15,7 @@ from docs_results import (
     Compared,
     Served,
     four_digits,
+    milliseconds,
     minutes,
     nats,
     percent,
@@ -37,7 +38,7 @@ GLANCE = (
 
 
 def glance() -> str:
-    """README's six rows: quality and cost on the real model, speed of the 0.5B shape, when to take what."""
+    """README's six rows: quality, cost and speed of the real model, when to take what."""
     real, served = Compared.of(REAL), Served.of()
     rows = []
     for name, label, form, when in GLANCE:
@@ -58,7 +59,7 @@ def _speed(served: Served, form: str) -> list[str]:
     if form not in served.formats:
         return [ABSENT, ABSENT, f"{served.server(W4A4, 'kv_tokens'):,.0f}"]
     return [
-        f"{served.run('1024/32', form, 'median_tpot_ms'):.0f}",
+        milliseconds(served.run("1024/32", form, "median_tpot_ms")).removesuffix(" ms"),
         f"{served.run('128/64 all', form, 'output_throughput'):.0f}",
         f"{served.server(form, 'kv_tokens'):,.0f}",
     ]
@@ -68,17 +69,17 @@ def headline() -> str:
     """The sentences under README's figure. vLLM's W8A8 has the better lm_head of its two, each time."""
     served = Served.of()
 
-    def alone(form: str) -> float:
+    def token(form: str) -> float:
         return served.run("1024/32", form, "median_tpot_ms")
 
     def together(form: str) -> float:
         return served.run("128/64 all", form, "output_throughput")
 
-    one = [alone(W4A4), min(alone(W8A8), alone(HEAD8)), alone(BF16)]
+    alone = [milliseconds(value) for value in (token(W4A4), min(token(W8A8), token(HEAD8)), token(BF16))]
     many = [together(W4A4), max(together(W8A8), together(HEAD8)), together(BF16)]
     pages = served.server(W4A4, "kv_tokens") / served.server(BF16, "kv_tokens")
     return (
-        f"A token takes {one[0]:.0f} ms in W4A4KV4, {one[1]:.0f} ms in vLLM's W8A8 and {one[2]:.0f} ms in bf16."
+        f"A token takes {alone[0]} in W4A4KV4, {alone[1]} in vLLM's W8A8 and {alone[2]} in bf16."
         f" Sixteen requests at once get\n{many[0]:.0f}, {many[1]:.0f} and {many[2]:.0f} tokens a second."
         f" The same memory caches {pages:.1f} times as many tokens as in bf16."
     )

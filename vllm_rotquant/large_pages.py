@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterable
 
 import torch
@@ -12,43 +10,22 @@ from torch import Tensor
 from rotquant_kernels import native
 from vllm_rotquant import compat
 
-PAGE = 2 << 20
-CHUNK = 16 * PAGE  # bytes that are asked for at once
 FEW = 32  # pages, too few to say anything of
 
 
-def enlarge(caches: Iterable[Tensor]) -> threading.Thread | None:
-    """Moves the memory of KV caches into large pages while they serve: a GiB may take seconds.
+def enlarge(caches: Iterable[Tensor]) -> None:
+    """Puts the memory of KV caches into large pages, before anything is in them: a GiB takes a quarter of a second.
 
     Args:
-        caches: views into one storage or several; they may go while this runs.
-    Returns:
-        The thread that does it and ends with the last page or with the process; None without native kernels.
+        caches: views into one storage or several.
     """
     if native.tier() == native.REFERENCE:
-        return None
-    owners = {cache.untyped_storage().data_ptr(): weakref.ref(cache) for cache in caches}
-    thread = threading.Thread(target=ask, args=(list(owners.values()),), name="rotquant large pages")
-    thread.start()
-    return thread
-
-
-def ask(owners: Iterable[weakref.ref[Tensor]]) -> None:
-    """Asks for large pages under the storages of tensors, and says how many there are."""
+        return
+    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
     pages = given = 0
-    for owner in owners:
-        start, more = 0, True
-        while more:
-            cache = owner()
-            if cache is None or not threading.main_thread().is_alive():
-                return
-            storage = cache.untyped_storage()
-            end = min(start + CHUNK - (storage.data_ptr() + start) % PAGE, storage.nbytes())
-            part = torch.empty(0, dtype=torch.uint8).set_(storage, start, torch.Size([end - start]), (1,))
-            found = torch.ops.rotquant.large_pages(part)
-            pages, given = pages + found[0], given + found[1]
-            start, more = end, end < storage.nbytes()
-            del cache, storage, part
+    for storage in storages.values():
+        found = torch.ops.rotquant.large_pages_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        pages, given = pages + found[0], given + found[1]
     report("the KV cache", pages, given)
 
 

@@ -1,4 +1,4 @@
-"""The KV cache moves into pages of 2 MiB while it serves: nothing in it changes, and the log says what came."""
+"""The KV cache moves into pages of 2 MiB before its first step: nothing in it changes, and the log says what came."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from rotquant_kernels import native
 from vllm_rotquant import compat, large_pages
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason="no native kernels here")
-PAGE = large_pages.PAGE
+PAGE = 2 << 20
 
 
 @pytest.fixture
@@ -23,36 +23,13 @@ def said(monkeypatch):
     return lines
 
 
-def test_every_page_of_a_shared_storage_is_asked_for_once(said, monkeypatch):
+def test_a_shared_storage_is_asked_for_once_and_whole(said):
     owner = torch.randint(0, 256, (40 * PAGE + 999,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before, asked = owner.clone(), []
-    monkeypatch.setattr(large_pages, "CHUNK", 3 * PAGE)
-    pages = torch.ops.rotquant.large_pages
-
-    def note(part):
-        asked.append((part.data_ptr(), part.numel()))
-        return pages(part)
-
-    monkeypatch.setattr(torch.ops.rotquant, "large_pages", note)
-    layers = owner[:PAGE], owner[PAGE:]
-    thread = large_pages.enlarge(layers)
-    assert thread is not None
-    thread.join()
-    ends = [owner.data_ptr(), *(start + size for start, size in asked)]
-    assert [start for start, _ in asked] == ends[:-1]
-    assert ends[-1] == owner.data_ptr() + owner.numel()
-    assert not any(end % PAGE for end in ends[1:-1])
+    before = owner.clone()
+    large_pages.enlarge((owner[:PAGE], owner[PAGE:]))
     assert torch.equal(owner, before)
-    first, last = owner.data_ptr() // PAGE, (ends[-1] - 1) // PAGE
+    first, last = owner.data_ptr() // PAGE, (owner.data_ptr() + owner.numel() - 1) // PAGE
     assert [f" {last - first + 1} " in line for _, line in said] == [True]
-
-
-def test_a_cache_that_is_gone_is_let_go(said):
-    cache = torch.zeros(large_pages.FEW * PAGE, dtype=torch.uint8)
-    gone = large_pages.weakref.ref(cache)
-    del cache
-    large_pages.ask([gone])
-    assert not said
 
 
 def test_a_refusal_is_a_warning(said):
