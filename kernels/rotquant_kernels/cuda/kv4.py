@@ -74,7 +74,7 @@ def table_of(rope: Rope | None, x: Tensor) -> Tensor | None:
 
 def common(dim: int, page: int, rotate: int, symmetric: bool, rows: int, warps: int) -> dict[str, Any]:
     """Compile-time arguments of all kernels, whose programs turn so many rows in so many warps."""
-    padded = triton.next_power_of_2(dim)
+    padded = max(triton.next_power_of_2(dim), 64)  # a product of 8-bit integers takes 32 columns, half of it
     return {
         "DIM": dim, "PADDED": padded, "PAGE": page, "BLOCK": rotate, "HELD": held(rows * padded, warps),
         "STAGES": max(rotate, 1).bit_length() - 1, "NORM": max(rotate, 1) ** -0.5, "SYMMETRIC": symmetric,
@@ -127,14 +127,23 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device, window: int = 0) -> Plan:
+def plan(
+    tokens: int,
+    sequences: int,
+    group: int,
+    kv_heads: int,
+    longest: int,
+    device: Device,
+    window: int = 0,
+    dim: int = 128,
+) -> Plan:
     """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
 
     Args:
         tokens, sequences, longest: upper bounds, of the batch and of a sequence's length; window: 0 for none.
     """
     average = -(-tokens // sequences) * group
-    rows = min(max(triton.next_power_of_2(average), device.least_rows), FOUR_WARPS)
+    rows = min(max(triton.next_power_of_2(average), device.least_rows), FOUR_WARPS if dim <= 128 else FOUR_WARPS // 2)
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
     longest = min(longest, window + rows // group) if window else longest
@@ -189,7 +198,7 @@ def attention(
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
     device = device_of(query.device)
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window)
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window, dim)
     few, warps = rows <= DECODE_ROWS, WARPS if rows <= FOUR_WARPS else 2 * WARPS
     shared = common(dim, page, rotate, symmetric, rows, warps)
     padded = shared["PADDED"]
