@@ -12,7 +12,7 @@ request: float32, another baseline where a CPU has no bf16 instructions (avx512_
 whose lm_head is int8 as rotquant's is, while w8a8 and w4a16 keep it in bf16, as is usual; bf16-fp8kv; and
 rotquant-w4a4kv4-branch, with the low-rank branch that `best-online` may put beside every linear. A
 round starts every format once (A B C A B C ...), so that a machine whose speed drifts is unkind to all alike;
-the tables hold medians over the rounds.
+with --together all are up at once and a round takes minutes. The tables hold medians over the rounds.
 
 Results are written after every step: run the same command again to go on where it stopped. Tables go to
 stdout, progress to stderr; next to the JSON file lie the same tables (.md) and the plots (.svg, .png).
@@ -21,18 +21,13 @@ stdout, progress to stderr; next to the JSON file lie the same tables (.md) and 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import io
-import math
 import os
-import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,41 +40,10 @@ import serve_report
 from rotquant.common.progress import clock, say
 from rotquant.common.signals import terminated_like_interrupted
 from rotquant.errors import RotQuantError
-from rotquant.service.server import HOST, Server
+from serve_candidate import Candidate, Load, bench
 from serve_models import DEFAULT, FORMATS, SHAPES, prepare, size_on_disk
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests of one shape.
-
-    Args:
-        inputs, outputs: tokens of each request; prompts: number of requests.
-        rate: requests a second, inf for all at once; concurrency: most requests in flight, 0 for no limit.
-    """
-
-    inputs: int
-    outputs: int
-    prompts: int
-    rate: float = math.inf
-    concurrency: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Load:
-        fields = text.split(":")
-        kinds = (int, int, int, float, int)
-        return cls(*(kind(field) for kind, field in zip(kinds, fields, strict=False)))
-
-    @property
-    def name(self) -> str:
-        kind = f"{self.rate:g}/s" if math.isfinite(self.rate) else "all at once"
-        kind = "one at a time" if self.concurrency == 1 else kind
-        limit = f", at most {self.concurrency}" if self.concurrency > 1 else ""
-        return f"{self.inputs}/{self.outputs} {kind} x{self.prompts}{limit}"
-
-
 QUICK = (Load(128, 16, 2, concurrency=1), Load(128, 16, 8), Load(512, 16, 4))
 FULL = (
     Load(128, 128, 3, concurrency=1),
@@ -92,10 +56,6 @@ FULL = (
     Load(128, 64, 16, rate=0.2),
 )
 WARM_UP = Load(64, 8, 2)  # once a server: the first request pays for what later ones find done
-# Of vLLM's result file, what is kept: the lists of every single request would be most of it.
-METRICS = re.compile(r"(mean|median|p99)_(ttft|tpot|itl|e2el)_ms|\w+_throughput|duration|completed|total_\w+_tokens")
-# How stock vLLM's log names what computes; bf16 is not named there.
-KERNEL = re.compile(r"(?:Selected|Using) (\w+Kernel)\b")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,6 +98,9 @@ def parser() -> argparse.ArgumentParser:
         help="a load of your own instead of the preset; repeatable: N requests of IN input and OUT output tokens, "
         "RATE a second (inf: all at once), at most MAX in flight (0: no limit)")  # fmt: skip
     how.add_argument("--rounds", type=int, metavar="N", help="times each format is started (default: 3, quick: 1)")
+    how.add_argument("--together", action="store_true",
+        help="all formats up at once, each stopped while others are under load: rounds of minutes, so that all meet "
+        "the same moods of the machine; takes memory for all of them")  # fmt: skip
     how.add_argument("--timeout", type=float, default=1800, metavar="S",
         help="give a load up after this many seconds (default: %(default)s)")  # fmt: skip
     server = top.add_argument_group("the server, the same for all formats")
@@ -211,6 +174,9 @@ def run(args: argparse.Namespace, results: serve_report.Results) -> None:
         size = size_on_disk(folders[name])
         results.data["models"][name] = {"bytes": size, "seconds_to_make": seconds}
     results.save()
+    if args.together:
+        together(args, results, rounds, folders, list(loads))
+        return
     for number in range(1, rounds + 1):
         for name in args.formats:
             missing = [load for load in loads if not results.done(number, name, load.name)]
@@ -219,109 +185,89 @@ def run(args: argparse.Namespace, results: serve_report.Results) -> None:
                 measure(args, results, number, name, folders[name], missing)
 
 
-class Candidate(Server):
-    """One format, served."""
-
-    model = "benchmark"
-
-    def __init__(self, checkpoint: Path, log: Path, environment: dict[str, str], arguments: Sequence[str]) -> None:
-        super().__init__(checkpoint, 0, log, arguments)
-        self.environment = environment
-
-    def command(self) -> list[str]:
-        return [
-            "env", *(f"{key}={value}" for key, value in self.environment.items()),
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.checkpoint), "--host", HOST,
-            "--port", str(self.port), "--served-model-name", self.model, *self.arguments,
-        ]  # fmt: skip
-
-    def __enter__(self) -> Candidate:
-        with redirect_stderr(io.StringIO()):  # it announces another command than the one above
-            super().__enter__()
-        return self
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of all processes of the server: RSS counts a page that two of them share twice, PSS once."""
-        top = psutil.Process(self.process.pid)
-        infos = [process.memory_full_info() for process in [top, *top.children(recursive=True)]]
-        return {"rss": sum(info.rss for info in infos), "pss": sum(getattr(info, "pss", 0) for info in infos)}
-
-    def kv_tokens(self) -> int:
-        """Tokens that fit into the KV cache, as vLLM logs them."""
-        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
-        return int(found[1].replace(",", "")) if found else 0
-
-    def kernels(self, stock: bool) -> list[str]:
-        """What computes, in the words of the log."""
-        if not stock:
-            return self.proof()[:-1]
-        return list(dict.fromkeys(KERNEL.findall(self.log.read_text(errors="replace"))))
-
-
 def measure(
     args: argparse.Namespace, results: serve_report.Results, number: int, name: str, folder: Path, loads: list[Load]
 ) -> None:
     """Starts one format and runs the loads; what goes wrong is noted, and the benchmark goes on."""
-    log = args.work / "logs" / results.file.stem / f"{name}-{number}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [*results.data["settings"]["arguments"], *FORMATS[name].arguments]
-    # An empty VLLM_PLUGINS disables every plugin, so that stock formats are vLLM's own.
-    environment = results.data["settings"]["environment"] | ({"VLLM_PLUGINS": ""} if FORMATS[name].stock else {})
-    record: dict[str, Any] = {
-        "round": number, "format": name, "arguments": arguments, "environment": environment, "commit": commit(),
-    }  # fmt: skip
+    record = describe(args, results, number, name)
     try:
-        with Candidate(folder, log, environment, arguments) as server:
-            server.wait()
-            record["start_seconds"] = time.monotonic() - server.started
-            record |= {"kv_tokens": server.kv_tokens(), "kernels": server.kernels(FORMATS[name].stock)}
-            record["memory_after_start"] = server.memory()
-            if error := bench(server, WARM_UP, 0, args.timeout).get("error"):
-                raise RotQuantError(f"the first two requests: {error}; the log is {log}")
-            results.add("servers", record)
-            for load in loads:
-                key = {"round": number, "format": name, "load": load.name, "load_average": psutil.getloadavg()[0]}
-                started = time.monotonic()
-                result = bench(server, load, seed=number, timeout=args.timeout)  # same seeds for all formats
-                results.add("runs", key | vars(load) | {"rate": str(load.rate)} | result)
-                outcome = result.get("error") or f"{result['output_throughput']:.1f} output tokens/s"
-                say(f"  {load.name}: {outcome} ({clock(time.monotonic() - started)})")
-                if server.process.poll() is not None:
-                    raise RotQuantError(f"vLLM ended during {load.name}; its log is {log}")
+        with candidate(args, results, number, name, folder) as server:
+            up(args, results, record, server)
+            run_loads(args, results, number, name, server, loads)
             results.add("servers", record | {"memory_after_loads": server.memory()})
     except RotQuantError as error:
         say(str(error))
         results.add("servers", record | {"error": str(error).partition(";")[0]})  # what follows names files
 
 
-def bench(server: Candidate, load: Load, seed: int, timeout: float) -> dict[str, Any]:
-    """`vllm bench serve` on the running server; called as a function, since the command takes 15 s to start.
+def together(
+    args: argparse.Namespace, results: serve_report.Results, rounds: int, folders: dict[str, Path], loads: list[Load]
+) -> None:
+    """As `measure`, all formats up at once: each is stopped as a process while others are under load.
 
-    Returns:
-        vLLM's metrics, and under "error" why there are none or why they do not count.
+    Raises:
+        RotQuantError: one of them did not start, or ended.
     """
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    with ExitStack() as stack:
+        servers: dict[str, Candidate] = {}
+        for name, folder in folders.items():
+            record = describe(args, results, 1, name)
+            servers[name] = stack.enter_context(candidate(args, results, 1, name, folder))
+            up(args, results, record, servers[name])
+            servers[name].pause()
+        for number in range(1, rounds + 1):
+            for name, server in servers.items():
+                missing = [load for load in loads if not results.done(number, name, load.name)]
+                if missing:
+                    say(f"round {number} of {rounds}: {name}, {len(missing)} loads")
+                    server.resume()
+                    run_loads(args, results, number, name, server, missing)
+                    server.pause()
 
-    options = FlexibleArgumentParser()
-    add_cli_args(options)
-    arguments = options.parse_args([
-        "--host", HOST, "--port", str(server.port), "--model", server.model, "--tokenizer", str(server.checkpoint),
-        "--dataset-name", "random", "--input-len", str(load.inputs), "--output-len", str(load.outputs),
-        "--num-prompts", str(load.prompts), "--request-rate", str(load.rate), "--seed", str(seed),
-        *(["--max-concurrency", str(load.concurrency)] if load.concurrency else []),
-        "--ignore-eos", "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm",
-    ])  # fmt: skip
-    try:
-        with server.log.with_suffix(".client.log").open("a") as out, redirect_stdout(out), redirect_stderr(out):
-            result = asyncio.run(asyncio.wait_for(main_async(arguments), timeout))
-    except TimeoutError:
-        return {"error": f"no result after {timeout:g} s (--timeout)"}
-    except Exception as error:  # of the client, of any kind: other loads may still work
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    failed = load.prompts - result["completed"]
-    kept = {key: value for key, value in result.items() if METRICS.fullmatch(key)}
-    return kept | ({"error": f"{failed} of {load.prompts} requests failed"} if failed else {})
+
+def describe(args: argparse.Namespace, results: serve_report.Results, number: int, name: str) -> dict[str, Any]:
+    """What is noted of a server before it starts."""
+    arguments = [*results.data["settings"]["arguments"], *FORMATS[name].arguments]
+    # An empty VLLM_PLUGINS disables every plugin, so that stock formats are vLLM's own.
+    environment = results.data["settings"]["environment"] | ({"VLLM_PLUGINS": ""} if FORMATS[name].stock else {})
+    return {
+        "round": number, "format": name, "arguments": arguments, "environment": environment, "commit": commit(),
+    }  # fmt: skip
+
+
+def candidate(
+    args: argparse.Namespace, results: serve_report.Results, number: int, name: str, folder: Path
+) -> Candidate:
+    log = args.work / "logs" / results.file.stem / f"{name}-{number}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    record = describe(args, results, number, name)
+    return Candidate(folder, log, record["environment"], record["arguments"])
+
+
+def up(args: argparse.Namespace, results: serve_report.Results, record: dict[str, Any], server: Candidate) -> None:
+    """Waits for a server, has it serve two requests, and completes its record."""
+    server.wait()
+    record["start_seconds"] = time.monotonic() - server.started
+    record |= {"kv_tokens": server.kv_tokens(), "kernels": server.kernels(FORMATS[record["format"]].stock)}
+    record["memory_after_start"] = server.memory()
+    if error := bench(server, WARM_UP, 0, args.timeout).get("error"):
+        raise RotQuantError(f"the first two requests: {error}; the log is {server.log}")
+    results.add("servers", record)
+
+
+def run_loads(
+    args: argparse.Namespace, results: serve_report.Results, number: int, name: str, server: Candidate,
+    loads: list[Load],
+) -> None:  # fmt: skip
+    for load in loads:
+        key = {"round": number, "format": name, "load": load.name, "load_average": psutil.getloadavg()[0]}
+        started = time.monotonic()
+        result = bench(server, load, seed=number, timeout=args.timeout)  # same seeds for all formats
+        results.add("runs", key | vars(load) | {"rate": str(load.rate)} | result)
+        outcome = result.get("error") or f"{result['output_throughput']:.1f} output tokens/s"
+        say(f"  {load.name}: {outcome} ({clock(time.monotonic() - started)})")
+        if server.process.poll() is not None:
+            raise RotQuantError(f"vLLM ended during {load.name}; its log is {server.log}")
 
 
 def commit() -> str:

@@ -17,7 +17,8 @@ from rotquant.checkpoint.targets import check_targets
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, describe, head_size, is_known
 from rotquant.models.config_fields import check_off
-from vllm_rotquant import boundary, compat, settings
+from rotquant_kernels.formats import KVFormat
+from vllm_rotquant import boundary, compat, pages, settings
 from vllm_rotquant.adapters import basis_of
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.environment import refuse_batch_invariance
@@ -164,8 +165,9 @@ class RotQuantConfig(QuantizationConfig):
             if kv is None:
                 compat.let_attention_use_amx()
             own = self.arch.attentions.get(name) if self.arch else None
-            cap = own.cap if own else None
-            return KVCacheMethod(self, kv, prefix, self.head_dim, window, cap, collector) if kv else None
+            cap, size = (own.cap, own.head_dim) if own else (None, self.head_dim)
+            blocks = self._blocks(kv).get(name, 1) if kv else 1
+            return KVCacheMethod(self, kv, prefix, size, window, cap, blocks, collector) if kv else None
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
@@ -204,6 +206,12 @@ class RotQuantConfig(QuantizationConfig):
         config = compat.own_config(compat.model_settings())
         self.arch = self.arch or (describe(config) if is_known(config) else None)
         return config
+
+    def _blocks(self, kv: KVFormat) -> dict[str, int]:
+        """Blocks of a page, by attention module."""
+        attentions = self.arch.attentions if self.arch else {}
+        padded = compat.head_major_layouts() is not None  # since there is a choice of layouts
+        return pages.by_layer(attentions, kv, compat.get_tensor_model_parallel_world_size(), padded=padded)
 
     def _windows(self) -> Windows:
         if self.windows is None:

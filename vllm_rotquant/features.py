@@ -20,6 +20,7 @@ from rotquant.errors import RotQuantError
 
 TOKENS_ONLY = ("ngram", "ngram_gpu", "suffix", "draft_model")  # drafts that see no hidden state of the target
 TURNED = ("eagle3",)  # drafts that `rotquant draft` turns
+READ_CACHES = ("gemma4_mtp", "gemma4_assistant", "gemma4_unified_assistant")  # drafts, by the type of their model
 FILES = ("auto", "hf", "safetensors", "fastsafetensors", "dummy")  # load formats that read the checkpoint as it is
 
 
@@ -128,6 +129,12 @@ REFUSED = (
         "KV transfer or offloading ({asked.kv_connector})",
         "no KV connector of vLLM is tested with pages of packed 4-bit codes",
         "leave it out, or quantize again with --set kv.bits=16",
+    ),
+    Refusal(
+        lambda a, c: a.draft.get("model_type") in READ_CACHES and not a.is_draft,
+        "speculative method {asked.speculative} with a Gemma 4 assistant",
+        "its layers read keys and values of the original, which this checkpoint has turned",
+        f"use one of {', '.join(TOKENS_ONLY)}",
     ),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from vllm_rotquant.collector import Collector
 from vllm_rotquant.large_pages import enlarge
 from vllm_rotquant.warmup import warm_attention
 
+LARGEST_DENSE = 256  # channels of a head that FlashAttention takes
 PAGE_TOKENS = 16  # a page holds a multiple of this, so that every part of a plane is aligned
 
 
@@ -102,7 +104,7 @@ class KV4Impl(compat.AttentionImpl):
         self.kv, self.window, self.cap = kv, layer.sliding_window, previous.logits_soft_cap or None
         # Pages before a window may be gone; FlashAttention's soft cap has not been held against the reference.
         whole = layer.dtype == torch.bfloat16 and self.window is None and self.cap is None
-        self.dense = compat.dense_attention() if whole else None
+        self.dense = compat.dense_attention() if whole and self.head_size <= LARGEST_DENSE else None
         self.rope: Rope | None = None  # where it is not vLLM's to run: `positions`
 
     def limits(self, page: int) -> steps.Limits:
@@ -185,6 +187,7 @@ class KV4Backend(compat.AttentionBackend):
 
     forward_includes_kv_cache_update = False
     symmetric: ClassVar[bool]
+    blocks: ClassVar[int] = 1  # of vLLM's block size, in a page (`pages`)
     with_rope: ClassVar[type[KV4Backend]]  # whose attention writes K and V itself
 
     @staticmethod
@@ -209,7 +212,7 @@ class KV4Backend(compat.AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: compat.AttentionSpec) -> compat.AttentionSpec:
-        return compat.opaque_pages(spec, kv_token_bytes(spec.head_size, cls.symmetric))
+        return compat.opaque_pages(spec, kv_token_bytes(spec.head_size, cls.symmetric), cls.blocks)
 
     @classmethod
     def get_kv_cache_shape(
@@ -235,6 +238,15 @@ class AsymmetricKV4Backend(KV4Backend):
     symmetric, with_rope = False, AsymmetricRopeKV4Backend
 
 
+@cache
+def in_blocks(backend: type[KV4Backend], blocks: int) -> type[KV4Backend]:
+    """The backend with pages of so many blocks."""
+    if blocks == 1:
+        return backend
+    more = {"with_rope": in_blocks(backend.with_rope, blocks)} if hasattr(backend, "with_rope") else {}
+    return type(f"{backend.__name__}In{blocks}", (backend,), {"blocks": blocks, **more})
+
+
 class KVCacheMethod(compat.BaseKVCacheMethod):
     """Gives an attention layer the 4-bit backend at the end of its construction.
 
@@ -244,13 +256,13 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
 
     def __init__(
         self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, cap: float | None,
-        collector: Collector,
+        blocks: int, collector: Collector,
     ) -> None:  # fmt: skip
         """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`; cap: on
-        scores, as transformers reads config.json."""
+        scores, as transformers reads config.json; blocks: of a page."""
         super().__init__(config)
         self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
-        self.window, self.cap = window, cap
+        self.window, self.cap, self.blocks = window, cap, blocks
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
@@ -263,7 +275,8 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
             raise RotQuantError(
                 f"{self.prefix}: heads of {layer.head_size}, config.json says {self.head_dim} (kv_cache_scheme)"
             )
-        layer.attn_backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
+        backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
+        layer.attn_backend = in_blocks(backend, self.blocks)
         layer.sliding_window = self.window
         layer.impl = KV4Impl(layer, self.format)
         self.collector.expect(layer)

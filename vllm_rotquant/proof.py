@@ -23,6 +23,7 @@ from vllm_rotquant import compat, rotation, steps
 from vllm_rotquant.collector import Collector, kind_of, sort_of
 from vllm_rotquant.environment import refuse_rounded_products
 from vllm_rotquant.kv_cache import KV4Metadata
+from vllm_rotquant.pages import left_idle
 from vllm_rotquant.reading import compare_readings, layer_number
 from vllm_rotquant.window_proof import window_distance
 from vllm_rotquant.witness import (
@@ -136,7 +137,8 @@ def log_report(rows: list[Row], collected: Collector, model: str) -> None:
     if attention:
         ours = sum(a.quant_method.format.token_bytes(a.head_size) * a.num_kv_heads for a in attention)
         theirs = sum(4 * a.head_size * a.num_kv_heads for a in attention)
-        lines.append(f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)")
+        line = f"  KV cache: {ours} bytes a token, {theirs} in bfloat16 ({theirs / ours:.2f}x)"
+        lines.append(line + left_idle(attention))
     else:
         why = "the checkpoint has no kv_cache_scheme" if not collected.kv4 else "no attention on this rank"
         lines.append(f"  KV cache: not quantized ({why})")
@@ -207,11 +209,11 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
 
 
 def by_window(attention: list[Any]) -> list[list[Any]]:
-    """The attention layers of each window, those without one first."""
-    sorts: dict[int, list[Any]] = {}
+    """The attention layers of each window and size of heads, those without a window first."""
+    sorts: dict[tuple[int, int], list[Any]] = {}
     for layer in attention:
-        sorts.setdefault(layer.impl.window or 0, []).append(layer)
-    return [sorts[window] for window in sorted(sorts)]
+        sorts.setdefault((layer.impl.window or 0, layer.head_size), []).append(layer)
+    return [sorts[kind] for kind in sorted(sorts)]
 
 
 def attention_row(layer: Any, count: int) -> Row:

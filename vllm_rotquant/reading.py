@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rotquant.errors import RotQuantError
-from rotquant.models import describe, head_size
+from rotquant.models import describe, head_size, layer_configs
 from vllm_rotquant import compat
 from vllm_rotquant.witness import trial
 
@@ -110,11 +111,11 @@ class Own:
     def __init__(self, decoder: Any, config: Any) -> None:
         self.decoder, attention = decoder, decoder.self_attn
         index = layer_number(decoder)
-        kind = describe(config).kinds[index]
+        kind, own = describe(config).kinds[index], layer_configs(config)
+        config = deepcopy(own[index] if len(own) > 1 else config)
         rope = kind.attends and kind.attends.rope
         self.entry = {"layer_type": rope} if rope else {}
         self.parts = {name: kind.stored_at(site) for name, site in SITES.items()}
-        config = deepcopy(config)
         for field in ("quantization_config", "rotquant"):
             if hasattr(config, field):
                 delattr(config, field)
@@ -160,6 +161,12 @@ class Own:
                 raise RotQuantError(f"{name} has shape {list(own.shape)} in transformers, {list(value.shape)} in vLLM")
             parameter = nn.Parameter(value.detach().float().cpu(), requires_grad=False)
             setattr(self.layer.get_submodule(module), leaf, parameter)
+        for name in dict(self.layer.named_buffers()):
+            module, _, leaf = name.rpartition(".")
+            value = dict(self.decoder.named_buffers()).get(name)
+            if value is None:
+                raise RotQuantError(f"transformers reads {name} from config.json, vLLM builds its layers without it")
+            setattr(self.layer.get_submodule(module), leaf, value.detach().float().cpu())
         norms = {name for name in theirs if "norm" in name} - {name for name, _ in self.layer.named_parameters()}
         if biases or norms:
             raise RotQuantError(f"vLLM builds its layers with {min({*biases, *norms})}, transformers without it")
@@ -192,7 +199,9 @@ class Own:
             for seed, heads in ((1, attention.num_heads), (2, attention.num_kv_heads))
         )
         heads = (x.float().cpu().unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (q, k))
-        own = (x[0].transpose(0, 1).flatten(1) for x in self.apply_rotary(*heads, *cos_sin))
+        single = "q" not in signature(self.apply_rotary).parameters  # of queries and of keys for themselves
+        both = [self.apply_rotary(x, *cos_sin) for x in heads] if single else self.apply_rotary(*heads, *cos_sin)
+        own = (x[0].transpose(0, 1).flatten(1) for x in both)
         served = attention.rotary_emb(positions.to(device), q.clone(), k.clone())
         return worst([row_distance(a.flatten(1), b) for a, b in zip(served, own, strict=True)])
 
@@ -229,8 +238,10 @@ class Own:
             for part in (part for parts in self.parts.values() for part in parts):
                 layer = self.layer.get_submodule(part)
                 stack.enter_context(forward_of(layer, own_stand_in(layer, part)))
+            takes = signature(self.layer.forward).parameters
+            shared: dict[str, Any] = {"shared_kv_states": {}} if "shared_kv_states" in takes else {}
             out = self.layer(
-                hidden[None], attention_mask=None, position_ids=positions[None], position_embeddings=cos_sin
+                hidden[None], attention_mask=None, position_ids=positions[None], position_embeddings=cos_sin, **shared
             )
         return (out[0] if isinstance(out, tuple) else out)[0]
 

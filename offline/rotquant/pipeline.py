@@ -242,7 +242,7 @@ def write_layer(
 ) -> None:
     """The shard of a layer, from its tensors by the names of its kind and those in the spool."""
     kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
-    kept = {name: run.source.get(prefix + name) for name in kind.attention.kept}
+    kept = {name: run.source.get(prefix + name) for name in kind.kept}
     stored = joined(quantized, kind, run.recipe.weights.form) | kept
     tensors = writer.layer_tensors(stored, kind, run.transforms, index)
     named = {prefix + name: tensor for name, tensor in tensors.items()}

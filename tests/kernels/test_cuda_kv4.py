@@ -77,7 +77,7 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
     ("name", "changes"),
     [
         ("heads of 24", {"query": torch.zeros(2, 4, 24)}),
-        ("heads of 512", {"query": torch.zeros(2, 4, 512)}),
+        ("heads of 528", {"query": torch.zeros(2, 4, 528)}),
         ("rotate 48", {"rotate": 48}),
         ("cache", {"cache": torch.zeros(4, 2, 16, 68, dtype=torch.uint8)}),
         ("cache", {"cache": torch.zeros(4, 2, 8, 69, dtype=torch.uint8)}),

@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("vllm")
 
+from rotquant.errors import RotQuantError
 from rotquant_kernels import native
-from vllm_rotquant import compat, large_pages
+from rotquant_kernels.formats import KVFormat
+from vllm_rotquant import compat, large_pages, pages
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason="no native kernels here")
 PAGE = 2 << 20
@@ -50,3 +52,41 @@ def test_the_first_step_asks_for_the_caches_of_its_layers(monkeypatch):
     builder.build(0, step)
     builder.build(0, step)
     assert [[one is cache for one in caches] for caches in found] == [[True, True]]
+
+
+@pytest.mark.parametrize(
+    ("token_bytes", "expected"),
+    [
+        ([4 * 517, 16 * 261], (2, 1)),  # Gemma 4 of 31B: full attention, with a window
+        ([2 * 517, 8 * 261], (2, 1)),
+        ([517, 8 * 261], (4, 1)),  # of 12B
+        ([261, 517], (2, 1)),
+        ([74, 69], (1, 1)),  # little is idle as it is
+        ([100], (1,)),
+        ([], ()),
+    ],
+)
+def test_pages_of_layers_that_differ_are_nearly_equal(token_bytes, expected):
+    counts = pages.blocks(token_bytes)
+    assert counts == expected
+    assert not counts or pages.idle([size * count for size, count in zip(token_bytes, counts, strict=True)]) < 0.1
+
+
+def test_a_vllm_that_does_not_pad_pages_is_refused_in_one_line():
+    own = {name: SimpleNamespace(head_dim=size, kv_heads=2) for name, size in (("a", 32), ("b", 64))}
+    kv = KVFormat(True, 1.0, 1.0, 0)
+    with pytest.raises(RotQuantError, match=r"serve with vLLM 0\.29 or newer, or quantize with --set kv\.bits=16"):
+        pages.by_layer(own, kv, 1, padded=False)
+    assert pages.by_layer({"a": own["a"]}, kv, 1, padded=False) == {"a": 1}
+    assert pages.by_layer(own, kv, 4, padded=True) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(("size", "whole"), [(256, True), (512, False)])
+def test_prefills_of_heads_that_flash_attention_does_not_take_stay_here(monkeypatch, size, whole):
+    kv_cache = pytest.importorskip("vllm_rotquant.kv_cache")
+    monkeypatch.setattr(compat, "dense_attention", lambda: ("FlashAttention", None))
+    layer = SimpleNamespace(
+        impl=SimpleNamespace(scale=1.0, logits_soft_cap=None), num_heads=4, num_kv_heads=2, head_size=size,
+        kv_cache_dtype="auto", sliding_window=None, dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert bool(kv_cache.KV4Impl(layer, KVFormat(True, 1.0, 1.0, 0)).dense) == whole

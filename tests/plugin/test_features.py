@@ -34,6 +34,7 @@ CASES = {
     "a load format of a later vLLM": (Asked(load_format="telepathy"), PLAIN, 6),
     "weights from a trainer": (Asked(weight_transfer="nccl"), PLAIN, 7),
     "a KV connector": (Asked(kv_connector="NixlConnector"), PLAIN, 8),
+    "a draft that reads caches": (Asked(speculative="mtp", draft={"model_type": "gemma4_assistant"}), PLAIN, 9),
 }  # fmt: skip
 
 RIGHT = [
@@ -42,6 +43,7 @@ RIGHT = [
     (Asked(speculative="eagle3", draft=TURNED), ROTATED),
     (Asked(speculative="eagle3"), PLAIN),
     (Asked(speculative="medusa"), PLAIN),
+    (Asked(speculative="mtp", draft={"model_type": "qwen3_5_text"}), PLAIN),
     (Asked(speculative="eagle3", is_draft=True), ROTATED),  # it is the draft itself, in whatever way its target uses it
     (Asked(pools=True, prompt_embeds=True), ROTATED),
     (Asked(pools=True, classifies=True, classifier_tokens=True), ROTATED),

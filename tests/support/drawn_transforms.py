@@ -34,10 +34,9 @@ def everything(kind, random) -> LayerTransforms:
     kron = torch.cat([(rotation(n) * factors(n)).flatten() for n in (hidden // 8, 8)])
     size, count = kind.attention.channels_of_head, kind.attention.channels // kind.attention.channels_of_head
     heads = torch.cat([rotation(count).flatten(), torch.eye(size, dtype=torch.float64).flatten()])
-    own = {} if a is None else {
-        "s_ov": factors(a.kv_heads * a.head_dim),
-        "s_qk": factors(1 if a.key_norm else a.kv_heads, a.qk_factors),
-    }  # fmt: skip
+    own = {} if a is None else {"s_qk": factors(1 if a.key_norm else a.kv_heads, a.qk_factors)}
+    if a and not a.normed_values:
+        own["s_ov"] = factors(a.kv_heads * a.head_dim)
     if a and not a.gated:
         own["r2"] = torch.stack([rotation(a.head_dim) for _ in range(a.kv_heads)])
     return LayerTransforms(

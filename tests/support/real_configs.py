@@ -112,6 +112,36 @@ GEMMA2 = {
     "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.0.dev0",
     "use_cache": True, "vocab_size": 256000,
 }  # fmt: skip
+GEMMA4_31B = {
+    "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "attention_bias": False,
+    "attention_dropout": 0.0, "attention_k_eq_v": True, "bos_token_id": 2, "dtype": "bfloat16",
+    "enable_moe_block": False, "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 512,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 5376, "hidden_size_per_layer_input": 0,
+    "initializer_range": 0.02, "intermediate_size": 21504,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10, "max_position_embeddings": 262144,
+    "moe_intermediate_size": None, "num_attention_heads": 32, "num_experts": None, "num_global_key_value_heads": 4,
+    "num_hidden_layers": 60, "num_key_value_heads": 16, "num_kv_shared_layers": 0, "pad_token_id": 0,
+    "rms_norm_eps": 1e-06, "sliding_window": 1024, "tie_word_embeddings": True, "top_k_experts": None,
+    "use_bidirectional_attention": "vision", "use_cache": True, "use_double_wide_mlp": False, "vocab_size": 262144,
+    "vocab_size_per_layer_input": 262144,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}  # fmt: skip
+GEMMA4_26B = GEMMA4_31B | {
+    "enable_moe_block": True, "hidden_size": 2816, "intermediate_size": 2112, "moe_intermediate_size": 704,
+    "num_attention_heads": 16, "num_experts": 128, "num_global_key_value_heads": 2, "num_hidden_layers": 30,
+    "num_key_value_heads": 8, "top_k_experts": 8,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+}  # fmt: skip
+GEMMA4_E2B = GEMMA4_31B | {
+    "attention_k_eq_v": False, "hidden_size": 1536, "hidden_size_per_layer_input": 256, "intermediate_size": 6144,
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "max_position_embeddings": 131072,
+    "num_attention_heads": 8, "num_global_key_value_heads": None, "num_hidden_layers": 35, "num_key_value_heads": 1,
+    "num_kv_shared_layers": 20, "sliding_window": 512, "use_bidirectional_attention": None,
+    "use_double_wide_mlp": True,
+}  # fmt: skip
 
 
 def qwen35(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any) -> Config:
@@ -244,6 +274,13 @@ CONFIGS: dict[str, Config] = {
     "gemma-3-270m": GEMMA3 | {
         "_sliding_window_pattern": 6, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "use_bidirectional_attention": False},
+    "gemma-4-31B-it": whole(GEMMA4_31B, "Gemma4ForConditionalGeneration", "gemma4", audio_config=None),
+    "gemma-4-31B-it, the text alone": GEMMA4_31B,
+    "gemma-4-12B-it": whole(GEMMA4_31B | {
+        "hidden_size": 3840, "intermediate_size": 15360, "layer_types": GEMMA4_31B["layer_types"][:48],
+        "model_type": "gemma4_unified_text", "num_attention_heads": 16, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 48, "num_key_value_heads": 8, "vocab_size_per_layer_input": 0},
+        "Gemma4UnifiedForConditionalGeneration", "gemma4_unified"),
     "Qwen3-0.6B": qwen("Qwen3", 1024, 3072, 28, 16, 8, tie_word_embeddings=True, **QWEN3),
     "Qwen3-8B": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3),
     "Qwen3-8B, 128K": qwen("Qwen3", 4096, 12288, 36, 32, 8, **QWEN3 | {
@@ -264,14 +301,25 @@ GPT_OSS = {
 # Models with windows that are refused, and what the line says.
 REFUSED: dict[str, tuple[Config, str]] = {
     "gemma-2-2b, untied": (GEMMA2 | {"tie_word_embeddings": False}, "tie_word_embeddings is False, expected is True"),
-    "gemma-4-31B-it": (
-        whole(GEMMA3 | {"model_type": "gemma4_text", "attention_k_eq_v": True, "global_head_dim": 512},
-              "Gemma4ForConditionalGeneration", "gemma4"),
-        "architectures is ['Gemma4ForConditionalGeneration']: values without a linear of their own, layers that share",
+    "gemma-4-26B-A4B-it": (
+        whole(GEMMA4_26B, "Gemma4ForConditionalGeneration", "gemma4"),
+        "enable_moe_block is True, expected is False: mixtures of experts beside the MLP are not supported",
     ),
-    "gemma-4-E2B-it, the text alone": (
-        GEMMA3 | {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_kv_shared_layers": 20},
-        "architectures is ['Gemma4ForCausalLM']: values without a linear of their own, layers that share",
+    "gemma-4-E2B-it": (
+        whole(GEMMA4_E2B, "Gemma4ForConditionalGeneration", "gemma4"),
+        "hidden_size_per_layer_input is 256, expected is 0: embeddings for each layer are not supported",
+    ),
+    "gemma-4-E4B-it": (
+        whole(GEMMA4_E2B | {
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18, "use_double_wide_mlp": False,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 7,
+        }, "Gemma4ForConditionalGeneration", "gemma4"),
+        "hidden_size_per_layer_input is 256, expected is 0: embeddings for each layer are not supported",
+    ),
+    "gemma-4-12B-it, the text alone": (
+        GEMMA4_31B | {"architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_unified_text"},
+        "architectures is ['Gemma4UnifiedForCausalLM']: vLLM has no class of this name",
     ),
     "Qwen3.6-27B, another gate": (
         QWEN35 | {"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid', expected is 'silu' or 'swish'"

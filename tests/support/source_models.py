@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -144,6 +146,20 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4": (  # two sizes of heads, other numbers of them, no linear for values in full attention
+        Gemma4TextConfig,
+        Gemma4ForCausalLM,
+        {
+            "hidden_size": 128, "sliding_window": 24, "tie_word_embeddings": True, "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0, "bos_token_id": 2,
+            "global_head_dim": 64, "num_global_key_value_heads": 1, "num_key_value_heads": 4, "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            },
+        },
+    ),
     "qwen3_5": (  # vLLM's linear attention on CPUs takes heads of 64 and up
         Qwen3_5TextConfig,
         Qwen3_5ForCausalLM,
@@ -197,6 +213,11 @@ def source_model(
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.3 * torch.randn_like(parameter)
+            if kind == "gemma4" and name.endswith("q_norm.weight"):
+                parameter *= 0.2  # its scores are scaled by nothing else
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     if hardened:
         harden(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)

@@ -73,7 +73,7 @@ ATTRIBUTES = {
     Name(f"{ATTENTION}backend", "CommonAttentionMetadata"): (
         "block_table_tensor causal max_seq_len query_start_loc query_start_loc_cpu seq_lens slot_mapping"
     ),
-    Name("vllm.v1.kv_cache_interface", "AttentionSpec"): "dtype head_size state_content_bytes",
+    Name("vllm.v1.kv_cache_interface", "AttentionSpec"): "block_size dtype head_size state_content_bytes",
     Name("vllm.v1.kv_cache_interface", "KVCacheLayout"): "LBHNC",
     **{  # vLLM's own implementations, which an attention layer holds until it gets ours
         Name(f"{ATTENTION}backends.{module}", name): "alibi_slopes logits_soft_cap scale"
@@ -93,6 +93,12 @@ HEADS = "q_size kv_size head_dim num_heads num_kv_heads q_norm k_norm qk_norm ro
 LLAMA_4 = "do_llama_4_scaling _get_llama_4_attn_scale"
 # Of layers of several kinds; their norms are none that quantize.
 MIXED = "layer_type linear_attn layer_scale attn_layer_scale ffn_layer_scale use_attn_reduce_scatter_for_moe"
+SHARED = "v_norm is_kv_shared_layer q_proj"  # of Gemma 4, whose supported models share no keys and values
+# Of Gemma 4, the last of parts that the supported models do not have.
+GEMMA_4 = """
+    layer_scalar per_layer_input_gate per_layer_projection post_per_layer_input_norm enable_moe_block router experts moe
+    post_feedforward_layernorm_1 post_feedforward_layernorm_2 pre_feedforward_layernorm_2
+"""
 FORWARD = {
     "MLPS": {"gate_up_proj", "act_fn", "down_proj"},
     "ATTENTIONS": {"qkv_proj", "attn", "o_proj"},
@@ -104,9 +110,9 @@ FORWARD = {
 }  # fmt: skip
 FORWARD_MAY = {
     "MLPS": {"expert_gate"},  # of a shared expert, behind down_proj
-    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), "use_rope", "_project_qkv_gate"},
+    "ATTENTIONS": {*HEADS.split(), *LLAMA_4.split(), *SHARED.split(), "use_rope", "_project_qkv_gate"},
     "DECODERS": {"ada_rms_norm_t_cond", "residual_multiplier", *MIXED.split()},
-    "SANDWICHES": set(),
+    "SANDWICHES": set(GEMMA_4.split()),
 }
 
 # Methods that vLLM calls without declaring them in the base class: a class of its own that has the same.

@@ -14,9 +14,11 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 
-def opaque_pages(spec: AttentionSpec, token_bytes: int) -> AttentionSpec:
-    """The layer's cache spec with `token_bytes` bytes for each (token, KV head) instead of K and V numbers."""
-    return replace(spec, dtype=torch.uint8, state_content_bytes=token_bytes)
+def opaque_pages(spec: AttentionSpec, token_bytes: int, blocks: int) -> AttentionSpec:
+    """The layer's cache spec with `token_bytes` bytes for each (token, KV head) instead of K and V numbers, and pages
+    of `blocks` times as many tokens; vLLM asks for the size of a page of one token as well."""
+    tokens = spec.block_size * (blocks if spec.block_size > 1 else 1)
+    return replace(spec, dtype=torch.uint8, state_content_bytes=token_bytes, block_size=tokens)
 
 
 def head_major_layouts() -> Sequence[Any] | None:

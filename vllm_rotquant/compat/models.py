@@ -17,6 +17,7 @@ MODELS = "vllm.model_executor.models."
 MLPS = (
     "gemma2.Gemma2MLP",
     "gemma3.Gemma3MLP",
+    "gemma4.Gemma4MLP",
     "granite.GraniteMLP",
     "llama.LlamaMLP",
     "mistral.MistralMLP",
@@ -26,6 +27,7 @@ MLPS = (
 ATTENTIONS = (
     "gemma2.Gemma2Attention",
     "gemma3.Gemma3Attention",
+    "gemma4.Gemma4Attention",
     "granite.GraniteAttention",
     "llama.LlamaAttention",
     "mistral.MistralAttention",
@@ -62,7 +64,7 @@ DECODERS = (
     "qwen3_5.Qwen3_5DecoderLayer",
 )
 # Decoder layers with a norm in front of and behind attention and MLP each, none of which can quantize.
-SANDWICHES = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")
+SANDWICHES = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer", "gemma4.Gemma4DecoderLayer")
 # Models that end in the RMSNorm `norm`, which everything but the next pipeline stage reads.
 STACKS = ("granite.GraniteModel", "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3.Qwen3Model")
 
@@ -134,7 +136,7 @@ def decoder_output(decoder: Any, positions: torch.Tensor, hidden: torch.Tensor) 
         out, residual = decoder(hidden_states=hidden, residual=None, positions=positions)
         return out + residual
     out, residual = decoder(positions, hidden, None)
-    return out + residual
+    return out if residual is None else out + residual
 
 
 def has_final_norm(module: Any) -> bool:

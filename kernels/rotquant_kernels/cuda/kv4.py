@@ -45,7 +45,7 @@ def check(condition: bool, message: str) -> None:
 
 def check_pages(cache: Tensor, dim: int, symmetric: bool, rotate: int) -> Tensor:
     """The pages as uint8, after a look at everything that the kernels rely on."""
-    check(dim % 16 == 0 and 16 <= dim <= 256, f"heads of {dim}: the CUDA kernels take multiples of 16 up to 256")
+    check(dim % 16 == 0 and 16 <= dim <= 512, f"heads of {dim}: the CUDA kernels take multiples of 16 up to 512")
     check(rotate == 0 or (rotate & (rotate - 1) == 0 and dim % rotate == 0), f"rotate {rotate} does not fit heads")
     check(cache.dim() == 4 and cache.dtype in (torch.uint8, torch.int8), "cache must be bytes [blocks, heads, N, C]")
     page, token = cache.shape[2:]

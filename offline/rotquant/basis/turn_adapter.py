@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rotquant.basis.peft_adapter import BASIS, CONFIG, WEIGHTS, LoRAAdapter
+from rotquant.basis.peft_adapter import BASIS, CONFIG, WEIGHTS, LoRAAdapter, with_own_names
 from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint.hub import fetch
 from rotquant.checkpoint.source import save_tensors, save_text
@@ -48,6 +48,7 @@ def turn(adapter: LoRAAdapter, basis: Basis) -> LoRAAdapter:
         )
     fold = basis.fold
     factors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # of linears, those that the adapter's config calls them
     for index in range(basis.arch.layers):
         prefix, kind = basis.arch.layer_prefix(index), basis.arch.kinds[index]
         own = kind.split(adapter.layer(prefix))
@@ -55,7 +56,10 @@ def turn(adapter: LoRAAdapter, basis: Basis) -> LoRAAdapter:
             folded = fold.layer(basis.norms[index] | own, index)
             turned = kind.join({name: folded[name].float() for name in own})
             factors |= {prefix + name: factor for name, factor in turned.items()}
-    return replace(adapter, config=adapter.config | {BASIS: basis.sha256}, factors=factors)
+            linears = {name.rpartition(".")[0] for name in turned}
+            names |= {prefix + name: prefix + kind.copies.get(name, name) for name in linears}
+    config = with_own_names(adapter.config, {name: names[name] for name in sorted(names)})
+    return replace(adapter, config=config | {BASIS: basis.sha256}, factors=factors)
 
 
 def turn_folder(adapter: str | Path, base: str | Path, output: str | Path) -> Path:

@@ -141,7 +141,7 @@ def cache_line(kv: KVFormat | None, arch: Architecture) -> str:
     """What a token's K and V of all layers take."""
     if kv is None:
         return "not quantized"
-    heads = sum(attention.kv_heads for attention in arch.attentions.values())
-    ours, theirs = heads * kv.token_bytes(arch.head_dim), heads * arch.head_dim * 4
+    ours = sum(own.kv_heads * kv.token_bytes(own.head_dim) for own in arch.attentions.values())
+    theirs = sum(own.kv_heads * own.head_dim * 4 for own in arch.attentions.values())
     what = f"{kv.key} per token and head, {kv.key.symmetry}"
     return f"{what}; {ours} bytes a token, {theirs} in bf16 ({theirs / ours:.2f}x)"

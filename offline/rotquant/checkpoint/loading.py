@@ -243,6 +243,9 @@ def _parameters_on_meta() -> Iterator[None]:
 def _fill(model: PreTrainedModel, arch: Architecture, source: Source, device: torch.device) -> None:
     """Puts every tensor of the checkpoint where it belongs; refuses one that belongs nowhere."""
     modules = {in_files(arch, name): module for name, module in model.named_modules()}
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():  # which must not stay as they are made
+        owner_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner_name), leaf, model.get_buffer(name).to("meta"))
     for name, file in source.files.items():
         owner, leaf = _slot(modules, name)
         if owner is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
-from rotquant.models import Architecture, Layer, describe
+from rotquant.models import Architecture, Layer, describe, layer_configs
 from rotquant.models.delta import DeltaNet
 from rotquant.models.registry import KNOWN_BY_CLASS
 
@@ -30,12 +30,13 @@ def check_sizes(config: Any, source: Source) -> Architecture:
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     experts = hasattr(config, "num_experts_per_tok") and getattr(config, "num_local_experts", None) != 0
     mixture = ("num_experts", "num_experts_per_tok") if experts else ()
-    for field in (*sizes, "num_key_value_heads", "max_position_embeddings", *mixture):
-        value = getattr(config, field, None)
-        if type(value) is not int or value < 1:
-            raise RotQuantError(f"{where}: {field} is {value!r}, expected a positive whole number")
-    if heads % config.num_key_value_heads:
-        raise RotQuantError(f"{where}: num_key_value_heads is {config.num_key_value_heads}, with {heads} heads")
+    for own in layer_configs(config):
+        for field in (*sizes, "num_key_value_heads", "max_position_embeddings", *mixture):
+            value = getattr(own, field, None)
+            if type(value) is not int or value < 1:
+                raise RotQuantError(f"{where}: {field} is {value!r}, expected a positive whole number")
+        if heads % own.num_key_value_heads:
+            raise RotQuantError(f"{where}: num_key_value_heads is {own.num_key_value_heads}, with {heads} heads")
     arch = describe(config, where)
     check_shapes(where, arch, source)
     known = KNOWN_BY_CLASS[config.architectures[0]]
@@ -62,7 +63,10 @@ def check_shapes(where: str, arch: Architecture, source: Source) -> None:
         ("vocab_size", arch.vocab_size, table[0]),
         ("hidden_size", arch.hidden_size, table[-1]),
     ]
-    firsts = {(type(kind.attention), type(kind.mlp)): index for index, kind in reversed(list(enumerate(arch.kinds)))}
+    firsts = {
+        (type(kind.attention), kind.attention.channels_of_head, type(kind.mlp)): index
+        for index, kind in reversed(list(enumerate(arch.kinds)))
+    }
     for index in firsts.values():
         kind = arch.kinds[index]
         holders = {part: name for name, parts in kind.stored.items() for part in parts}

@@ -103,7 +103,7 @@ class SampleLearner:
         for site in ("attn", "mlp"):
             if (factors := layer.norm_scale(site)) is not None:
                 x[site] = x[site] * factors.float()
-        if scales.values == "smooth" and (attention := self.kind.attends):
+        if scales.values == "smooth" and (attention := self.kind.attends) and not attention.normed_values:
             layer.s_ov = 1 / self.values_scale(attention)
             per_head = per_query_head(layer.s_ov.view(attention.kv_heads, -1), attention).flatten()
             x["v"], x["o"] = x["v"] * layer.s_ov.float(), x["o"] * per_head.float()

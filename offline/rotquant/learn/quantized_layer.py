@@ -46,9 +46,8 @@ class LayerParameters(nn.Module):
         hidden = kind.hidden
         sizes: dict[str, tuple[int, ...]] = {"s_attn": (hidden,), "s_mlp": (hidden,), "s_ud": (sum(kind.widths),)}
         if a := kind.attends:
-            sizes |= {
-                "s_ov": (a.kv_heads * a.head_dim,), "s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors)
-            }  # fmt: skip
+            sizes |= {"s_qk": (1 if a.key_norm else a.kv_heads, a.qk_factors)}
+            sizes |= {} if a.normed_values else {"s_ov": (a.kv_heads * a.head_dim,)}
         kinds = {"s_attn": "s_norms", "s_mlp": "s_norms"}
         self.scales, self.clips, self.stages = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, size in sizes.items():

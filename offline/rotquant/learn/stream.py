@@ -11,7 +11,8 @@ from rotquant.checkpoint.layers import read_layer
 from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.models import Architecture, Layer, Tensors
-from rotquant.models.decoder import Decoder, Linear, bias_of, decoders
+from rotquant.models.attention import Attention
+from rotquant.models.decoder import Decoder, Linear, bias_of, decoders, rms_norm
 from rotquant.models.expert_tensors import each
 from rotquant.models.mixture import inner, route, shared_output
 from rotquant.models.mlp import Experts
@@ -90,7 +91,7 @@ class Capture:
             if name in self.first:
                 self.kept[self.first[name]][window] = x[self.chosen[window]].cpu()
             elif self.kind.attends and name == self.kind.attends.value:
-                self.kept["v"][window] = y[self.chosen[window]].cpu()
+                self.kept["v"][window] = values(self.kind, self.kind.attends, y[self.chosen[window]]).cpu()
             return y
 
         return watched
@@ -113,6 +114,13 @@ class Capture:
     def rows(self, site: str) -> Tensor:
         """The sampled tokens of a site, float32 [n, channels]; of none, [0], where nothing was seen."""
         return torch.cat([torch.empty(0), *(rows for rows in self.kept[site] if rows is not None)])
+
+
+def values(kind: Layer, attention: Attention, y: Tensor) -> Tensor:
+    """The values [n, kv_heads * d] that attention mixes, from what their linear makes."""
+    if not attention.normed_values:
+        return y
+    return rms_norm(y.unflatten(-1, (-1, attention.head_dim)), y.new_ones(attention.head_dim), kind.eps).flatten(-2)
 
 
 def product(tensors: Tensors, compute: torch.dtype) -> Linear:

@@ -73,7 +73,7 @@ class TunedLayer(nn.Module):
                     factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
                     self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
                     self.branch[named] = nn.Parameter(factor / self.units[named])
-        self.fixed |= {name: tensors[name] for name in kind.attention.kept}
+        self.fixed |= {name: tensors[name] for name in kind.kept}
         exact = (name for names in kind.full_precision.values() for name in names)
         self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}
         for norm in kind.every_norm:

@@ -5,7 +5,7 @@ registry        the families, one file each        config_fields   what config.j
 decoder         how a layer computes               reading         config.json -> architecture; transformers' own model
 """
 
-from rotquant.models.architecture import Architecture, Names, head_size
+from rotquant.models.architecture import Architecture, Names, head_size, layer_configs
 from rotquant.models.layer import Layer, Tensors
 from rotquant.models.reading import (
     describe,
@@ -27,6 +27,7 @@ __all__ = [
     "expected_shapes",
     "head_size",
     "is_known",
+    "layer_configs",
     "read_architecture",
     "read_config",
     "rotary",

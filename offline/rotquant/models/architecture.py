@@ -13,6 +13,7 @@ to the stream with one linear. In it stand the pairs that scale and rotate into 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,17 @@ from rotquant.models.layer import Layer
 from rotquant.models.mlp import Experts
 
 
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The config of each layer where layers differ, the one of all otherwise."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def head_size(config: PreTrainedConfig) -> int:
-    """Channels of an attention head, by config.json."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Channels of an attention head, by config.json; where layers differ, the most that divides the heads of each."""
+    sizes = (
+        getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads for own in layer_configs(config)
+    )
+    return math.gcd(*sizes)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Attention:
 
     cap: scores s become cap tanh(s / cap) before the softmax ("soft cap").
     gated: times sigmoid(gate x); the query linear gives of each head its query, then its gate.
+    normed_values: values pass an RMSNorm without gain, each head for itself.
     """
 
     module: str  # that calls attention, as the KV cache's clips name it
@@ -38,6 +39,7 @@ class Attention:
     key_norm: str | None = None
     position_scale: PositionScale | None = None
     gated: bool = False
+    normed_values: bool = False
     window: int | None = None  # positions that a query sees at most, its own and those before it
     cap: float | None = None
     rope: str | None = None  # the entry of `rope_parameters` that holds here, where kinds of layer have their own

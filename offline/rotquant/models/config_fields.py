@@ -160,7 +160,7 @@ def check_fields(where: str, raw: Fields) -> None:
                 " computes; remove it if it does not"
             )
     check_relations(where, raw, known)
-    check_rope(where, raw, known.rope, by_layer=known.rope_by_layer)
+    check_rope(where, raw, known)
 
 
 def check_windows(where: str, raw: Fields, known: Known) -> None:

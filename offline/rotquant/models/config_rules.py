@@ -25,6 +25,7 @@ class Known:
     attention_layers: what `layer_types` calls layers of attention to everything before.
     activation: the field that names the MLP's activation, and what it says.
     rope_by_layer: `rope_parameters` has an entry for each kind of layer; a `rope_scaling` is that of full attention.
+    rope_types: further types of rotary embedding.
     fields: further fields that this architecture knows, and what is expected of them; rope: such among the rotary ones.
     harmless: fields of parts that a supported model of this architecture does not have.
     synonyms: fields that mean one thing, of which readers take one or the other.
@@ -41,6 +42,7 @@ class Known:
     attention_layers: tuple[str, ...] = ("full_attention",)
     activation: tuple[str, str] = ("hidden_act", "silu")
     rope_by_layer: bool = False
+    rope_types: tuple[str, ...] = ()
     fields: Mapping[str, Rule] = field(default_factory=dict)
     rope: Mapping[str, Rule] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()

@@ -70,7 +70,8 @@ class Decoder:
             return delta_attention(attention, tensors, x1, linear, self.kind.eps)
         query, gate = self.query_and_gate(linear(attention.query, x1), attention)
         query, key = self.behind_rope(tensors, query, linear(attention.key, x1), attention)
-        value = linear(attention.value, x1).unflatten(-1, (-1, attention.head_dim)).float()
+        value = linear(attention.value, x1).unflatten(-1, (-1, attention.head_dim))
+        value = (self.norm(value, value.new_ones(attention.head_dim)) if attention.normed_values else value).float()
         if cache:
             query, key, value = cache(query, key, value)
         mixed = causal(query, key, value, attention.scale, attention.window, attention.cap).flatten(-2).to(x1.dtype)
@@ -150,9 +151,11 @@ class Decoder:
         return h + written * self.kind.residual
 
     def write(self, tensors: Tensors, h: Tensor, name: str, written: Tensor) -> Tensor:
-        """The residual stream after a linear has written to it, through the norm behind it where there is one."""
-        norm = self.kind.output_norms.get(name)
-        return self.add(h, self.norm(written, tensors[f"{norm}.weight"]) if norm else written)
+        """The residual stream after a linear has written to it, through the norm behind it where there is one; times
+        the layer's factor after the last of them."""
+        norm, factor = self.kind.output_norms.get(name), self.kind.factor
+        h = self.add(h, self.norm(written, tensors[f"{norm}.weight"]) if norm else written)
+        return h * tensors[factor].to(h) if factor and name == self.kind.writes[-1] else h
 
     def behind_attention(self, tensors: Tensors, h: Tensor, linear: Linear, cache: Cache | None = None) -> Tensor:
         """The residual stream in front of the MLP's norm."""

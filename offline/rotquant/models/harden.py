@@ -9,7 +9,8 @@ norm        W diag(1/s) (diag(s) g * x_hat) = W (g * x_hat): the gain's channel 
             the norm feeds divided by s. The final norm takes part when lm_head is not tied to the embedding.
 up, down    down diag(1/s) (act(gate x) * (diag(s) up x)) = down (act(gate x) * up x): the product is linear in up.
 v, o        o diag(1/s) A (diag(s) v) = o A v: attention mixes tokens, not channels. All query heads that share a
-            key-value head read the same v channels, hence the same columns of o_proj in each of them.
+            key-value head read the same v channels, hence the same columns of o_proj in each of them. Not where a norm
+            of the values would see it.
 q, k        (diag(1/s) q) . (diag(s) k) = q . k. RoPE turns channels i and i + head_dim/2 into each other, so both
             share one s, and then the scaling commutes with it. With q_norm and k_norm (Qwen3), whose outputs do not
             depend on the scale of their inputs, the factors go to the norms' gains, which all heads share.
@@ -82,7 +83,7 @@ def _harden_up_down(tensors: Tensors, kind: Layer, picker: _Picker, factor: floa
 def _harden_attention(tensors: Tensors, attention: Attention, picker: _Picker, factor: float) -> None:
     """The v, o and the q, k pairs of one layer."""
     head_dim, pairs = attention.head_dim, attention.qk_factors
-    for head in range(attention.kv_heads):
+    for head in range(attention.kv_heads if not attention.normed_values else 0):
         channels = picker.pick(head_dim)
         _scale_rows(tensors, attention.value, head * head_dim + channels, factor)
         tensors[f"{attention.output}.weight"][:, _of_queries(head, attention, channels)] /= factor

@@ -33,7 +33,9 @@ class Layer:
     `output_norms`: of a linear that writes to the stream, the norm behind it: h += residual norm(o(...)).
 
     `fused`: name of a linear in the checkpoint -> the linears that its tensors hold one below the other.
+    `copies`: a linear that files need not hold -> the one whose tensors it then has.
     `offset`: the gain of a norm is this and what files hold for it.
+    `factor`: a tensor of one number that multiplies the residual stream behind the layer.
     """
 
     attention: Attention | DeltaNet
@@ -42,7 +44,9 @@ class Layer:
     eps: float
     residual: float = 1.0
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     offset: float = 0.0
+    factor: str | None = None
     output_norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -99,6 +103,11 @@ class Layer:
     def every_norm(self) -> tuple[str, ...]:
         """Of the stream, of what blocks write to it, of queries and keys."""
         return (*self.norms.values(), *self.output_norms.values(), *self.attention.head_norms)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Tensors that stay as the files have them, bit for bit."""
+        return (*self.attention.kept, *filter(None, (self.factor,)))
 
     def rounded(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """What a tensor that is not quantized is where a checkpoint holds it in `dtype`."""
@@ -163,6 +172,10 @@ class Layer:
                     out |= {f"{part}.{leaf}": rows for part, rows in zip(parts, whole.split(sizes), strict=True)}
             if (read := out.pop(f"{name}.lora_A", None)) is not None:
                 out |= {f"{part}.lora_A": read for part in parts}
+        for name, original in self.copies.items():
+            for leaf in (*BY_OUTPUT, "lora_A"):
+                if f"{original}.{leaf}" in out and f"{name}.{leaf}" not in out:
+                    out[f"{name}.{leaf}"] = out[f"{original}.{leaf}"].clone()
         return out
 
     def _shifted(self, tensors: Tensors, by: float) -> Tensors:

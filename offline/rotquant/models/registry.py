@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rotquant.models.architecture import Family
 from rotquant.models.gemma import GEMMA2, GEMMA3
+from rotquant.models.gemma4 import GEMMA4
 from rotquant.models.granite import GRANITE, GRANITE4
 from rotquant.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from rotquant.models.ministral import MINISTRAL, MINISTRAL3
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN35,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
 )
 BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
 KNOWN_BY_CLASS = {name: known for family in FAMILIES for name, known in family.classes.items()}

@@ -13,10 +13,18 @@ Fields = dict[str, Any]
 
 HALVES = {  # class of the whole -> of its text half
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
 }
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}  # of the files -> the text model's own
 OF_BOTH = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version", "quantization_config")
+
+
+# Text halves that are the model of another class, whose config class has other defaults and a part that they lack.
+UNIFIED = {"max_position_embeddings": 2**18, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+DEFAULTS: dict[str, Fields] = {"gemma4_unified_text": UNIFIED}
+TYPES = {"gemma4_unified_text": "gemma4_text"}
 
 
 def has_text_half(raw: Mapping[str, Any]) -> bool:
@@ -30,7 +38,9 @@ def text_half(raw: Fields) -> Fields:
     if not has_text_half(raw) or not isinstance(raw.get("text_config"), dict):
         return raw
     shared = {name: raw[name] for name in OF_BOTH if name in raw}
-    return raw["text_config"] | shared | {"architectures": [HALVES[raw["architectures"][0]]]}
+    text, kind = raw["text_config"], raw["text_config"].get("model_type")
+    own = DEFAULTS[kind] | text | {"model_type": TYPES[kind]} if kind in list(TYPES) else text
+    return own | shared | {"architectures": [HALVES[raw["architectures"][0]]]}
 
 
 def own_name(name: str) -> str:

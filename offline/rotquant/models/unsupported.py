@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-_GEMMA4 = (
-    "values without a linear of their own, layers that share keys and values, heads of two sizes and a factor of each"
-    " layer are not supported"
-)
+_UNIFIED = "vLLM has no class of this name: give the text half that of Gemma4ForCausalLM, model_type 'gemma4_text'"
 _HYBRID_MIXTURE = "mixtures of experts beside linear attention are not supported"
 _GEMMA3N = "several residual streams and embeddings for each layer are not supported"
 
 REASONS: dict[str, str] = {
-    "Gemma4ForCausalLM": _GEMMA4,
-    "Gemma4ForConditionalGeneration": _GEMMA4,
-    "Gemma4UnifiedForCausalLM": _GEMMA4,
-    "Gemma4UnifiedForConditionalGeneration": _GEMMA4,
+    "Gemma4UnifiedForCausalLM": _UNIFIED,
     "Gemma3nForCausalLM": _GEMMA3N,
     "Gemma3nForConditionalGeneration": _GEMMA3N,
     "GptOssForCausalLM": "attention sinks, and experts with biases, are not supported",

@@ -9,7 +9,8 @@ Row tokens, y = x Wᵀ, RMSNorm(x) = (x / rms(x)) diag(g). For orthogonal R, rms
     S_ov   W_v' = diag(s) W_v, b_v' = b_v s;  W_o[:, h]' = W_o[:, h] diag(1/s) for each query head h of the group
     R2     per KV head: W_v' = R2ᵀ W_v, b_v' = b_v R2;  W_o[:, h]' = W_o[:, h] R2 for each query head h
                                               attention mixes tokens, not channels: both pass through it. A gate behind
-                                              it lets S_ov through, (v diag(s)) ∘ g = (v ∘ g) diag(s), but not R2
+                                              it lets S_ov through, (v diag(s)) ∘ g = (v ∘ g) diag(s), but not R2;
+                                              a norm of each head's values, v / rms(v), lets R2 through and S_ov not
     S_ud   W_up' = diag(s) W_up;  W_down' = W_down diag(1/s)        silu(gate) up is linear in up
     order  rows p of gate and up, columns p of down
                                               of a mixture S_ud and the order hold the channels of one expert after the

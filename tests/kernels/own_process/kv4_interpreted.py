@@ -15,7 +15,7 @@ from test_linear_native import same
 
 SEEDS = st.integers(0, 2**31)
 # head size, block of R3 or 0
-HEADS = st.sampled_from([(64, 64), (64, 0), (80, 16), (96, 32), (128, 128), (256, 256), (16, 2)])
+HEADS = st.sampled_from([(64, 64), (64, 0), (80, 16), (96, 32), (128, 128), (256, 256), (512, 256), (16, 2)])
 PAGES = st.sampled_from([16, 48, 128])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

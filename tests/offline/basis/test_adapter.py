@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from drawn_transforms import everything, random_orthogonal
-from lora_adapters import NAMES, changes, edit_adapter, scaling, write_adapter
-from rotquant.basis.peft_adapter import LoRAAdapter
+from lora_adapters import NAMES, changes, edit_adapter, write_adapter
+from rotquant.basis.peft_adapter import LoRAAdapter, targeted
 from rotquant.basis.sidecar import FILE, Basis
 from rotquant.basis.turn_adapter import turn
 from rotquant.checkpoint.source import Source, file_digest
@@ -52,7 +52,12 @@ HYBRID = {"names": [*NAMES, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
 FUSED = {"names": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
 
 
-OTHERS = [("phi3", FUSED), ("gemma3", {}), ("qwen3_5", HYBRID)]
+OTHERS = [
+    ("phi3", FUSED),
+    ("gemma3", {}),
+    ("gemma4", {"names": ["q_proj", "k_proj", "down_proj"]}),
+    ("qwen3_5", HYBRID),
+]
 
 
 @pytest.mark.parametrize(("kind", "config"), [*product(KINDS, ADAPTERS), *OTHERS])
@@ -69,9 +74,12 @@ def test_a_turned_adapter_does_the_same(tmp_path, kind, config):
     basis = Basis.read(tmp_path, arch.config)
     adapter = write_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(folder), **config)
     turned = turn(LoRAAdapter.read(adapter, arch), basis)
-    before, settings = changes(adapter), json.loads((adapter / "adapter_config.json").read_text())
+    before, prefixes = changes(adapter), map(arch.layer_prefix, range(arch.layers))
+    for prefix, kind in zip(prefixes, arch.kinds, strict=True):  # what changes keys changes values made by their linear
+        before |= {prefix + value: before[prefix + key] for value, key in kind.copies.items()}
+    assert {name for name in before if targeted(turned.config, name)} == before.keys()
     after = {
-        name: (scaling(settings, name) * turned.factors[f"{name}.lora_B"], turned.factors[f"{name}.lora_A"])
+        name: (turned.scaling(name) * turned.factors[f"{name}.lora_B"], turned.factors[f"{name}.lora_A"])
         for name in before
     }
     fold, h = Fold(arch, transforms), torch.randn(12, arch.hidden_size, generator=random)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from real_configs import CONFIGS, GEMMA3, LLAMA31, QWEN35, REFUSED, llama, mistral, qwen
+from real_configs import CONFIGS, GEMMA3, GEMMA4_31B, LLAMA31, QWEN35, REFUSED, llama, mistral, qwen
 from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture, rotary
 from rotquant.models.config_fields import HARMLESS, KNOWN, OFF, check_fields
@@ -45,6 +45,8 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
     config = AutoConfig.for_model(KNOWN_BY_CLASS[name].model_type, architectures=[name])
     if name.startswith("Qwen2"):
         config.head_dim = None
+    if name.startswith("Gemma4"):
+        config.hidden_size_per_layer_input = 0
     if name.startswith("GraniteMoeHybrid"):  # the dense one
         config.num_local_experts, config.layer_types = 0, ["full_attention"] * config.num_hidden_layers
     config.save_pretrained(tmp_path)
@@ -92,6 +94,15 @@ def test_what_transformers_itself_writes_is_known(tmp_path, name):
         (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic"}}}, "sliding_attention.rope_type"),
         (GEMMA3, {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters.chunked_attention is no kind of la"),
         (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, "rope_local_base_freq is 10000, but"),
+        (GEMMA4_31B, {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2, expected is 0: layers that share keys"),
+        (GEMMA4_31B, {"num_experts": 4}, "num_experts is 4, expected is None: mixtures of experts beside the MLP are"),
+        (GEMMA4_31B, {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all', expected is None"),
+        (GEMMA4_31B, {"per_layer_config": {"5": {"sliding_window": 8}}}, "per_layer_config is .* with head_dim and"),
+        (GEMMA4_31B, {"rope_parameters": {"full_attention": {"rope_type": "proportional", "factor": 2.0}}},
+         "rope_parameters.full_attention.factor does not belong to rope_type 'proportional'"),
+        (GEMMA4_31B, {"rope_parameters": {"full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 1.5}}}, "partial_rotary_factor is 1.5, expected is"),
+        (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "proportional"}}}, "full_attention.rope_type is"),
         (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps is 0, expected is a number above 0"),
         (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected is true or false"),
         (LLAMA, {"pad_token_id": 128256}, "pad_token_id 128256 is outside the vocabulary"),
@@ -137,6 +148,10 @@ def test_what_would_be_served_differently_is_refused(config, change, message):
     [
         (QWEN35 | {"rope_parameters": SECTIONS | {"mrope_section": [11, 11, 9]}}, "does not sum to 32"),
         (QWEN35 | {"linear_num_key_heads": 10}, "linear_num_value_heads 48 is no multiple of linear_num_key_heads"),
+        ({key: value for key, value in GEMMA4_31B.items() if key != "hidden_size_per_layer_input"},
+         "hidden_size_per_layer_input is 256, expected is 0: embeddings for each layer are not supported"),
+        (GEMMA4_31B | {"num_global_key_value_heads": 5}, "32 is not divisible by the 5 KV heads of full_attention"),
+        (GEMMA4_31B | {"per_layer_config": {"5": {"head_dim": 512}}}, "full_attention' is not homogeneous"),
         (GEMMA3 | {"sliding_window": None}, "sliding_window is None, and transformers makes a mask of it"),
     ],
 )  # fmt: skip
