@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -71,6 +73,72 @@ def test_part_b_serves_every_format(monkeypatch):
     said = {name: str(list(gpu_session.PARTS["B"][f"serve {name}"].run())) for name in named}
     assert all("FULL_DECODE_ONLY" in arguments for arguments in said.values())
     assert {name for name, arguments in said.items() if "'quantization'" in arguments} == {"fp8", "rotquant"}
+
+
+class Engine:
+    """In the place of vLLM's LLM: what it was asked for."""
+
+    made: ClassVar[list["Engine"]] = []
+
+    def __init__(self, **settings):
+        assert settings["max_model_len"] == 8704
+        self.settings, self.asked = settings, []
+        self.made.append(self)
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert not use_tqdm
+        assert all(len(one["prompt_token_ids"]) + sampling["max_tokens"] <= 8704 for one in prompts)
+        self.asked.append((len(prompts), sampling["max_tokens"]))
+
+
+@pytest.mark.parametrize("name", gpu_serve.FORMATS)
+def test_each_load_of_a_format_leaves_a_line(monkeypatch, tmp_path, name):
+    """What a rehearsal leaves out of serving: all but vLLM itself, which reads the config that is written for it."""
+    monkeypatch.setattr(Engine, "made", [])
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict, __spec__=None))
+    monkeypatch.setattr(gpu_serve, "has_flash_attention", lambda: name != "bf16")
+    monkeypatch.setenv("ROTQUANT_GPU_WORK", str(tmp_path))
+    lines = list(gpu_serve.loads(name, False))
+    assert [line["load"] for line in lines[1:]] == ["decode 1 x 128", "decode 64 x 64", "prefill 8192",
+                                                    "128 requests 512 / 128"]  # fmt: skip
+    assert all(line["seconds"] > 0 for line in lines)
+    assert Engine.made[0].asked == [(1, 2), (1, 128), (1, 2), (64, 64), (1, 2), (1, 1), (1, 2), (128, 128)]
+    config = json.loads((Path(Engine.made[0].settings["model"]) / "config.json").read_text())
+    assert config["hidden_size"] == 4096
+    assert ("quantization_config" in config) == (name in ("rotquant", "w4a16"))
+    assert ("attention_backend" in Engine.made[0].settings) == (name == "bf16")
+    monkeypatch.setenv("ROTQUANT_GPU_DEADLINE", "1")
+    assert [line["load"] for line in gpu_serve.loads(name, True)] == ["start, eager"]  # then it was late
+
+
+def test_the_first_start_is_eager_and_then_with_graphs(monkeypatch, tmp_path):
+    monkeypatch.setattr(Engine, "made", [])
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict, __spec__=None))
+    monkeypatch.setattr(gpu_serve, "has_flash_attention", lambda: True)
+    monkeypatch.setenv("ROTQUANT_GPU_WORK", str(tmp_path))
+    lines = [line["load"] for line in gpu_serve.loads("rotquant", True)]
+    assert lines == [*("start, eager", "1 x 16 tokens", "16 x 16 tokens"), "start", "1 x 16 tokens", "16 x 16 tokens"]
+    assert [one.settings["enforce_eager"] for one in Engine.made] == [True, False]
+
+
+def test_a_line_is_on_disk_before_the_next_is_measured(monkeypatch, tmp_path):
+    file = tmp_path / "gpu-B.jsonl"
+
+    def run():
+        for number in range(3):
+            yield {"value": number}
+            assert [json.loads(line)["value"] for line in file.read_text().splitlines()] == list(range(number + 1))
+
+    monkeypatch.setitem(gpu_session.PARTS["B"], "times", gpu_session.Phase(45, run))
+    monkeypatch.setenv("ROTQUANT_GPU_LINES", str(file))
+    gpu_session.phase("B", "times")
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_what_has_no_time_left_says_so(tmp_path):
+    assert gpu_session.session("B", tmp_path / "out", 1, {}) == len(gpu_session.PARTS["B"])
+    said = (tmp_path / "out" / "gpu-B.md").read_text()
+    assert said.count("no time was left") == len(gpu_session.PARTS["B"])
 
 
 def test_a_phase_that_is_stopped_costs_itself_alone(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 import launch_gate
-from rotquant_kernels.cuda import rows
+from rotquant_kernels.cuda import rows, tiles
+from rotquant_kernels.cuda.device import Device
 from stand_in_gpu import GPUS
 from triton_compile import KNOWS_NEWER_UNITS, compiled, instructions, linear
 
@@ -49,6 +50,13 @@ def test_every_variant_keeps_the_tensor_cores_of_hopper(case):
     assert sum(count for name, count in found.items() if name.startswith("wgmma.mma_async.sync")) >= 4, found
     assert found["cp.async.cg.shared.global"] >= 4
     assert bool(found["fma.rn.f32"]) == ("rank" in case)  # the branch is a product in full precision
+
+
+def test_registers_are_not_capped_where_codes_are_read_by_bytes():
+    """Rows of 100 codes are not aligned: what puts them together would be spilled, 744 bytes a thread."""
+    shape, hopper = tiles.Shape(100, 70, 1), Device(132, 8, 90)
+    assert tiles.tiles(200, shape, hopper).registers == 0
+    assert tiles.tiles(200, shape._replace(columns=112), hopper).registers == 128
 
 
 def test_weights_reach_wgmma_through_registers():

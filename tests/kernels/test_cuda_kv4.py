@@ -52,7 +52,9 @@ def test_pages_of_a_window_are_fetched_as_all_others():
 def test_writing_divides_exactly_and_fuses_nothing():
     ptx = compiled(90, lambda: launch_gate.write(3, 8, 128, 128)).asm["ptx"]
     assert "div.rn.f32" in ptx
-    assert not re.search(r"div\.(full|approx)|fma\.rn\.f32", ptx)
+    assert not re.search(r"div\.(full|approx)", ptx)
+    assert not re.search(r"fma\.rn\.f32\s+\S+, (?![eq],)", ptx)  # but in `CORRECTED`, which divides
+    assert ptx.count("bar.sync") <= 4  # a row is one warp's
     assert re.search(r"(atom|red)\S*\.xor\.b32", ptx)
 
 
@@ -64,6 +66,8 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
         assert 8 * sequences * (splits + 1) > 3 * 132 or splits == kv4.MOST_SPLITS
     assert kv4.plan(1, 1, 4, 8, 512, H200).splits == 2  # a short context is not cut finely
     assert kv4.plan(4096, 1, 4, 8, 4096, H200) == kv4.Plan(64, 1)
+    assert kv4.plan(4096, 1, 4, 8, 4096, H200, dim=256).rows == 32  # whose sums are twice as many registers
+    assert [kv4.plan(tokens, 1, 4, 8, 64, H200).rows for tokens in (1, 2, 3, 4, 5, 8, 9)] == [8, 8, 16, 16, 32, 32, 64]
     assert kv4.plan(1, 1, 4, 8, 32768, H200, window=1024).splits == kv4.plan(1, 1, 4, 8, 1024, H200).splits
     assert kv4.plan(4, 4, 71, 1, 4096, H200).rows == 128  # a group larger than any other block of rows
     assert kv4.plan(1, 1, 4, 8, 512, kv4.Device(148, 16)).rows == 16

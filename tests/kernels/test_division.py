@@ -40,6 +40,16 @@ def test_the_quotient_is_rounded_as_division_rounds_it():
         assert torch.equal(corrected(hard * 5, divisor), hard * 5 / divisor)
 
 
+def test_heads_are_divided_by_scales_of_16_bits_as_they_are():
+    """From the least normal one to the largest; K and V may be as large as floats are, since what is clipped may be."""
+    generator = torch.Generator().manual_seed(3)
+    scale = torch.tensor([2.0**-14, 65504.0]).half().float().repeat(2000)
+    for factor in (16 * torch.rand(4000, generator=generator) - 8, torch.full((4000,), 5.0e33)):
+        y = scale * factor
+        assert y.isfinite().all()
+        assert torch.equal(corrected(y, scale), y / scale)
+
+
 def test_rows_near_either_end_of_floats_are_moved_first():
     """By 2^64, or 2^-64: what the first remainder needs is then a normal number, and the quotient is the same."""
     generator = torch.Generator().manual_seed(2)

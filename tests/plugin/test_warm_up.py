@@ -141,10 +141,10 @@ def test_no_step_compiles_after_the_warm_up(on_the_gpu):
     server.warm_up()
     warmed, longest = len(on_the_gpu), 8192
     # Tiles of 3 sorts of linear layers, in parts too, and the sums of those; 2 norms, 3 kinds of rows, writing with and
-    # without RoPE, attention by 8, 16 and 64 rows, whole and in parts, with RoPE and with a window, and the merge of
-    # parts; gathering, and turning of queries.
+    # without RoPE, attention by 8, 16, 32 and 64 rows, whole and in parts, with RoPE and with a window, and the merge
+    # of parts; gathering, and turning of queries.
     linears = sum(made.name in ("linear_kernel", "sum_kernel") for made in on_the_gpu)
-    assert warmed == linears + 2 + 3 + 2 + 3 * 2 * 2 + 1 + 2, [made.name for made in on_the_gpu]
+    assert warmed == linears + 2 + 3 + 2 + 4 * 2 * 2 + 1 + 2, [made.name for made in on_the_gpu]
     for sequences in range(1, 258):  # pure decoding, every size
         server.step([1] * sequences, longest)
     for _ in range(1000):

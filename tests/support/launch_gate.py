@@ -217,7 +217,7 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
         yield f"{where} KV write, {m} tokens", lambda m=m: write(m, kv_heads, model.head_dim, model.head_dim, rope=True)
         for longest in (16, 16384):
             yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
-    for tokens, sequences in ((6, 2), (700, 1), (4096, 16)):
+    for tokens, sequences in ((6, 2), (8, 1), (700, 1), (4096, 16)):
         yield f"{where} {tokens} tokens of {sequences}", lambda t=tokens, s=sequences: attend(t, s, **shape)
     yield f"{where} prefill by a workspace", lambda: attend_dense(300, 2, **shape)
 

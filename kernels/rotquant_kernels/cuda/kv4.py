@@ -21,15 +21,18 @@ from torch import Tensor
 from rotquant_kernels.cuda import kv4_decode, kv4_prefill, kv4_write
 from rotquant_kernels.cuda.device import Device, device_of
 from rotquant_kernels.cuda.rope import Rope, constants
+from rotquant_kernels.cuda.rows_steps import held
 from rotquant_kernels.reference import kv_token_bytes
 
 LOG2_E = 1.4426950408889634
-WRITE_TOKENS = 4  # of one program
+WRITE_TOKENS, WRITE_WARPS = 1, 1  # of one program: a row in one warp changes threads without barriers
+WARPS = 4
 MOST_SPLITS = 64
 RESIDENT = 3  # programs that a processor holds at once, by the registers of one that takes a part
 MOST_REGISTERS = 168  # of a thread on Hopper, so that it does; Blackwell would spill
 MERGED_TOGETHER = 8
-PREFILL_ROWS = 64  # from here on softmax along registers is worth more than codes in them
+DECODE_ROWS = 16  # of more, softmax along registers is worth more than codes in them
+FOUR_WARPS = 64  # rows that four warps take
 LEAST_SPLIT = 256  # tokens
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kv4_write.write, triton.JITFunction)  # Triton's interpreter has no assembler
@@ -69,10 +72,11 @@ def table_of(rope: Rope | None, x: Tensor) -> Tensor | None:
     return rope.table
 
 
-def common(dim: int, page: int, rotate: int, symmetric: bool) -> dict[str, Any]:
-    """Compile-time arguments of both kernels."""
+def common(dim: int, page: int, rotate: int, symmetric: bool, rows: int, warps: int) -> dict[str, Any]:
+    """Compile-time arguments of all kernels, whose programs turn so many rows in so many warps."""
+    padded = max(triton.next_power_of_2(dim), 64)  # a product of 8-bit integers takes 32 columns, half of it
     return {
-        "DIM": dim, "PADDED": triton.next_power_of_2(dim), "PAGE": page, "BLOCK": rotate,
+        "DIM": dim, "PADDED": padded, "PAGE": page, "BLOCK": rotate, "HELD": held(rows * padded, warps),
         "STAGES": max(rotate, 1).bit_length() - 1, "NORM": max(rotate, 1) ** -0.5, "SYMMETRIC": symmetric,
     }  # fmt: skip
 
@@ -110,8 +114,9 @@ def write(
     check(rope is None or sequences > 0, "rotary positions need query_start and seq_lens")
     kv4_write.write[triton.cdiv(slots.shape[0], WRITE_TOKENS), heads](
         key, value, pages, slots, query_start, seq_lens, cos_sin, *strides(key), *strides(value), *strides(pages),
-        slots.shape[0], sequences, k_clip, v_clip, **common(dim, cache.shape[2], rotate, symmetric), **constants(rope),
-        TOKENS=WRITE_TOKENS, num_warps=4, enable_fp_fusion=False,
+        slots.shape[0], sequences, k_clip, v_clip,
+        **common(dim, cache.shape[2], rotate, symmetric, WRITE_TOKENS, WRITE_WARPS), **constants(rope),
+        TOKENS=WRITE_TOKENS, ASSEMBLER=not INTERPRETED, num_warps=WRITE_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -122,14 +127,23 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(tokens: int, sequences: int, group: int, kv_heads: int, longest: int, device: Device, window: int = 0) -> Plan:
+def plan(
+    tokens: int,
+    sequences: int,
+    group: int,
+    kv_heads: int,
+    longest: int,
+    device: Device,
+    window: int = 0,
+    dim: int = 128,
+) -> Plan:
     """From numbers that the host knows. Parts of the context fill the device where rows alone do not.
 
     Args:
         tokens, sequences, longest: upper bounds, of the batch and of a sequence's length; window: 0 for none.
     """
     average = -(-tokens // sequences) * group
-    rows = device.least_rows if average <= 8 else 16 if average <= 16 else PREFILL_ROWS
+    rows = min(max(triton.next_power_of_2(average), device.least_rows), FOUR_WARPS if dim <= 128 else FOUR_WARPS // 2)
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
     longest = min(longest, window + rows // group) if window else longest
@@ -142,7 +156,7 @@ def distinct_batches(group: int, page: int) -> list[tuple[int, int]]:
 
     A batch decides the rows of a program, and whether contexts are cut; nothing else of it is known to a compiler.
     """
-    counts = sorted({1, 8 // group + 1, 16 // group + 1})
+    counts = sorted({1, *(rows // group + 1 for rows in (8, 16, 32))})
     return [(tokens, -(-longest // page)) for tokens in counts for longest in (1, 2 * LEAST_SPLIT)]
 
 
@@ -184,22 +198,23 @@ def attention(
         return
     group, longest = heads // kv_heads, block_table.shape[1] * page
     device = device_of(query.device)
-    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window)
-    shared = common(dim, page, rotate, symmetric)
+    rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window, dim)
+    few, warps = rows <= DECODE_ROWS, WARPS if rows <= FOUR_WARPS else 2 * WARPS
+    shared = common(dim, page, rotate, symmetric, rows, warps)
     padded = shared["PADDED"]
     parts = tokens * heads * splits if splits > 1 else 0
     partial = query.new_empty(parts * padded, dtype=torch.float32)
     state = query.new_empty(2 * parts, dtype=torch.float32)
     grid = (tokens // (rows // group) + sequences + 1, kv_heads, splits)
-    attend = kv4_prefill.prefill if rows >= PREFILL_ROWS else kv4_decode.decode
+    attend = kv4_decode.decode if few else kv4_prefill.prefill
     attend[grid](
         query, pages, query_start, seq_lens, block_table, table_of(rope, query), out, partial, state,
         *strides(query), *strides(pages), block_table.stride(0), *strides(out), tokens, sequences, splits, window,
         scale * LOG2_E, cap * LOG2_E, **shared, **constants(rope), HEADS=heads, GROUP=group, ROWS=rows,
         PARTS=splits > 1, WINDOWED=window > 0, CAPPED=cap > 0, ASSEMBLER=not INTERPRETED,
-        num_warps=4 if rows <= PREFILL_ROWS else 8,
-        num_stages=2 if rows >= PREFILL_ROWS else 3, enable_fp_fusion=True,
-        **({"maxnreg": MOST_REGISTERS} if rows < PREFILL_ROWS and device.sm == 90 else {}),
+        num_warps=warps,
+        num_stages=3 if few else 2, enable_fp_fusion=True,
+        **({"maxnreg": MOST_REGISTERS} if few and device.sm == 90 else {}),
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](

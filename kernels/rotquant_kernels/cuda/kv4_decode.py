@@ -38,8 +38,9 @@ def decode(
     query, cache, query_start, seq_lens, table, cos_sin, out, partial, state, query_token, query_head, cache_block,
     cache_head, table_row, out_token, out_head, tokens, sequences, splits, window, factor, cap, DIM: tl.constexpr,
     PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, ASSEMBLER: tl.constexpr,
+    HELD: tl.constexpr, SYMMETRIC: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, one part of the context.
 
@@ -57,7 +58,7 @@ def decode(
         inside = valid[:, None] & (dim < DIM)[None, :]
         low, high, query_sum, unit = load_queries(
             query + token * query_token + head * query_head, dim, inside, seen - 1, cos_sin, factor, ROWS, PADDED,
-            BLOCK, STAGES, NORM, ROPE, PAIRS,
+            BLOCK, STAGES, NORM, HELD, ROPE, PAIRS,
         )  # fmt: skip
         query_low, query_high = tl.trans(low), tl.trans(high)
         order = place_of(tl.arange(0, TILE))

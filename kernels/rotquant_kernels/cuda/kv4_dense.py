@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from rotquant_kernels.cuda import kv4_gather
-from rotquant_kernels.cuda.kv4 import check, check_pages, common, strides, table_of
+from rotquant_kernels.cuda.kv4 import WARPS, check, check_pages, common, strides, table_of
 from rotquant_kernels.cuda.rope import Rope, constants
 from rotquant_kernels.cuda.workspace import PAGE, Dense, Workspace
 
@@ -33,7 +33,7 @@ def gather(
     check(block_table.stride(1) == 1, "block_table must have a row a sequence")
     heads, sequences = cache.shape[1], seq_lens.shape[0]
     keys, values = (torch.empty((room.pages, PAGE, heads, dim), dtype=dtype, device=cache.device) for _ in range(2))
-    shared = common(dim, cache.shape[2], 0, symmetric)
+    shared = common(dim, cache.shape[2], 0, symmetric, 1, 1)
     shared = {name: shared[name] for name in ("DIM", "PADDED", "PAGE", "SYMMETRIC")}
     kv4_gather.gather[triton.cdiv(room.longest, PAGE), sequences, heads](
         pages, block_table, seq_lens, room.first, keys, values, *strides(pages), block_table.stride(0), heads,
@@ -49,12 +49,12 @@ def turned(
     """Queries [T, heads, d] in R3's basis, contiguous, in their dtype; at their positions first where there is RoPE."""
     tokens, heads, dim = query.shape
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
-    shared = common(dim, 16, rotate, True)
-    shared = {name: shared[name] for name in ("DIM", "PADDED", "BLOCK", "STAGES", "NORM")} | constants(rope)
+    shared = common(dim, 16, rotate, True, kv4_gather.ROWS, WARPS)
+    shared = {name: shared[name] for name in ("DIM", "PADDED", "BLOCK", "STAGES", "NORM", "HELD")} | constants(rope)
     sequences = 0 if seq_lens is None else seq_lens.shape[0]
     kv4_gather.turn[triton.cdiv(tokens * heads, kv4_gather.ROWS),](
         query, out, query_start, seq_lens, table_of(rope, query), *strides(query), tokens, sequences, HEADS=heads,
-        **shared, ROWS=kv4_gather.ROWS, num_warps=4, enable_fp_fusion=False,
+        **shared, ROWS=kv4_gather.ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

@@ -64,7 +64,7 @@ def gather(
 def turn(
     query, out, query_start, seq_lens, cos_sin, query_token, query_head, tokens, sequences, HEADS: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    ROPE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    HELD: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Queries in R3's basis, at their positions if ROPE; out contiguous [tokens, HEADS, DIM]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,6 +74,6 @@ def turn(
     position = positions_of(query_start, seq_lens, row // HEADS, sequences, ROWS) if ROPE > 0 else row
     x = load_rows(query + token * query_token + head * query_head, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
-        x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM)
+        x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM, HELD)
     to = out + row.to(tl.int64)[:, None] * DIM + dim[None, :]
     tl.store(to, x.to(out.dtype.element_ty), mask=inside)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rotquant_kernels.cuda.rows_steps import butterflies
+
 # Arguments that change from step to step. Triton compiles an integer anew where it is 1 (then a constant, without an
 # integer's methods) or a multiple of 16, and a pointer where it is aligned: none of these is worth that.
 PER_STEP = [
@@ -65,13 +67,16 @@ def load_rows(start, dim, inside, position, cos_sin, ROPE: tl.constexpr, PAIRS: 
 
 
 @triton.jit
-def hadamard(x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr):
-    """`reference.hadamard` of rows [ROWS, DIM], its additions in its order. BLOCK = 2^STAGES, NORM = BLOCK^-0.5."""
-    for stage in tl.static_range(STAGES):
-        y = tl.reshape(x, [ROWS, DIM // (2 << stage), 2, 1 << stage])
-        a, b = tl.split(tl.permute(y, (0, 1, 3, 2)))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [ROWS, DIM])
-    return x * NORM
+def hadamard(
+    x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """`reference.hadamard` of rows [ROWS, DIM], its additions in its order (`rows_steps.butterflies`).
+
+    BLOCK = 2^STAGES, NORM = BLOCK^-0.5; threads hold 2^HELD numbers.
+    """
+    x = butterflies(tl.reshape(x, [ROWS * DIM]), ROWS * DIM, STAGES, HELD)
+    return tl.reshape(x, [ROWS, DIM]) * NORM
 
 
 @triton.jit

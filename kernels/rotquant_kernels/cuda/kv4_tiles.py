@@ -82,7 +82,7 @@ def part_of(begin, end, splits):
 @triton.jit
 def load_queries(
     start, dim, inside, position, cos_sin, factor, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr,
+    STAGES: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr, ROPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Rotated queries (`load_rows`) as int8 [ROWS, PADDED / 2] in the order of low and of high nibbles.
 
@@ -91,7 +91,7 @@ def load_queries(
     """
     x = load_rows(start, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
-        x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM)
+        x = hadamard(x, ROWS, PADDED, BLOCK, STAGES, NORM, HELD)
     most = largest_magnitude(x)
     codes = rint(x * tl.where(most > 1e-30, 127.0 / most, 0.0)[:, None])
     low, high = halves(codes.to(tl.int8), ROWS, PADDED)

@@ -20,13 +20,14 @@ from rotquant_kernels.cuda.kv4_rows import (
     positions_of,
     rint,
 )
+from rotquant_kernels.cuda.rows_steps import CORRECTED
 
 EPSILON = tl.constexpr(1.1920928955078125e-07)
 HALF_TINY, HALF_MAX = tl.constexpr(6.103515625e-05), tl.constexpr(65504.0)
 
 
 @triton.jit
-def quantized(x, clip, SYMMETRIC: tl.constexpr):
+def quantized(x, clip, SYMMETRIC: tl.constexpr, ASSEMBLER: tl.constexpr):
     """`convention.kv_qparams` and `quantize` of rows [R, D].
 
     Returns float16 scale [R] as int16 bits, zero point int32 [R], codes + 8 int32 [R, D].
@@ -46,7 +47,14 @@ def quantized(x, clip, SYMMETRIC: tl.constexpr):
     if not SYMMETRIC:
         zero = rint(tl.minimum(tl.maximum(-8.0 - tl.div_rn(smallest, scale), -8.0), 7.0))
         zero = tl.where(finite, zero, 0.0)
-    codes = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + zero[:, None]
+    if ASSEMBLER:  # as `rows_steps.divided`, of a scale that float16 holds: nothing overflows
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        codes = tl.inline_asm_elementwise(
+            CORRECTED, "=f,f,f,f", [x, scale[:, None], inverse[:, None]], tl.float32, True, 1
+        )
+    else:
+        codes = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    codes += zero[:, None]
     codes = rint(tl.minimum(tl.maximum(codes, -8.0), 7.0))
     codes = tl.where(finite[:, None], codes, 0.0).to(tl.int32) + 8
     return tl.where(finite, half.to(tl.int16, bitcast=True), 0x7E00).to(tl.int16), zero.to(tl.int32), codes
@@ -56,8 +64,8 @@ def quantized(x, clip, SYMMETRIC: tl.constexpr):
 def write(
     key, value, cache, slots, query_start, seq_lens, cos_sin, key_token, key_head, value_token, value_head, cache_block,
     cache_head, count, sequences, k_clip, v_clip, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr, ROPE: tl.constexpr,
-    PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr, SYMMETRIC: tl.constexpr,
+    ROPE: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one KV head. Strides in elements of key and value and in bytes of the cache.
 
@@ -78,15 +86,15 @@ def write(
     start = key + token.to(tl.int64) * key_token + head * key_head
     x = load_rows(start, dim, inside, position, cos_sin, ROPE, PAIRS)
     if BLOCK > 0:
-        x = hadamard(x, TOKENS, PADDED, BLOCK, STAGES, NORM)
-    k_scale, k_zero, codes = quantized(x, k_clip, SYMMETRIC)
+        x = hadamard(x, TOKENS, PADDED, BLOCK, STAGES, NORM, HELD)
+    k_scale, k_zero, codes = quantized(x, k_clip, SYMMETRIC, ASSEMBLER)
     low, high = halves(codes, TOKENS, PADDED)
     byte = tl.arange(0, PADDED // 2)
     at = tile[:, None] + (byte // 4 * 64 + byte % 4)[None, :] + (place % 16 * 4)[:, None]
     tl.store(at, (low | high << 4).to(tl.uint8), mask=stored[:, None] & (byte < DIM // 2)[None, :])
 
     x = tl.load(value + rows * value_token + head * value_head + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-    v_scale, v_zero, codes = quantized(x, v_clip, SYMMETRIC)
+    v_scale, v_zero, codes = quantized(x, v_clip, SYMMETRIC, ASSEMBLER)
     shift = (place % 4 * 8 + place // 4 % 2 * 4)[:, None]
     words = (tile + PAGE * DIM // 2 + place % 16 // 8 * 64)[:, None] + (dim // 16 * 128 + dim % 16 * 4)[None, :]
     words = words.to(tl.pointer_type(tl.int32), bitcast=True)

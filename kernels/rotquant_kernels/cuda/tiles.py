@@ -79,7 +79,8 @@ def tiles(tokens: int, shape: Shape, device: Device) -> Tiles:
         # Sums are written and read, 8 bytes each; a column of operands is a byte a token and half of one a channel.
         least = OPERANDS * 8 * n * m // (n // 2 + m)
         splits = min(row["programs"] * device.processors // programs, shape.columns // least)
-    cut = Tiles(n, m, k, row["warps"], row["stages"], row["registers"], max(splits, 1))
+    most = 0 if shape.columns % 16 else row["registers"]  # codes that are read by bytes take registers to put together
+    cut = Tiles(n, m, k, row["warps"], row["stages"], most, max(splits, 1))
     return cut._replace(unpacked=bool(row.get("unpacked")))
 
 

@@ -64,7 +64,7 @@ def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, d
 @few(7)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 280), st.integers(1, 12)), min_size=1, max_size=2), st.integers(1, 8),
        HEADS, PAGES, DTYPES, st.booleans(), st.sampled_from([0.1, 1.0, 4.0]),
-       st.sampled_from([(8, 1), (8, 4), (16, 2), (64, 1), (64, 4)]))  # fmt: skip
+       st.sampled_from([(8, 1), (8, 4), (16, 2), (32, 4), (64, 1), (64, 4)]))  # fmt: skip
 def test_attention_adds_little_to_the_error_of_four_bits(
     planned, seed, sequences, group, head, page, dtype, symmetric, size, plan
 ):
@@ -208,6 +208,23 @@ def test_a_row_is_the_same_alone_in_parts_and_in_a_batch(planned, rows):
     empty = batch._replace(starts=torch.tensor([0, 5, 5, 25, 26], dtype=torch.int32), lens=batch.lens[[0, 0, 1, 2]],
                            table=batch.table[[0, 0, 1, 2]])  # fmt: skip
     assert torch.equal(attend(empty), attend(batch))
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize("window", [0, 250, 256])
+def test_neighbours_at_the_edge_of_a_tile_see_what_is_theirs(planned, rows, window):
+    """With q = 0 a row is the mean of the V that it sees: windows begin, and contexts end, on both sides of an edge."""
+    planned(rows, 1)
+    batch = make_batch([388], [8], kv_heads=1, group=1, page=32)
+    value = torch.zeros(388)
+    value[120:140] = value[378:] = 1000
+    slots = batch.table[0].long()[torch.arange(388) // 32] * 32 + torch.arange(388) % 32
+    reference.kv4_write(batch.keys[0], value[:, None, None].expand(-1, 1, 64), batch.cache, slots, 64, False, 1.0, 1.0)
+    batch.query.zero_()
+    out = attend(batch.windowed(window) if window else batch)
+    for row, seen in enumerate(range(381, 389)):
+        mean = value[max(seen - window, 0) if window else 0 : seen].mean()
+        assert torch.allclose(out[row], mean, rtol=0.01)
 
 
 @pytest.mark.parametrize("rows", [8, 64])
