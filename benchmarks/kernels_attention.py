@@ -121,7 +121,7 @@ def in_large_pages(pages: Tensor) -> Tensor:
     """A copy of a cache in memory pages of 2 MiB, where our server moves it, as far as the system has any."""
     room = torch.zeros(pages.numel() // LARGE * LARGE + 2 * LARGE, dtype=torch.uint8)
     mine = room[-room.data_ptr() % LARGE :][: pages.numel()].view(pages.shape).copy_(pages)
-    torch.ops.rotquant.large_pages(room)
+    torch.ops.rotquant.large_pages_(room)
     return mine
 
 

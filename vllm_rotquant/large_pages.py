@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -11,19 +12,26 @@ from rotquant_kernels import native
 from vllm_rotquant import compat
 
 FEW = 32  # pages, too few to say anything of
+# The caches that were asked for, as long as they live, by where their storage begins.
+_enlarged: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def enlarge(caches: Iterable[Tensor]) -> None:
-    """Puts the memory of KV caches into large pages, before anything is in them: a GiB takes a quarter of a second.
+    """Puts the memory of KV caches into large pages, before anything is in them.
+
+    A GiB takes a quarter of a second, and more where the system has to find the pages first.
 
     Args:
-        caches: views into one storage or several.
+        caches: views into one storage or several; groups of layers share them, and each asks here.
     """
     if native.tier() == native.REFERENCE:
         return
-    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
     pages = given = 0
-    for storage in storages.values():
+    for cache in caches:
+        storage = cache.untyped_storage()
+        if storage.data_ptr() in _enlarged:
+            continue
+        _enlarged[storage.data_ptr()] = cache
         found = torch.ops.rotquant.large_pages_(torch.empty(0, dtype=torch.uint8).set_(storage))
         pages, given = pages + found[0], given + found[1]
     report("the KV cache", pages, given)

@@ -82,35 +82,39 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
   }
 }
 
-// total += acc s_w, the groups in their order
-inline void add_group(const Gemm& g, int64_t count, int64_t first, int64_t channels, int64_t group, PanelScratch& s) {
+inline void load_scales(const Gemm& g, int64_t first, int64_t channels, int64_t group, PanelScratch& s) {
   for (int64_t c = 0; c < PANEL; c++)
     s.scale[c] = c < channels ? g.weight.scale[(first + c) * g.weight.groups + group] : 0.0f;
+}
+
+// total = (total + acc s_w) s_x of one row; without `more` no group was before, with `last` none comes.
+inline void add_row(const int32_t* acc, const float* scale, bool more, bool last, float row_scale, float* total) {
+  const F x = set1(row_scale);
   for (int c = 0; c < PANEL; c += W) {
-    const F scale = load(s.scale + c);
-    for (int64_t i = c; i < count * PANEL; i += PANEL) {
-      const F scaled = to_float(load(s.acc + i)) * scale;
-      store(s.total + i, group ? load(s.total + i) + scaled : scaled);
-    }
+    F sum = to_float(load(acc + c)) * load(scale + c);
+    if (more) sum = load(total + c) + sum;
+    store(total + c, last ? sum * x : sum);
   }
 }
 
-// out = total s_x + (x down) up + bias
+// out = total s_x + (x down) up + bias, where the groups' sums come in their order, the last one here
 inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, PanelScratch& s) {
   memset(s.bias, 0, sizeof(s.bias));
   if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
-  for (int64_t m = m0; m < m1; m++) {
-    float* total = s.total + (m - m0) * PANEL;
-    const F scale = set1(g.quant[m].scale);
-    for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) * scale);
-  }
-  add_low_rank(g, m0, m1, first, channels, s.total, s.up);
-  for (int64_t m = m0; m < m1; m++) {
-    float* total = s.total + (m - m0) * PANEL;
+  const auto put = [&](int64_t m, float* total) {
     if (g.bias)
       for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) + load(s.bias + c));
     write((char*)g.out + (m * g.weight.rows + first) * size_of(g.out_dtype), g.out_dtype, channels, total);
+  };
+  const bool more = g.weight.groups > 1;
+  for (int64_t m = m0; m < m1; m++) {
+    float* total = s.total + (m - m0) * PANEL;
+    add_row(s.acc + (m - m0) * PANEL, s.scale, more, true, g.quant[m].scale, total);
+    if (!g.low_rank.rank) put(m, total);
   }
+  if (!g.low_rank.rank) return;
+  add_low_rank(g, m0, m1, first, channels, s.total, s.up);
+  for (int64_t m = m0; m < m1; m++) put(m, s.total + (m - m0) * PANEL);
 }
 
 void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memory) {
@@ -123,7 +127,10 @@ void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memo
     const int64_t at = panel * w.groups + group;
     start(g, m0, m1, w.sums + at * PANEL, group, s.acc);
     multiply(g, m0, m1, group * padded, padded / 8, w.panels + at * group_bytes, s);
-    add_group(g, m1 - m0, first, channels, group, s);
+    load_scales(g, first, channels, group, s);
+    if (group + 1 < w.groups)
+      for (int64_t i = 0; i < (m1 - m0) * PANEL; i += PANEL)
+        add_row(s.acc + i, s.scale, group > 0, false, 1.0f, s.total + i);
   }
   finish(g, m0, m1, first, channels, s);
 }

@@ -18,8 +18,8 @@ LargePages ask_large_pages(const void* data, int64_t bytes);
 // The same for packed weights, summed up for `weight_pages`.
 void ask_large_weight(const void* data, int64_t bytes);
 
-// The same for memory that nobody writes meanwhile and that may be zero still: such a page is given back and comes anew,
-// large and zero, at half the price of a copy.
+// The same for anonymous memory that nobody writes meanwhile and that may be zero still: such a page is given back and comes
+// anew, large and zero, at half the price of a copy. (A private mapping of a file would come back as the file has it.)
 LargePages make_large_pages(void* data, int64_t bytes);
 
 }  // namespace rotquant

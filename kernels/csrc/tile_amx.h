@@ -17,7 +17,10 @@ namespace {
 
 constexpr int64_t MATRIX_ROWS = 7;  // from which the unit is faster than VNNI, unpacking included
 constexpr int64_t MATRIX_STEPS = 8;  // of 8 inputs, what one instruction takes
-constexpr int64_t MATRIX_TILES = 4, MATRIX_BYTES = MATRIX_TILES * MATRIX_STEPS * 512;  // of a block of weights
+// Tiles of a block of weights, which is unpacked while the one before is multiplied: small blocks for few rows, since nothing
+// hides the first one; large ones for many, whose sums then move less often.
+constexpr int64_t FEW_TILES = 4, MATRIX_TILES = 16, MATRIX_BYTES = MATRIX_TILES * MATRIX_STEPS * 512;
+inline int64_t block_tiles(int64_t count) { return count <= 64 ? FEW_TILES : MATRIX_TILES; }
 
 // Of the eight tile registers 0 to 3 hold sums, 5 rows, 6 and 7 weights, and 4 rows or weights.
 struct alignas(64) TileConfig {
@@ -162,10 +165,11 @@ inline int64_t matrix(const uint8_t* w, bool nibbles, const int8_t* a, int64_t l
     few_rows(w, nibbles, a, lda, tiles, bytes, acc);
   } else {
     const int64_t jobs = count / 32 * 2 + (count % 32 > 16 ? 2 : count % 32 > 0);
-    const auto steps_of = [&](int64_t t) { return MATRIX_STEPS * (tiles - t < MATRIX_TILES ? tiles - t : MATRIX_TILES); };
+    const int64_t block = block_tiles(count);
+    const auto steps_of = [&](int64_t t) { return MATRIX_STEPS * (tiles - t < block ? tiles - t : block); };
     uint8_t* next = bytes + MATRIX_BYTES;
     if (nibbles) unpack(w, steps_of(0), bytes);
-    for (int64_t t = 0; t < tiles; t += MATRIX_TILES) {
+    for (int64_t t = 0; t < tiles; t += block) {
       const int64_t some = steps_of(t) / MATRIX_STEPS, after = nibbles && t + some < tiles ? steps_of(t + some) : 0;
       Unpacking ahead{w + 16 * LINE / 2 * (t + some), next, after, (after + jobs * some - 1) / (jobs * some)};
       matrix_block(nibbles ? bytes : w + 16 * LINE * t, a + 64 * t, lda, count, some, ahead, acc);
