@@ -210,6 +210,8 @@ class RotQuantConfig(QuantizationConfig):
     def _blocks(self, kv: KVFormat) -> dict[str, int]:
         """Blocks of a page, by attention module."""
         attentions = self.arch.attentions if self.arch else {}
+        if len({(own.head_dim, own.kv_heads) for own in attentions.values()}) < 2:
+            return dict.fromkeys(attentions, 1)
         padded = compat.head_major_layouts() is not None  # since there is a choice of layouts
         return pages.by_layer(attentions, kv, compat.get_tensor_model_parallel_world_size(), padded=padded)
 
