@@ -189,9 +189,9 @@ def measure(
     args: argparse.Namespace, results: serve_report.Results, number: int, name: str, folder: Path, loads: list[Load]
 ) -> None:
     """Starts one format and runs the loads; what goes wrong is noted, and the benchmark goes on."""
-    record = describe(args, results, number, name)
+    record = describe(results, number, name)
     try:
-        with candidate(args, results, number, name, folder) as server:
+        with candidate(args, results, record, folder) as server:
             up(args, results, record, server)
             run_loads(args, results, number, name, server, loads)
             results.add("servers", record | {"memory_after_loads": server.memory()})
@@ -211,8 +211,8 @@ def together(
     with ExitStack() as stack:
         servers: dict[str, Candidate] = {}
         for name, folder in folders.items():
-            record = describe(args, results, 1, name)
-            servers[name] = stack.enter_context(candidate(args, results, 1, name, folder))
+            record = describe(results, 1, name)
+            servers[name] = stack.enter_context(candidate(args, results, record, folder))
             up(args, results, record, servers[name])
             servers[name].pause()
         for number in range(1, rounds + 1):
@@ -225,7 +225,7 @@ def together(
                     server.pause()
 
 
-def describe(args: argparse.Namespace, results: serve_report.Results, number: int, name: str) -> dict[str, Any]:
+def describe(results: serve_report.Results, number: int, name: str) -> dict[str, Any]:
     """What is noted of a server before it starts."""
     arguments = [*results.data["settings"]["arguments"], *FORMATS[name].arguments]
     # An empty VLLM_PLUGINS disables every plugin, so that stock formats are vLLM's own.
@@ -236,11 +236,11 @@ def describe(args: argparse.Namespace, results: serve_report.Results, number: in
 
 
 def candidate(
-    args: argparse.Namespace, results: serve_report.Results, number: int, name: str, folder: Path
+    args: argparse.Namespace, results: serve_report.Results, record: dict[str, Any], folder: Path
 ) -> Candidate:
-    log = args.work / "logs" / results.file.stem / f"{name}-{number}.log"
+    """The server that `describe` has described."""
+    log = args.work / "logs" / results.file.stem / f"{record['format']}-{record['round']}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    record = describe(args, results, number, name)
     return Candidate(folder, log, record["environment"], record["arguments"])
 
 

@@ -78,9 +78,9 @@ def describe(config: PreTrainedConfig) -> Architecture:
     )
 
 
-def without(what: str, *values: Any) -> Rule:
-    """A field that stands for something that is not supported, with the values that leave it out."""
-    return lambda value: None if value in values else f"{values[0]}: {what} are not supported"
+def without(what: str, off: Any) -> Rule:
+    """A field that stands for something that is not supported, with the value that leaves it out."""
+    return lambda value: None if value in (off,) else f"{off}: {what} are not supported"
 
 
 def sizes(value: Any) -> str | None:
@@ -94,7 +94,7 @@ def sizes(value: Any) -> str | None:
     return None if fine else "an object of layer numbers, each with head_dim and num_key_value_heads alone"
 
 
-NO_EMBEDDINGS = "0: embeddings for each layer are not supported"
+NO_EMBEDDINGS = "0: embeddings for each layer are not supported"  # also where troubleshooting is written from
 GEMMA4 = Family(
     {
         "Gemma4ForCausalLM": Known(

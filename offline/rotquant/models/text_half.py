@@ -23,8 +23,7 @@ OF_BOTH = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"
 
 # Text halves that are the model of another class, whose config class has other defaults and a part that they lack.
 UNIFIED = {"max_position_embeddings": 2**18, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
-DEFAULTS: dict[str, Fields] = {"gemma4_unified_text": UNIFIED}
-TYPES = {"gemma4_unified_text": "gemma4_text"}
+OF_ANOTHER: dict[str, tuple[str, Fields]] = {"gemma4_unified_text": ("gemma4_text", UNIFIED)}
 
 
 def has_text_half(raw: Mapping[str, Any]) -> bool:
@@ -39,8 +38,10 @@ def text_half(raw: Fields) -> Fields:
         return raw
     shared = {name: raw[name] for name in OF_BOTH if name in raw}
     text, kind = raw["text_config"], raw["text_config"].get("model_type")
-    own = DEFAULTS[kind] | text | {"model_type": TYPES[kind]} if kind in list(TYPES) else text
-    return own | shared | {"architectures": [HALVES[raw["architectures"][0]]]}
+    if kind in list(OF_ANOTHER):
+        other, defaults = OF_ANOTHER[kind]
+        text = defaults | text | {"model_type": other}
+    return text | shared | {"architectures": [HALVES[raw["architectures"][0]]]}
 
 
 def own_name(name: str) -> str:

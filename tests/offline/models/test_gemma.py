@@ -29,6 +29,7 @@ from rotquant.transforms.gains import with_gains_in_linears
 from rotquant.transforms.space import LayerTransforms, Transforms
 from rotquant_kernels import Stage
 from source_models import all_candidates, source_model
+from text_halves import quantized_alike
 
 TOKENS = torch.arange(3, 83)
 FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16"]
@@ -109,13 +110,7 @@ def test_the_text_half_of_a_model_with_a_vision_tower(source: Path, tmp_path: Pa
         "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",
         "text_config": {name: value for name, value in text.items() if name != "architectures"}, "vision_config": {},
     }))  # fmt: skip
-    alone, half = (
-        quantize(str(folder), tmp_path / f"{folder.name}-out", recipe="quarot", settings=["weights.method=rtn"])
-        for folder in (source, whole)
-    )
-    one, two = Source(alone), Source(half)
-    assert one.files.keys() == two.files.keys()
-    assert [name for name in one.files if not torch.equal(one.get(name), two.get(name))] == []
+    half = quantized_alike(source, whole, tmp_path)
     assert json.loads((half / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
 
 

@@ -27,6 +27,7 @@ from rotquant.transforms.fold import Fold
 from rotquant.transforms.gains import with_gains_in_linears
 from rotquant.transforms.space import LayerTransforms, Transforms
 from source_models import all_candidates, source_model
+from text_halves import quantized_alike
 
 TOKENS = torch.arange(3, 83)
 FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16"]
@@ -102,13 +103,7 @@ def test_the_text_half_of_a_unified_model(source: Path, tmp_path: Path) -> None:
         "architectures": ["Gemma4UnifiedForConditionalGeneration"], "model_type": "gemma4_unified",
         "dtype": "bfloat16", "text_config": text, "vision_config": {}, "audio_config": None,
     }))  # fmt: skip
-    alone, half = (
-        quantize(str(folder), tmp_path / f"{folder.name}-out", recipe="quarot", settings=["weights.method=rtn"])
-        for folder in (source, whole)
-    )
-    one, two = Source(alone), Source(half)
-    assert one.files.keys() == two.files.keys()
-    assert [name for name in one.files if not torch.equal(one.get(name), two.get(name))] == []
+    half = quantized_alike(source, whole, tmp_path)
     assert "217 bytes a token, 768 in bf16" in (half / "README.md").read_text()  # 4 heads of 32, 1 of 64
     unified = Gemma4UnifiedForCausalLM.config_class.from_dict(text)
     assert (unified.max_position_embeddings, unified.sliding_window) == (512, 24)
