@@ -25,6 +25,7 @@ from vllm_rotquant.environment import refuse_batch_invariance
 from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.kv_cache import KVCacheMethod
+from vllm_rotquant.large_pages import ask_torch
 from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.startup import Startup
@@ -114,6 +115,8 @@ class RotQuantConfig(QuantizationConfig):
         if hf_config is None:
             raise RotQuantError("vLLM did not pass the model's config.json to rotquant: this vLLM is not supported")
         refuse_batch_invariance()
+        if compat.on_cpu():
+            ask_torch()
         text = hf_config.get_text_config()
         self.head_dim = head_size(text)
         chunks = "dual_chunk_attention_config"  # vLLM has an attention of its own for it, of any architecture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,14 +14,28 @@ from rotquant_kernels import native
 from vllm_rotquant import compat
 
 FEW = 32  # pages, too few to say anything of
+PAGE = 2 << 20
+ENOUGH = 0.9  # of a mapping
+SMAPS = Path("/proc/self/smaps")
+FROM_TORCH = "THP_MEM_ALLOC_ENABLE"  # torch reads it before its first tensor
 # The caches that were asked for, as long as they live, by where their storage begins.
 _enlarged: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def ask_torch() -> None:
+    """Has torch ask for large pages under tensors of 2 MiB and more, in the processes that are still to start.
+
+    What a step of many tokens writes is new memory each time: in small pages every row of it is a page of its own. And
+    the KV cache is large from the start, so that `enlarge` has little to do. Whoever sets the variable decides.
+    """
+    os.environ.setdefault(FROM_TORCH, "1")
 
 
 def enlarge(caches: Iterable[Tensor]) -> None:
     """Puts the memory of KV caches into large pages, before anything is in them.
 
-    A GiB takes a quarter of a second, and more where the system has to find the pages first.
+    Where torch has not made them large, a GiB takes a quarter of a second, and many times that where the system has to
+    move others' pages first.
 
     Args:
         caches: views into one storage or several; groups of layers share them, and each asks here.
@@ -32,9 +48,29 @@ def enlarge(caches: Iterable[Tensor]) -> None:
         if storage.data_ptr() in _enlarged:
             continue
         _enlarged[storage.data_ptr()] = cache
-        found = torch.ops.rotquant.large_pages_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        found = large_already(storage.data_ptr(), storage.nbytes()) or torch.ops.rotquant.large_pages_(
+            torch.empty(0, dtype=torch.uint8).set_(storage)
+        )
         pages, given = pages + found[0], given + found[1]
     report("the KV cache", pages, given)
+
+
+def large_already(start: int, size: int) -> tuple[int, int] | None:
+    """Pages of 2 MiB under `size` bytes at `start` and how many are large, where nine of ten of their mapping are."""
+    try:
+        lines = SMAPS.read_text().splitlines()
+    except OSError:
+        return None
+    first = last = 0
+    for line in lines:
+        head = line.split(maxsplit=1)[0]
+        if head == "AnonHugePages:" and first <= start and start + size <= last:
+            share = int(line.split()[1]) * 1024 / (last - first)
+            pages = -(-size // PAGE)
+            return (pages, round(pages * share)) if share >= ENOUGH else None
+        if "-" in head:
+            first, last = (int(end, 16) for end in head.split("-"))
+    return None
 
 
 def report_weights() -> None:

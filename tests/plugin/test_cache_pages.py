@@ -1,5 +1,6 @@
 """The KV cache moves into pages of 2 MiB before its first step: nothing in it changes, and the log says what came."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,40 @@ def test_a_shared_storage_is_asked_for_once_and_whole(said):
     assert torch.equal(owner, before)
     first, last = owner.data_ptr() // PAGE, (owner.data_ptr() + owner.numel() - 1) // PAGE
     assert [f" {last - first + 1} " in line for _, line in said] == [True]
+
+
+MAPPINGS = """\
+1000-2000 r-xp 00000000 08:01 7                          /usr/lib/a-library.so
+AnonHugePages:         0 kB
+10000000-18000000 rw-p 00000000 00:00 0
+AnonHugePages:    {} kB
+VmFlags: rd wr mr hg
+"""
+
+
+@pytest.mark.parametrize(
+    ("kibibytes", "start", "found"),
+    [
+        (128 * 1024, 0x10000000, (32, 32)),
+        (120 * 1024, 0x10000000, (32, 30)),
+        (110 * 1024, 0x10000000, None),
+        (128 * 1024, 0x16000000, None),
+    ],
+    ids=["all", "most", "too few", "beyond the mapping"],
+)
+def test_what_torch_made_large_is_left_alone(monkeypatch, tmp_path, kibibytes, start, found):
+    (tmp_path / "smaps").write_text(MAPPINGS.format(kibibytes))
+    monkeypatch.setattr(large_pages, "SMAPS", tmp_path / "smaps")
+    assert large_pages.large_already(start, 32 * PAGE) == found
+
+
+def test_torch_is_asked_unless_the_user_says_otherwise(monkeypatch):
+    for said_before, after in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv(large_pages.FROM_TORCH, raising=False)
+        if said_before is not None:
+            monkeypatch.setenv(large_pages.FROM_TORCH, said_before)
+        large_pages.ask_torch()
+        assert os.environ[large_pages.FROM_TORCH] == after
 
 
 def test_a_refusal_is_a_warning(said):
