@@ -38,25 +38,13 @@ struct PanelScratch {
   alignas(64) uint8_t bytes[BLOCK_STEPS * 512];
   alignas(64) int32_t acc[GEMM_ROWS * PANEL];
   alignas(64) float total[GEMM_ROWS * PANEL];
-  alignas(64) float scale[PANEL], bias[PANEL];
+  alignas(64) float bias[PANEL];
   alignas(64) float up[UP_RANKS * PANEL];
 };
 static_assert(sizeof(PanelScratch) <= GEMM_SCRATCH);
 
-// acc = -offset sum(a) - zero sum(w)
-inline void start(const Gemm& g, int64_t m0, int64_t m1, const int32_t* weight_sums, int64_t group, int32_t* acc) {
-  const int offset = weight_offset(g.weight.bits);
-  for (int64_t m = m0; m < m1; m++, acc += PANEL) {
-    const I base = set1(-offset * g.sums[m * g.weight.groups + group]), zero = set1(g.quant[m].zero);
-    if (g.quant[m].zero == 0)
-      for (int c = 0; c < PANEL; c += W) store(acc + c, base);
-    else
-      for (int c = 0; c < PANEL; c += W) store(acc + c, base - zero * load(weight_sums + c));
-  }
-}
-
-// acc += codes times the weights of one group, `steps` times 8 inputs. Several tiles of rows share a block of weights,
-// whose nibbles are unpacked once where that pays.
+// acc = codes times the stored weights of one group, `steps` times 8 inputs. Several tiles of rows share a block of
+// weights, whose nibbles are unpacked once where that pays.
 inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t steps, const uint8_t* w,
                      PanelScratch& s) {
   const int64_t count = m1 - m0, tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lda = g.lda;
@@ -64,6 +52,7 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
   const bool nibbles = g.weight.bits == 4, unpacked = nibbles && UNPACK_ONCE && count > TILE_ROWS;
   const int8_t* a = g.codes + m0 * lda + at;
   const int64_t done = matrix(w, nibbles, a, lda, count, steps, s.bytes, s.acc);
+  if (!done) memset(s.acc, 0, size_t(count * PANEL) * 4);
   steps -= done, w += done * (nibbles ? 256 : 512), a += 8 * done;
   for (int64_t k = 0; k < steps; k += block, w += block * (nibbles ? 256 : 512), a += 8 * block) {
     const int64_t part = steps - k < block ? steps - k : block;
@@ -82,57 +71,111 @@ inline void multiply(const Gemm& g, int64_t m0, int64_t m1, int64_t at, int64_t 
   }
 }
 
-inline void load_scales(const Gemm& g, int64_t first, int64_t channels, int64_t group, PanelScratch& s) {
-  for (int64_t c = 0; c < PANEL; c++)
-    s.scale[c] = c < channels ? g.weight.scale[(first + c) * g.weight.groups + group] : 0.0f;
-}
+// A group of a panel on its way out of the integers: vectors of its channels.
+struct Group {
+  static constexpr int V = PANEL / W;
+  F scale[V];
+  I weight_sums[V];
+  bool more;  // groups were before
+  int64_t index;
+  int offset;
 
-// total = (total + acc s_w) s_x of one row; without `more` no group was before, with `last` none comes.
-inline void add_row(const int32_t* acc, const float* scale, bool more, bool last, float row_scale, float* total) {
-  const F x = set1(row_scale);
-  for (int c = 0; c < PANEL; c += W) {
-    F sum = to_float(load(acc + c)) * load(scale + c);
-    if (more) sum = load(total + c) + sum;
-    store(total + c, last ? sum * x : sum);
+  Group(const Gemm& g, int64_t first, int64_t channels, int64_t panel, int64_t group)
+      : more(group > 0), index(group), offset(weight_offset(g.weight.bits)) {
+    float scales[PANEL];
+    for (int64_t c = 0; c < PANEL; c++)
+      scales[c] = c < channels ? g.weight.scale[(first + c) * g.weight.groups + group] : 0.0f;
+    for (int v = 0; v < V; v++) {
+      scale[v] = load(scales + v * W);
+      weight_sums[v] = load(g.weight.sums + (panel * g.weight.groups + group) * PANEL + v * W);
+    }
+  }
+
+  // What the sums of row m have too much of: offset sum a, and zero (of sum w).
+  struct Row {
+    I base, zero;
+    bool asymmetric;
+    F scale;
+  };
+  Row row(const Gemm& g, int64_t m) const {
+    const QuantRow q = g.quant[m];
+    return {set1(offset * g.sums[m * g.weight.groups + index]), set1(q.zero), q.zero != 0, set1(q.scale)};
+  }
+
+  // Vector v of a row's sums up to this group, in units of the row's scale:
+  // total + s_w (sum a (w + offset) - offset sum a - zero sum w)
+  F sum(const Row& row, int v, const int32_t* acc, const float* total) const {
+    I whole = load(acc + v * W) - row.base;
+    if (row.asymmetric) whole = whole - row.zero * weight_sums[v];
+    const F scaled = to_float(whole) * scale[v];
+    return more ? load(total + v * W) + scaled : scaled;
+  }
+};
+
+// out = total s_x + bias of whole panels, in registers.
+template <DType T>
+inline void finish_whole(const Gemm& g, int64_t m0, int64_t m1, int64_t first, const Group& last, const PanelScratch& s) {
+  const int64_t stride = g.weight.rows;
+  const bool biased = g.bias;
+  void* const out = g.out;
+  F bias[Group::V];
+  for (int v = 0; v < Group::V; v++) bias[v] = load(s.bias + v * W);
+  for (int64_t m = m0; m < m1; m++) {
+    const int64_t at = (m - m0) * PANEL;
+    const Group::Row row = last.row(g, m);
+#pragma GCC unroll 4
+    for (int v = 0; v < Group::V; v++) {
+      const F sum = last.sum(row, v, s.acc + at, s.total + at) * row.scale;
+      store_as<T>(out, m * stride + first + v * W, biased ? sum + bias[v] : sum);
+    }
   }
 }
 
-// out = total s_x + (x down) up + bias, where the groups' sums come in their order, the last one here
-inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, PanelScratch& s) {
-  memset(s.bias, 0, sizeof(s.bias));
-  if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
-  const auto put = [&](int64_t m, float* total) {
+// The same with a low-rank branch, out = total s_x + (x down) up + bias, and for a panel that is not whole.
+inline void finish_part(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, const Group& last,
+                        PanelScratch& s) {
+  for (int64_t m = m0; m < m1; m++) {
+    const int64_t at = (m - m0) * PANEL;
+    const Group::Row row = last.row(g, m);
+    for (int v = 0; v < Group::V; v++)
+      store(s.total + at + v * W, last.sum(row, v, s.acc + at, s.total + at) * row.scale);
+  }
+  if (g.low_rank.rank) add_low_rank(g, m0, m1, first, channels, s.total, s.up);
+  for (int64_t m = m0; m < m1; m++) {
+    float* total = s.total + (m - m0) * PANEL;
     if (g.bias)
       for (int c = 0; c < PANEL; c += W) store(total + c, load(total + c) + load(s.bias + c));
     write((char*)g.out + (m * g.weight.rows + first) * size_of(g.out_dtype), g.out_dtype, channels, total);
-  };
-  const bool more = g.weight.groups > 1;
-  for (int64_t m = m0; m < m1; m++) {
-    float* total = s.total + (m - m0) * PANEL;
-    add_row(s.acc + (m - m0) * PANEL, s.scale, more, true, g.quant[m].scale, total);
-    if (!g.low_rank.rank) put(m, total);
   }
-  if (!g.low_rank.rank) return;
-  add_low_rank(g, m0, m1, first, channels, s.total, s.up);
-  for (int64_t m = m0; m < m1; m++) put(m, s.total + (m - m0) * PANEL);
+}
+
+inline void finish(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, const Group& last,
+                   PanelScratch& s) {
+  memset(s.bias, 0, sizeof(s.bias));
+  if (g.bias) load_row((const char*)g.bias + first * size_of(g.bias_dtype), g.bias_dtype, channels, s.bias);
+  if (channels < PANEL || g.low_rank.rank) return finish_part(g, m0, m1, first, channels, last, s);
+  switch (g.out_dtype) {
+    case DType::f32: return finish_whole<DType::f32>(g, m0, m1, first, last, s);
+    case DType::bf16: return finish_whole<DType::bf16>(g, m0, m1, first, last, s);
+    case DType::f16: return finish_whole<DType::f16>(g, m0, m1, first, last, s);
+  }
 }
 
 void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memory) {
   PanelScratch& s = *(PanelScratch*)memory;
   const Weight& w = g.weight;
-  const int64_t padded = w.padded();
+  const int64_t padded = w.padded(), group_bytes = padded * PANEL * w.bits / 8;
   const int64_t first = panel * PANEL, channels = w.rows - first < PANEL ? w.rows - first : PANEL;
-  const int64_t group_bytes = padded * PANEL * w.bits / 8;
   for (int64_t group = 0; group < w.groups; group++) {
-    const int64_t at = panel * w.groups + group;
-    start(g, m0, m1, w.sums + at * PANEL, group, s.acc);
-    multiply(g, m0, m1, group * padded, padded / 8, w.panels + at * group_bytes, s);
-    load_scales(g, first, channels, group, s);
-    if (group + 1 < w.groups)
-      for (int64_t i = 0; i < (m1 - m0) * PANEL; i += PANEL)
-        add_row(s.acc + i, s.scale, group > 0, false, 1.0f, s.total + i);
+    multiply(g, m0, m1, group * padded, padded / 8, w.panels + (panel * w.groups + group) * group_bytes, s);
+    const Group sums(g, first, channels, panel, group);
+    if (group + 1 == w.groups) return finish(g, m0, m1, first, channels, sums, s);
+    for (int64_t m = m0; m < m1; m++) {
+      const int64_t at = (m - m0) * PANEL;
+      const Group::Row row = sums.row(g, m);
+      for (int v = 0; v < Group::V; v++) store(s.total + at + v * W, sums.sum(row, v, s.acc + at, s.total + at));
+    }
   }
-  finish(g, m0, m1, first, channels, s);
 }
 
 }  // namespace

@@ -39,6 +39,13 @@ inline F load_as(const void* x, int64_t i) {
   if constexpr (T == DType::f16) return load_f16((const uint16_t*)x + i);
 }
 
+template <DType T>
+inline void store_as(void* x, int64_t i, F a) {
+  if constexpr (T == DType::f32) store((float*)x + i, a);
+  if constexpr (T == DType::bf16) store_bf16((uint16_t*)x + i, a);
+  if constexpr (T == DType::f16) store_f16((uint16_t*)x + i, a);
+}
+
 // To the numbers of T, half to even. A NaN stays one: its last 16 bits are 0, as those of T's own NaNs are.
 template <DType T>
 inline F rounded(F a) {

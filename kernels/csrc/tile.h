@@ -17,7 +17,7 @@ struct Ahead {
 };
 
 #if !defined(RQ_AMX)
-// How many of the steps a matrix unit has done: none.
+// How many of the steps a matrix unit has done, and set acc to: none.
 inline int64_t matrix(const uint8_t*, bool, const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int32_t*) { return 0; }
 #endif
 

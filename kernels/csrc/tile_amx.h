@@ -50,6 +50,13 @@ struct Unpacking {
 };
 
 // At most 16 rows times 64 channels: four sums, since one waits for its last addition.
+inline void no_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 inline void load_sums(const int32_t* acc) {
   _tile_loadd(0, acc, LINE);
   _tile_loadd(1, acc + 16, LINE);
@@ -77,9 +84,10 @@ inline void add_tile(const uint8_t* w, const int8_t* a, int64_t lda) {
   _tile_dpbsud(3, 5, 6);
 }
 
-// acc += at most 16 rows times 64 channels, `tiles` times 64 inputs.
-inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
-  load_sums(acc);
+// acc += at most 16 rows times 64 channels, `tiles` times 64 inputs; without `more` acc holds nothing yet.
+inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, bool more, Unpacking& ahead,
+                   int32_t* acc) {
+  more ? load_sums(acc) : no_sums();
   for (int64_t k = 0; k < tiles; k++, w += 16 * LINE, a += 64) {
     add_tile(w, a, lda);
     ahead.next();
@@ -88,11 +96,15 @@ inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles
 }
 
 // The same for 17 to 32 rows and 32 channels.
-inline void tile32(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, Unpacking& ahead, int32_t* acc) {
-  _tile_loadd(0, acc, LINE);
-  _tile_loadd(1, acc + 16, LINE);
-  _tile_loadd(2, acc + 16 * PANEL, LINE);
-  _tile_loadd(3, acc + 16 * PANEL + 16, LINE);
+inline void tile32(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, bool more, Unpacking& ahead,
+                   int32_t* acc) {
+  no_sums();
+  if (more) {
+    _tile_loadd(0, acc, LINE);
+    _tile_loadd(1, acc + 16, LINE);
+    _tile_loadd(2, acc + 16 * PANEL, LINE);
+    _tile_loadd(3, acc + 16 * PANEL + 16, LINE);
+  }
   for (int64_t k = 0; k < tiles; k++) {
     _tile_loadd(6, w + 16 * LINE * k, LINE);
     _tile_loadd(5, a + 64 * k, lda);
@@ -119,7 +131,7 @@ inline void few_rows(const uint8_t* w, bool nibbles, const int8_t* a, int64_t ld
     if (nibbles && k < tiles) unpack(w + k * tile / 2, MATRIX_STEPS, ring + k % 4 * tile);
   };
   for (int64_t k = 0; k < early; k++) fill(k);
-  load_sums(acc);
+  no_sums();
   for (int64_t k = 0; k < tiles; k++, a += 64) {
     const uint8_t* bytes = nibbles ? ring + k % 4 * tile : w + k * tile;
     add_tile(bytes, a, lda);
@@ -129,31 +141,31 @@ inline void few_rows(const uint8_t* w, bool nibbles, const int8_t* a, int64_t ld
 }
 
 // A block of weights as bytes times `count` rows, more than 16.
-inline void matrix_block(const uint8_t* w, const int8_t* a, int64_t lda, int64_t count, int64_t tiles, Unpacking& ahead,
-                         int32_t* acc) {
+inline void matrix_block(const uint8_t* w, const int8_t* a, int64_t lda, int64_t count, int64_t tiles, bool more,
+                         Unpacking& ahead, int32_t* acc) {
   const int64_t whole = count / 32 * 32;
-  const int rest = int(count - whole), more = rest - 16;
+  const int rest = int(count - whole), second = rest - 16;
   if (whole) {
     static const TileConfig full({16, 16, 16, 16, 16, 16, 16, 16});
     _tile_loadconfig(&full);
     for (int half = 0; half < 2; half++)
       for (int64_t r = 0; r < whole; r += 32)
-        tile32(w + 128 * half, a + r * lda, lda, tiles, ahead, acc + r * PANEL + 32 * half);
+        tile32(w + 128 * half, a + r * lda, lda, tiles, more, ahead, acc + r * PANEL + 32 * half);
   }
   a += whole * lda;
   acc += whole * PANEL;
-  if (more > 0) {
-    const TileConfig part({16, 16, more, more, more, 16, 16, 16});
+  if (second > 0) {
+    const TileConfig part({16, 16, second, second, second, 16, 16, 16});
     _tile_loadconfig(&part);
-    for (int half = 0; half < 2; half++) tile32(w + 128 * half, a, lda, tiles, ahead, acc + 32 * half);
+    for (int half = 0; half < 2; half++) tile32(w + 128 * half, a, lda, tiles, more, ahead, acc + 32 * half);
   } else if (rest) {
     const TileConfig part({rest, rest, rest, rest, 16, rest, 16, 16});
     _tile_loadconfig(&part);
-    tile16(w, a, lda, tiles, ahead, acc);
+    tile16(w, a, lda, tiles, more, ahead, acc);
   }
 }
 
-// acc += `count` rows times `steps` times 8 inputs; how many of the steps it has done. `bytes`: 2 MATRIX_BYTES.
+// acc = `count` rows times `steps` times 8 inputs; how many of the steps it has done. `bytes`: 2 MATRIX_BYTES.
 inline int64_t matrix(const uint8_t* w, bool nibbles, const int8_t* a, int64_t lda, int64_t count, int64_t steps,
                       uint8_t* bytes, int32_t* acc) {
   const int64_t tiles = steps / MATRIX_STEPS;
@@ -172,7 +184,7 @@ inline int64_t matrix(const uint8_t* w, bool nibbles, const int8_t* a, int64_t l
     for (int64_t t = 0; t < tiles; t += block) {
       const int64_t some = steps_of(t) / MATRIX_STEPS, after = nibbles && t + some < tiles ? steps_of(t + some) : 0;
       Unpacking ahead{w + 16 * LINE / 2 * (t + some), next, after, (after + jobs * some - 1) / (jobs * some)};
-      matrix_block(nibbles ? bytes : w + 16 * LINE * t, a + 64 * t, lda, count, some, ahead, acc);
+      matrix_block(nibbles ? bytes : w + 16 * LINE * t, a + 64 * t, lda, count, some, t > 0, ahead, acc);
       std::swap(bytes, next);
     }
   }
