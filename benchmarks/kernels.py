@@ -205,6 +205,12 @@ class Benchmark:
             lane.stop()
 
 
+def own_skipped(runs: list[dict[str, Any]]) -> list[str]:
+    """Kernels of rotquant's own that did not run, each with the reason."""
+    kernels = [(name, found) for run in runs for name, found in run["kernels"].items()]
+    return sorted({f"{n} ({f['skipped']})" for n, f in kernels if n.startswith("rotquant") and "skipped" in f})
+
+
 def main() -> None:
     args = arguments()
     if args.report:
@@ -220,6 +226,8 @@ def main() -> None:
     benchmark.close()
     print(kernels_report.report(benchmark.results, args.clock))
     say(f"results: {benchmark.output} and {benchmark.output.with_suffix('.md').name}")
+    if fallen := own_skipped(benchmark.results["runs"]):
+        sys.exit(f"kernels.py: kernels of rotquant's own were skipped, which only a peer's may be: {', '.join(fallen)}")
 
 
 if __name__ == "__main__":
