@@ -166,6 +166,7 @@ void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memo
   const Weight& w = g.weight;
   const int64_t padded = w.padded(), group_bytes = padded * PANEL * w.bits / 8;
   const int64_t first = panel * PANEL, channels = w.rows - first < PANEL ? w.rows - first : PANEL;
+  fetch_low_rank(g, first, channels);
   for (int64_t group = 0; group < w.groups; group++) {
     multiply(g, m0, m1, group * padded, padded / 8, w.panels + (panel * w.groups + group) * group_bytes, s);
     const Group sums(g, first, channels, panel, group);

@@ -40,6 +40,7 @@ void project(const float* row, int64_t n, const char* down, int64_t rank, float*
 #endif
   int64_t r = 0;
   for (; r + V * W <= rank; r += V * W) project_tile<T, V>(row, n, down + r * size_of(T), rank, out + r);
+  for (; V > 2 && r + 2 * W <= rank; r += 2 * W) project_tile<T, 2>(row, n, down + r * size_of(T), rank, out + r);
   for (; r + W <= rank; r += W) project_tile<T, 1>(row, n, down + r * size_of(T), rank, out + r);
   if (r == rank) return;
   memset(out + r, 0, size_t(rank - r) * 4);
@@ -57,6 +58,15 @@ void project_row(const float* row, int64_t n, const LowRank& low_rank, float* ou
 }
 
 constexpr int64_t UP_RANKS = 64;  // rows of `up` that are made float32 at a time
+
+// Asks for what `add_low_rank` reads first: its rows lie far apart, so that nothing else fetches them ahead.
+inline void fetch_low_rank(const Gemm& g, int64_t first, int64_t channels) {
+  const int64_t rank = g.low_rank.rank < UP_RANKS ? g.low_rank.rank : UP_RANKS, size = size_of(g.low_rank.dtype);
+  for (int64_t k = 0; k < rank; k++) {
+    const char* up = (const char*)g.low_rank.up + (k * g.weight.rows + first) * size;
+    for (int64_t i = 0; i < channels * size; i += 64) __builtin_prefetch(up + i, 0, 2);
+  }
+}
 
 // R rows of total [.., PANEL] += down up, `up` in float32 [ranks, PANEL].
 template <int R>
