@@ -14,6 +14,7 @@ from rotquant.basis.sidecar import Basis
 from rotquant.checkpoint.experts_format import experts_format
 from rotquant.checkpoint.format import CheckpointFormat, LinearFormat, claims, matches
 from rotquant.checkpoint.targets import check_targets
+from rotquant.common.large_pages import ask_torch
 from rotquant.errors import RotQuantError
 from rotquant.models import Architecture, describe, head_size, is_known
 from rotquant.models.config_fields import check_off
@@ -25,7 +26,6 @@ from vllm_rotquant.environment import refuse_batch_invariance
 from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.features import Checkpoint, check
 from vllm_rotquant.kv_cache import KVCacheMethod
-from vllm_rotquant.large_pages import ask_torch
 from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.names import Names, parts_of
 from vllm_rotquant.startup import Startup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,18 +16,8 @@ FEW = 32  # pages, too few to say anything of
 PAGE = 2 << 20
 ENOUGH = 0.9  # of a mapping
 SMAPS = Path("/proc/self/smaps")
-FROM_TORCH = "THP_MEM_ALLOC_ENABLE"  # torch reads it before its first tensor
 # The caches that were asked for, as long as they live, by where their storage begins.
 _enlarged: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-
-def ask_torch() -> None:
-    """Has torch ask for large pages under tensors of 2 MiB and more, in the processes that are still to start.
-
-    What a step of many tokens writes is new memory each time: in small pages every row of it is a page of its own. And
-    the KV cache is large from the start, so that `enlarge` has little to do. Whoever sets the variable decides.
-    """
-    os.environ.setdefault(FROM_TORCH, "1")
 
 
 def enlarge(caches: Iterable[Tensor]) -> None:
@@ -43,34 +32,40 @@ def enlarge(caches: Iterable[Tensor]) -> None:
     if native.tier() == native.REFERENCE:
         return
     pages = given = 0
+    mapped = mappings()  # all at once: the system walks over all pages for it
     for cache in caches:
         storage = cache.untyped_storage()
         if storage.data_ptr() in _enlarged:
             continue
         _enlarged[storage.data_ptr()] = cache
-        found = large_already(storage.data_ptr(), storage.nbytes()) or torch.ops.rotquant.large_pages_(
+        found = large_already(mapped, storage.data_ptr(), storage.nbytes()) or torch.ops.rotquant.large_pages_(
             torch.empty(0, dtype=torch.uint8).set_(storage)
         )
         pages, given = pages + found[0], given + found[1]
     report("the KV cache", pages, given)
 
 
-def large_already(start: int, size: int) -> tuple[int, int] | None:
-    """Pages of 2 MiB under `size` bytes at `start` and how many are large, where nine of ten of their mapping are."""
+def mappings() -> list[tuple[int, int, float]]:
+    """First and last address of each mapping of this process, and the share of it that is in large pages."""
     try:
         lines = SMAPS.read_text().splitlines()
     except OSError:
-        return None
-    first = last = 0
+        return []
+    found, first, last = [], 0, 0
     for line in lines:
         head = line.split(maxsplit=1)[0]
-        if head == "AnonHugePages:" and first <= start and start + size <= last:
-            share = int(line.split()[1]) * 1024 / (last - first)
-            pages = -(-size // PAGE)
-            return (pages, round(pages * share)) if share >= ENOUGH else None
-        if "-" in head:
+        if head == "AnonHugePages:":
+            found.append((first, last, int(line.split()[1]) * 1024 / (last - first)))
+        elif "-" in head:
             first, last = (int(end, 16) for end in head.split("-"))
-    return None
+    return found
+
+
+def large_already(mapped: list[tuple[int, int, float]], start: int, size: int) -> tuple[int, int] | None:
+    """Pages of 2 MiB under `size` bytes at `start` and how many are large, where nine of ten of their mapping are."""
+    pages = -(-size // PAGE)
+    shares = [share for first, last, share in mapped if first <= start and start + size <= last]
+    return (pages, round(pages * shares[0])) if shares and shares[0] >= ENOUGH else None
 
 
 def report_weights() -> None:

@@ -112,6 +112,16 @@ struct Group {
   }
 };
 
+// total = the rows' sums up to a group; with `last` times s_x.
+inline void add_group(const Gemm& g, int64_t m0, int64_t m1, const Group& sums, bool last, PanelScratch& s) {
+  for (int64_t m = m0; m < m1; m++) {
+    const int64_t at = (m - m0) * PANEL;
+    const Group::Row row = sums.row(g, m);
+    const F x = last ? row.scale : set1(1.0f);
+    for (int v = 0; v < Group::V; v++) store(s.total + at + v * W, sums.sum(row, v, s.acc + at, s.total + at) * x);
+  }
+}
+
 // out = total s_x + bias of whole panels, in registers.
 template <DType T>
 inline void finish_whole(const Gemm& g, int64_t m0, int64_t m1, int64_t first, const Group& last, const PanelScratch& s) {
@@ -134,12 +144,7 @@ inline void finish_whole(const Gemm& g, int64_t m0, int64_t m1, int64_t first, c
 // The same with a low-rank branch, out = total s_x + (x down) up + bias, and for a panel that is not whole.
 inline void finish_part(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, const Group& last,
                         PanelScratch& s) {
-  for (int64_t m = m0; m < m1; m++) {
-    const int64_t at = (m - m0) * PANEL;
-    const Group::Row row = last.row(g, m);
-    for (int v = 0; v < Group::V; v++)
-      store(s.total + at + v * W, last.sum(row, v, s.acc + at, s.total + at) * row.scale);
-  }
+  add_group(g, m0, m1, last, true, s);
   if (g.low_rank.rank) add_low_rank(g, m0, m1, first, channels, s.total, s.up);
   for (int64_t m = m0; m < m1; m++) {
     float* total = s.total + (m - m0) * PANEL;
@@ -171,11 +176,7 @@ void gemm_panel(const Gemm& g, int64_t m0, int64_t m1, int64_t panel, void* memo
     multiply(g, m0, m1, group * padded, padded / 8, w.panels + (panel * w.groups + group) * group_bytes, s);
     const Group sums(g, first, channels, panel, group);
     if (group + 1 == w.groups) return finish(g, m0, m1, first, channels, sums, s);
-    for (int64_t m = m0; m < m1; m++) {
-      const int64_t at = (m - m0) * PANEL;
-      const Group::Row row = sums.row(g, m);
-      for (int v = 0; v < Group::V; v++) store(s.total + at + v * W, sums.sum(row, v, s.acc + at, s.total + at));
-    }
+    add_group(g, m0, m1, sums, false, s);
   }
 }
 

@@ -98,12 +98,13 @@ inline void tile16(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles
 // The same for 17 to 32 rows and 32 channels.
 inline void tile32(const uint8_t* w, const int8_t* a, int64_t lda, int64_t tiles, bool more, Unpacking& ahead,
                    int32_t* acc) {
-  no_sums();
   if (more) {
     _tile_loadd(0, acc, LINE);
     _tile_loadd(1, acc + 16, LINE);
     _tile_loadd(2, acc + 16 * PANEL, LINE);
     _tile_loadd(3, acc + 16 * PANEL + 16, LINE);
+  } else {
+    no_sums();
   }
   for (int64_t k = 0; k < tiles; k++) {
     _tile_loadd(6, w + 16 * LINE * k, LINE);

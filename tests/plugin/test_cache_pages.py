@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from rotquant.common.large_pages import FROM_TORCH, ask_torch
 from rotquant.errors import RotQuantError
 from rotquant_kernels import native
 from rotquant_kernels.formats import KVFormat
@@ -59,16 +60,16 @@ VmFlags: rd wr mr hg
 def test_what_torch_made_large_is_left_alone(monkeypatch, tmp_path, kibibytes, start, found):
     (tmp_path / "smaps").write_text(MAPPINGS.format(kibibytes))
     monkeypatch.setattr(large_pages, "SMAPS", tmp_path / "smaps")
-    assert large_pages.large_already(start, 32 * PAGE) == found
+    assert large_pages.large_already(large_pages.mappings(), start, 32 * PAGE) == found
 
 
 def test_torch_is_asked_unless_the_user_says_otherwise(monkeypatch):
     for said_before, after in ((None, "1"), ("0", "0")):
-        monkeypatch.delenv(large_pages.FROM_TORCH, raising=False)
+        monkeypatch.delenv(FROM_TORCH, raising=False)
         if said_before is not None:
-            monkeypatch.setenv(large_pages.FROM_TORCH, said_before)
-        large_pages.ask_torch()
-        assert os.environ[large_pages.FROM_TORCH] == after
+            monkeypatch.setenv(FROM_TORCH, said_before)
+        ask_torch()
+        assert os.environ[FROM_TORCH] == after
 
 
 def test_a_refusal_is_a_warning(said):
