@@ -33,6 +33,13 @@
 namespace RQ_TIER {
 namespace {
 
+// Of these rows a multiple is taken best: two tiles of the matrix unit.
+#if defined(RQ_AMX)
+constexpr int64_t PANEL_ROWS = 32;
+#else
+constexpr int64_t PANEL_ROWS = TILE_ROWS;
+#endif
+
 // Of a panel and at most GEMM_ROWS rows.
 struct PanelScratch {
   alignas(64) uint8_t bytes[BLOCK_STEPS * 512];

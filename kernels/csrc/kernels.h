@@ -1,4 +1,7 @@
 // Everything a tier is made of; included once by each tier_*.cpp.
+//
+// The table is constant, its entries all of this file: a constructor would be compiled with the tier's instructions and
+// run where the library is loaded, on processors that lack them.
 #pragma once
 
 #include "experts.h"
@@ -12,7 +15,7 @@
 #include "tier.h"
 
 namespace rotquant {
-const Tier RQ_TABLE = {
+constinit const Tier RQ_TABLE = {
     RQ_NAME,
     RQ_TIER::load_row,
     RQ_TIER::load_silu_mul,
@@ -20,7 +23,7 @@ const Tier RQ_TABLE = {
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,
     RQ_TIER::gemm_panel,
-    RQ_TIER::TILE_ROWS,
+    RQ_TIER::PANEL_ROWS,
     RQ_TIER::add_rows,
     RQ_TIER::kv4_write,
     RQ_TIER::kv4_attend,

@@ -29,6 +29,12 @@ bool tiles_granted() {
 #endif
 }
 
+// Whether it converts float16, which compilers older than GCC 11 do not know by name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 // Whether it has VNNI in the encoding of AVX2.
 bool has_avxvnni() {
   unsigned a, b, c, d;
@@ -41,7 +47,7 @@ const Tier* find_tier(const std::string& name) {
   const auto wanted = [&](const Tier& tier) { return name.empty() || name == tier.name; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");

@@ -1,4 +1,7 @@
 // What a tier offers: plain functions over plain memory, no torch. ops_*.cpp check tensors and call them.
+//
+// Files of all tiers include this. A function here is static, or always inlined: of an `inline` one the linker keeps one
+// copy for all, which may be that of a tier that this processor lacks.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +10,7 @@ namespace rotquant {
 
 enum class DType { f32, bf16, f16 };
 
-inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+static inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // A stage of a chain of online transforms (stages): its block, and its tensor, numbers or, of a permutation, places.
 struct Transform {
@@ -40,12 +43,12 @@ struct LowRank {
 // Layout P64 of packed weights (gemm.h): channels of a panel, inputs that a scale group is filled up to, and what is
 // added to a code so that it is stored unsigned.
 constexpr int64_t PANEL = 64;
-constexpr int64_t padded_group(int64_t columns, int64_t groups) { return (columns / groups + 7) / 8 * 8; }
-constexpr int weight_offset(int64_t bits) { return 1 << (bits - 1); }
+static constexpr int64_t padded_group(int64_t columns, int64_t groups) { return (columns / groups + 7) / 8 * 8; }
+static constexpr int weight_offset(int64_t bits) { return 1 << (bits - 1); }
 
 // Bytes from a row of codes to the next: whole cache lines, and not a multiple of 512, so that the same inputs of 16
 // rows do not fall into the same few sets of a cache.
-constexpr int64_t codes_stride(int64_t bytes) {
+static constexpr int64_t codes_stride(int64_t bytes) {
   const int64_t lines = (bytes + 63) / 64 * 64;
   return lines % 512 == 0 ? lines + 64 : lines;
 }
@@ -61,7 +64,7 @@ struct Weight {
   int bits;
   int64_t rows, columns, groups;  // N, K, G
 
-  int64_t padded() const { return padded_group(columns, groups); }
+  [[gnu::always_inline]] int64_t padded() const { return padded_group(columns, groups); }
 };
 
 struct Gemm {
@@ -92,7 +95,7 @@ struct KVPages {
 constexpr int64_t kv_max_dim = 512, kv_chunk = 2048, kv_rows = 32;
 
 // Floats of a row's result over one chunk: the largest exponent, sums for each dimension, 16 parts of the weights' sum.
-constexpr int64_t kv_partial(int64_t head_dim) { return 17 + head_dim; }
+static constexpr int64_t kv_partial(int64_t head_dim) { return 17 + head_dim; }
 
 // K and V of one step on their way into the pages. Distances between tokens and between heads in elements.
 struct KVWrite {
@@ -120,7 +123,9 @@ struct KVQuery {
   float cap;  // scores s become cap tanh(s / cap); 0 for none
 
   // The first position that the token at `position` sees.
-  int64_t begin(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }
+  [[gnu::always_inline]] int64_t begin(int64_t position) const {
+    return window && position >= window ? position + 1 - window : 0;
+  }
 };
 
 // At most kv_rows rows of one sequence and KV head; row r is token r / group, head r % group of the group.

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "tile_avx512.h"
 
@@ -186,7 +185,8 @@ inline int64_t matrix(const uint8_t* w, bool nibbles, const int8_t* a, int64_t l
       const int64_t some = steps_of(t) / MATRIX_STEPS, after = nibbles && t + some < tiles ? steps_of(t + some) : 0;
       Unpacking ahead{w + 16 * LINE / 2 * (t + some), next, after, (after + jobs * some - 1) / (jobs * some)};
       matrix_block(nibbles ? bytes : w + 16 * LINE * t, a + 64 * t, lda, count, some, t > 0, ahead, acc);
-      std::swap(bytes, next);
+      uint8_t* const done = bytes;
+      bytes = next, next = done;
     }
   }
   _tile_release();
