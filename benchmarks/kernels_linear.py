@@ -19,6 +19,7 @@ from kernels_lanes import Call, Peer, SkippedError, evenly, relative
 from rotquant_kernels import convention, ops, reference
 
 PEERS: dict[str, Peer] = {}
+PLAIN = {16: ("bf16", torch.bfloat16), 32: ("float32", torch.float32)}  # bits of weights that are not quantized
 ROWS, CHANNELS = 8, 1024  # how much of an output is compared, evenly spread
 
 
@@ -41,8 +42,8 @@ class Problem:
 
     def values(self, bits: int, group: int, channels: Tensor) -> Tensor:
         """Some channels of the weight as a kernel sees them, float32."""
-        if bits == 16:
-            return self.weight[channels].bfloat16().float()
+        if bits in PLAIN:
+            return self.weight[channels].to(PLAIN[bits][1]).float()
         codes, scale = self.codes(bits, group, channels)
         return (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
 
@@ -96,7 +97,7 @@ def check(bits: int, group: int, acts: Activations, problem: Problem, x: Tensor,
 
 
 def weight_bytes(bits: int, group: int, scale_bytes: int, problem: Problem) -> float:
-    scales = 0 if bits == 16 else problem.n * (problem.k // group if group else 1)
+    scales = 0 if bits in PLAIN else problem.n * (problem.k // group if group else 1)
     return problem.n * problem.k * bits / 8 + scales * scale_bytes
 
 
@@ -106,7 +107,7 @@ def peer(
     """Registers a peer with weights of `bits` bits and a scale (of so many bytes) a group; group 0 is a channel."""
 
     def register(build: Callable[[Problem], Iterator[Call]]) -> Peer:
-        label = "bf16" if bits == 16 else f"W{bits}A{acts.bits}" + (f" g{group}" if group else "")
+        label = PLAIN[bits][0] if bits in PLAIN else f"W{bits}A{acts.bits}" + (f" g{group}" if group else "")
         size = partial(weight_bytes, bits, group, scale_bytes)
         PEERS[name] = Peer(name, label, lane, build, size, partial(check, bits, group, acts))
         return PEERS[name]
@@ -168,6 +169,19 @@ PEERS["rotquant-quantize"] = Peer(
 def _(problem: Problem) -> Iterator[Call]:
     while True:
         yield partial(torch.nn.functional.linear, weight=problem.weight.bfloat16())
+
+
+@peer("torch-float32", "torch", 32)
+def _(problem: Problem) -> Iterator[Call]:
+    """What a processor without bf16 instructions does faster than bf16."""
+    if torch.cpu._is_avx512_bf16_supported():
+        raise SkippedError("there are bf16 instructions")
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x.float(), weight).bfloat16()
+
+    while True:
+        yield partial(linear, weight=problem.weight.clone())
 
 
 @peer("torch-w4a16", "torch", 4, 128)

@@ -59,6 +59,8 @@ PEERS = {
     "vllm-bf16": "vLLM bf16", "vllm-w8a8": "vLLM W8A8", "vllm-w4a8-sgl": "sgl W4A8 (in vLLM)",
     "ggml-q4_0": "llama.cpp Q4_0",
 }  # fmt: skip
+WITH_AMX = {peer: shown for peer, shown in PEERS.items() if peer != "ggml-q4_0"}
+SLOW_BF16 = {"vllm-bf16": "vLLM bf16", "torch-float32": "torch float32", "vllm-w8a8": "vLLM W8A8"}
 
 
 def kernels() -> str:
@@ -90,22 +92,22 @@ def attention() -> str:
     return table(["work", "sequences", "tokens", "threads", "rotquant KV4", "vLLM bf16", "times as fast"], rows)
 
 
-def kernels_amx() -> str:
-    """Linear layers and attention on a processor with matrix units, one thread: its peers, and the share of reading."""
-    found, rows = read("kernels-xeon-amx-1-thread"), []
+def kernels_of(name: str, peers: dict[str, str]) -> str:
+    """Linear layers and attention on one thread of one processor: its peers, and the share of reading."""
+    found, rows = read(name), []
     most = max(limit[name]["cpu"] for limit in found["limits"] for name in ("read", "read_huge"))
-    peers = [peer for peer in PEERS if peer != "ggml-q4_0"]
     for run in found["runs"]:
         case, kernels = run["case"], run["kernels"]
         linear = run["section"] == "linear"
         ours = kernels["rotquant-w4a4" if linear else "rotquant-kv4"]
         what = f"{case['k']} x {case['n']}" if linear else case["work"]
-        times = [f"{kernels[peer]['cpu_us'] / ours['cpu_us']:.2f}x" if peer in kernels else "" for peer in peers]
+        theirs = (kernels.get(peer, {}).get("cpu_us") for peer in peers)
+        times = [f"{time / ours['cpu_us']:.2f}x" if time else "" for time in theirs]
         reads = run["rows"] <= 1 and ours["bytes"]
         share = percent(ours["bytes"] / ours["cpu_us"] * 1e6 / most) if reads else ""
         tokens = run["rows"] if linear else case["context"]
         rows.append([what, f"{tokens:,}", f"{ours['cpu_us'] / 1000:.2f} ms", *times, share])
-    return table(["work", "tokens", "rotquant", *(PEERS[peer] for peer in peers), "of reading"], rows)
+    return table(["work", "tokens", "rotquant", *peers.values(), "of reading"], rows)
 
 
 def experts() -> str:
@@ -141,7 +143,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "serving-smollm2": partial(serving, "serve-smollm2-xeon-amx"),
     "serving-amx": partial(serving, "serve-xeon-amx"),
     "kernels": kernels,
-    "kernels-amx": kernels_amx,
+    "kernels-amx": partial(kernels_of, "kernels-xeon-amx-1-thread", WITH_AMX),
     "attention": attention,
     "experts": experts,
     "soak": soak,

@@ -92,12 +92,12 @@ inline __m256i products(__m256i codes, __m256i row) {
 }
 #endif
 
-// One stream, R <= 3 rows. Without VNNI pairs of products are at most 2 * 15 * 255, so int16 holds the four of a tile.
+// One stream, R <= 4 rows. Without VNNI pairs of products are at most 2 * 15 * 255, so int16 holds the four of a tile.
 template <int R, int STRIDE, class A, class Tile>
 inline void dot_rows(const Tile& tile, int64_t tiles, const A* rows, int32_t* out, int64_t stride) {
   const __m256i mask = _mm256_set1_epi8(15);
   __m256i sum[R][2];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
   for (int64_t i = 0; i < tiles; i++, rows += 16) {
     const uint8_t* codes = tile(i);
@@ -110,7 +110,7 @@ inline void dot_rows(const Tile& tile, int64_t tiles, const A* rows, int32_t* ou
         const __m256i line = _mm256_loadu_si256((const __m256i*)(codes + 64 * (step / 2) + 32 * h));
         half[h] = _mm256_and_si256(step % 2 ? _mm256_srli_epi16(line, 4) : line, mask);
       }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         int32_t four;
         memcpy(&four, rows + r * STRIDE + 4 * step, 4);
@@ -121,19 +121,20 @@ inline void dot_rows(const Tile& tile, int64_t tiles, const A* rows, int32_t* ou
 #else
           const __m256i p = products<A>(half[h], _mm256_set1_epi32(four));
           pairs[r][h] = step ? _mm256_add_epi16(pairs[r][h], p) : p;
+          asm("" : "+x"(pairs[r][h]));  // in this order: for a tree of additions there are too few registers
 #endif
         }
       }
     }
 #if !defined(RQ_AVXVNNI)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++)
         sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(pairs[r][h], _mm256_set1_epi16(1)));
 #endif
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i*)(out + r * stride + 8 * h), sum[r][h]);
@@ -145,8 +146,8 @@ inline void dot(const Tiles& tile, const Tiles& ahead, int64_t tiles, const A* r
     for (int64_t i = 0; i < tiles; i++) fetch(ahead(s, i));
     const auto stream = [&](int64_t i) { return tile(s, i); };
     int r = 0;
-    for (; r + 3 <= R; r += 3) dot_rows<3, STRIDE>(stream, tiles, rows + r * STRIDE, out + r * stride + 16 * s, stride);
-    if constexpr (R % 3) dot_rows<R % 3, STRIDE>(stream, tiles, rows + r * STRIDE, out + r * stride + 16 * s, stride);
+    for (; r + 4 <= R; r += 4) dot_rows<4, STRIDE>(stream, tiles, rows + r * STRIDE, out + r * stride + 16 * s, stride);
+    if constexpr (R % 4) dot_rows<R % 4, STRIDE>(stream, tiles, rows + r * STRIDE, out + r * stride + 16 * s, stride);
   }
 }
 
