@@ -203,7 +203,7 @@ def test_attention_adds_little_to_the_error_of_four_bits(
     batch = make_batch(lens, steps, kv_heads, group, *head[:1], page, head[1], symmetric, dtype, seed, size)
     out, codes, real = batch.attend().double(), batch.exact(quantized=True), batch.exact(quantized=False)
     rounding = torch.finfo(dtype).eps * codes.norm()
-    assert (out - codes).norm() <= 0.2 * (codes - real).norm() + rounding
+    assert (out - codes).norm() <= 0.25 * (codes - real).norm() + rounding
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 300, 2047, 2049])

@@ -125,8 +125,8 @@ def test_a_loaded_checkpoint_attends_and_generates_within_its_windows(
             step = model(token[None, None], past_key_values=cache, use_cache=True)
             found.append(step.logits[0])
     close = (torch.cat(found) - whole).norm(dim=1) / whole.norm(dim=1)
-    assert close.median() < 1e-4  # a rounding that falls otherwise moves single tokens by more
-    assert close.max() < 0.1
+    assert close.median() < 1e-4  # a window that is off by one moves half of the tokens
+    assert close.max() < 0.5  # a rounding that falls otherwise moves a token, and those behind it, by a third
     edit = json.loads((out / "config.json").read_text())
     edit["layer_types"] = ["full_attention"] * 2
     (out / "config.json").write_text(json.dumps(edit))
