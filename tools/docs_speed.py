@@ -22,8 +22,9 @@ from docs_results import (
 )
 
 FORMATS = {
-    BF16: "bf16", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)", HEAD8: "W8A8 with int8 lm_head",
-    W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**", BRANCH: "rotquant W4A4KV4 with a low-rank branch",
+    BF16: "bf16", "float32": "float32", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)",
+    HEAD8: "W8A8 with int8 lm_head", W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**",
+    BRANCH: "rotquant W4A4KV4 with a low-rank branch",
 }  # fmt: skip
 
 
@@ -143,7 +144,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "serving-smollm2": partial(serving, "serve-smollm2-xeon-amx"),
     "serving-amx": partial(serving, "serve-xeon-amx"),
     "kernels": kernels,
+    "serving-avx2": partial(serving, "serve-smollm2-epyc-avx2"),
     "kernels-amx": partial(kernels_of, "kernels-xeon-amx-1-thread", WITH_AMX),
+    "kernels-avx2": partial(kernels_of, "kernels-epyc-avx2-1-thread", SLOW_BF16),
     "attention": attention,
     "experts": experts,
     "soak": soak,
