@@ -12,7 +12,7 @@ import pytest
 
 # A file is one worker's: those of minutes go first, or the last one keeps a worker while the other is idle.
 LONG = ("test_real_model.py", "test_plugin.py", "test_models.py", "test_pipeline.py", "test_sanitizers.py")
-LONG += ("test_tensor_parallel.py", "test_compare.py", "test_serve.py")
+LONG += ("test_tensor_parallel.py", "test_compare.py", "test_serve.py", "test_accuracy.py", "test_claims.py")
 
 if TYPE_CHECKING:
     from source_models import Demo
