@@ -96,7 +96,7 @@ def attention() -> str:
 def kernels_of(name: str, peers: dict[str, str]) -> str:
     """Linear layers and attention on one thread of one processor: its peers, and the share of reading."""
     found, rows = read(name), []
-    most = max(limit[name]["cpu"] for limit in found["limits"] for name in ("read", "read_huge"))
+    most = max(limit[pages]["cpu"] for limit in found["limits"] for pages in ("read", "read_huge"))
     for run in found["runs"]:
         case, kernels = run["case"], run["kernels"]
         linear = run["section"] == "linear"
