@@ -111,6 +111,21 @@ def kernels_of(name: str, peers: dict[str, str]) -> str:
     return table(["work", "tokens", "rotquant", *peers.values(), "of reading"], rows)
 
 
+PARTS = {
+    "linears": "linears, rounding and R4 in them", "lm_head": "`lm_head`",
+    "attention": "the 4-bit cache, written and read",
+    "compiled": "between them: norms, residuals, RoPE, calls", "vLLM": "outside the model: scheduler, inputs, sampler",
+}  # fmt: skip
+
+
+def decode_step() -> str:
+    """What a token of one stream is made of."""
+    found = read("decode-step-epyc-avx2")
+    rows = [[shown, *(f"{run['parts'][part]:.1f}" for run in found.values())] for part, shown in PARTS.items()]
+    rows.append(["a token", *(f"{run['ms']:.1f}" for run in found.values())])
+    return table(["milliseconds", *found], rows)
+
+
 def experts() -> str:
     """A layer of experts against vLLM's bf16, with the share of the machine's reading that a step reaches."""
     found, rows = read("kernels-experts-xeon-amx"), []
@@ -149,5 +164,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels-avx2": partial(kernels_of, "kernels-epyc-avx2-1-thread", SLOW_BF16),
     "attention": attention,
     "experts": experts,
+    "decode-step": decode_step,
     "soak": soak,
 }

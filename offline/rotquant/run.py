@@ -27,7 +27,7 @@ from rotquant.learn.initial import generator, initial_transforms
 from rotquant.learn.stream import Job
 from rotquant.models import Architecture
 from rotquant.models.registry import KNOWN_BY_CLASS
-from rotquant.recipe import Recipe
+from rotquant.recipe import LMHead, Recipe
 from rotquant.recipes import load_recipe
 from rotquant.text import Calibrated, calibration_tokens, read_tokenizer
 from rotquant.transforms.fold import Fold
@@ -93,8 +93,7 @@ def prepare(model: str, asked: Settings) -> Run:
     recipe = fitted(recipe, arch).for_profile(asked.profile).check_learning()
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
-    check_head(recipe, arch)
-    recipe = for_mixture(recipe, arch)
+    recipe = for_mixture(for_head(recipe, arch), arch)
     transforms = with_gains_in_linears(initial_transforms(recipe, arch, asked.tp_max, asked.seed), arch, source)
     calibrated = None
     if recipe.needs_calibration:
@@ -149,15 +148,23 @@ def check_windows(recipe: Recipe, arch: Architecture) -> None:
         )
 
 
-def check_head(recipe: Recipe, arch: Architecture) -> None:
-    """Refuses an lm_head of its own where vLLM's class takes the embedding in its place."""
+def for_head(recipe: Recipe, arch: Architecture) -> Recipe:
+    """The recipe, with lm_head as it is where vLLM's class takes the embedding in its place, and the target alone asks.
+
+    Raises:
+        RotQuantError: the recipe itself asks for another lm_head there, or the model has one of its own.
+    """
     if not arch.stays_tied:
-        return
+        return recipe
     (name,) = arch.config.architectures or [""]
-    if recipe.lm_head.form:
-        raise RotQuantError(f"vLLM's {name} has no lm_head but the embedding: quantize with --set lm_head.bits=16")
     if not arch.tied:
         raise RotQuantError(f"{arch.names.head}: vLLM's {name} would take the embedding in its place; leave it out")
+    if not recipe.lm_head.form:
+        return recipe
+    if recipe.target != "cpu":
+        raise RotQuantError(f"vLLM's {name} has no lm_head but the embedding: quantize with --set lm_head.bits=16")
+    say(f"--target cpu: lm_head stays in 16 bits, since vLLM's {name} has none but the embedding")
+    return recipe.model_copy(update={"lm_head": LMHead(bits=16)})
 
 
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:

@@ -20,6 +20,8 @@ from rotquant.checkpoint.source import Source
 from rotquant.common.devices import Devices
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
+from rotquant.recipes.schemes import target_settings
+from rotquant.run import Settings, prepare
 from source_models import HELDOUT, KINDS, file_hashes, source_model
 
 QUICK = {"recipe": "quarot", "calibration": str(HELDOUT), "samples": 4, "seq_len": 64}
@@ -62,6 +64,15 @@ def test_the_output_is_a_complete_model_folder(tmp_path):
     assert source.dtypes["model.embed_tokens.weight"] == "BF16"
     assert "model.layers.0.mlp.down_proj.R4_input.weight" in source.files
     assert {file.name for file in source.files.values()} == shards  # the basis is no weight
+
+
+def test_a_target_s_lm_head_stays_where_vllm_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(source_model(tmp_path / "source", "gemma2"))
+    settings = target_settings("cpu", None)
+    assert prepare(folder, Settings("rtn", settings)).recipe.lm_head.bits == 16
+    assert "lm_head stays in 16 bits" in capsys.readouterr().err
+    with pytest.raises(RotQuantError, match=r"has no lm_head but the embedding: quantize with --set lm_head\.bits=16"):
+        prepare(folder, Settings("rtn", ["lm_head.bits=8"]))
 
 
 def test_portable_loads_in_plain_transformers(tmp_path):

@@ -35,8 +35,8 @@ def add_quantize(verbs: Verbs) -> None:
     add("--target", choices=["cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],
         help="device to serve on. sm_80, sm_86, sm_89 (A100; RTX 30xx, A10; RTX 40xx, L4, L40S) have int4 tensor cores:"
         " what their kernels read, which is symmetric activations, one scale a channel, no low-rank branch. The others"
-        " multiply 4-bit activations in int8, where 8-bit ones cost nothing: w4a8kv4, unless --scheme says otherwise."
-        " --set wins over both")  # fmt: skip
+        " multiply 4-bit activations in int8, where 8-bit ones cost little: w4a8kv4, unless --scheme says otherwise;"
+        " cpu has lm_head in 8 bits, too. --set wins over both")  # fmt: skip
     add("--budget", metavar="N|P%|'P% KL'", help="of --scheme auto: at most so many of the (layer, site) pairs, or so"
         " large a share of them, get 8 bits (default: 25%%); or as few as bring the KL to full precision to at most so"
         " much: '5%% KL' is 0.05 nats a token, about 5%% of perplexity")  # fmt: skip

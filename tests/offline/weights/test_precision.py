@@ -203,6 +203,7 @@ def test_every_recipe_takes_every_target(recipe: str) -> None:
         found = load_recipe(recipe, target_settings(target, None))
         assert found.target == target
         assert found.activations.bits == (4 if target in INT4_TARGETS else 8)
+        assert found.lm_head.bits == (8 if target == "cpu" else 16)
         tried = found.choose.tried if found.choose else {}
         for one in (found, *(found.with_changes(changes) for changes in tried.values())):  # whatever `best` takes
             assert "int4 tensor cores, with humming" in suits(one) or target not in INT4_TARGETS
@@ -213,7 +214,7 @@ def test_what_is_set_by_hand_wins_over_the_target() -> None:
         return suits(load_recipe("rtn", [*target_settings(target, scheme), *scheme_settings(scheme, None), *settings]))
 
     assert suits(load_recipe("rtn")) == ""
-    assert suited("sm_90", "w4a4kv4").endswith("--scheme w4a8kv4 costs no speed")
+    assert suited("sm_90", "w4a4kv4").endswith("--scheme w4a8kv4 costs little speed")
     assert suited("sm_90", None).endswith("in int8")
     assert suited("sm_86", "w4a8kv4").endswith("in int8")
     assert suited("sm_86", "auto", "activations.symmetric=false").endswith("do not take asymmetric activations")
