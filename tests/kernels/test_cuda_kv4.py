@@ -67,6 +67,7 @@ def test_decoding_fills_the_device_and_prefill_does_not_split():
     assert kv4.plan(1, 1, 4, 8, 512, H200).splits == 2  # a short context is not cut finely
     assert kv4.plan(4096, 1, 4, 8, 4096, H200) == kv4.Plan(64, 1)
     assert kv4.plan(4096, 1, 4, 8, 4096, H200, dim=256).rows == 32  # whose sums are twice as many registers
+    assert kv4.plan(4096, 1, 8, 4, 4096, H200, dim=512).rows == 16
     assert [kv4.plan(tokens, 1, 4, 8, 64, H200).rows for tokens in (1, 2, 3, 4, 5, 8, 9)] == [8, 8, 16, 16, 32, 32, 64]
     assert kv4.plan(1, 1, 4, 8, 32768, H200, window=1024).splits == kv4.plan(1, 1, 4, 8, 1024, H200).splits
     assert kv4.plan(4, 4, 71, 1, 4096, H200).rows == 128  # a group larger than any other block of rows

@@ -32,7 +32,8 @@ RESIDENT = 3  # programs that a processor holds at once, by the registers of one
 MOST_REGISTERS = 168  # of a thread on Hopper, so that it does; Blackwell would spill
 MERGED_TOGETHER = 8
 DECODE_ROWS = 16  # of more, softmax along registers is worth more than codes in them
-FOUR_WARPS = 64  # rows that four warps take
+FOUR_WARPS = 64  # rows that four warps take, of heads of at most 128; in proportion fewer of larger ones
+FOUR_WARPS_DIM = 256  # the largest heads of which four warps hold the sums
 LEAST_SPLIT = 256  # tokens
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kv4_write.write, triton.JITFunction)  # Triton's interpreter has no assembler
@@ -143,7 +144,8 @@ def plan(
         tokens, sequences, longest: upper bounds, of the batch and of a sequence's length; window: 0 for none.
     """
     average = -(-tokens // sequences) * group
-    rows = min(max(triton.next_power_of_2(average), device.least_rows), FOUR_WARPS if dim <= 128 else FOUR_WARPS // 2)
+    most = FOUR_WARPS * 128 // max(triton.next_power_of_2(dim), 128)
+    rows = min(max(triton.next_power_of_2(average), device.least_rows), most)
     rows = max(triton.next_power_of_2(group), rows)
     programs = kv_heads * max(sequences, tokens // (rows // group))
     longest = min(longest, window + rows // group) if window else longest
@@ -199,7 +201,7 @@ def attention(
     group, longest = heads // kv_heads, block_table.shape[1] * page
     device = device_of(query.device)
     rows, splits = plan(tokens, max(sequences, 1), group, kv_heads, longest, device, window, dim)
-    few, warps = rows <= DECODE_ROWS, WARPS if rows <= FOUR_WARPS else 2 * WARPS
+    few, warps = rows <= DECODE_ROWS, WARPS if rows <= FOUR_WARPS and dim <= FOUR_WARPS_DIM else 2 * WARPS
     shared = common(dim, page, rotate, symmetric, rows, warps)
     padded = shared["PADDED"]
     parts = tokens * heads * splits if splits > 1 else 0
@@ -214,7 +216,7 @@ def attention(
         PARTS=splits > 1, WINDOWED=window > 0, CAPPED=cap > 0, ASSEMBLER=not INTERPRETED,
         num_warps=warps,
         num_stages=3 if few else 2, enable_fp_fusion=True,
-        **({"maxnreg": MOST_REGISTERS} if few and device.sm == 90 else {}),
+        **({"maxnreg": MOST_REGISTERS} if few and warps == WARPS and device.sm == 90 else {}),
     )  # fmt: skip
     if splits > 1:
         kv4_decode.merge[tokens, heads](
