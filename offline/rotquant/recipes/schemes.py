@@ -48,9 +48,8 @@ INT4_TARGETS = tuple(f"sm_{major}{minor}" for major, minor in INT4_CORES)
 # What the kernels of int4 tensor cores (humming-kernels) read; others run as int8.
 INT4_SETTINGS = {"activations.symmetric": "true", "weights.group_size": "0", "weights.rank": "0"}
 SPEED = (
-    "8-bit activations cost little speed where the kernels multiply in int8 anyway: 0 to 30% on CPUs, as measured, and"
-    " nothing that is expected on GPUs from sm_90 on; on sm_80, 86 and 89 4-bit ones are faster with humming-kernels"
-    " installed"
+    "8-bit activations cost little speed where the kernels multiply in int8 anyway: on CPUs 0 to 30%, as measured; on"
+    " GPUs from sm_90 on nothing is expected; on sm_80, 86 and 89 4-bit ones are faster with humming-kernels installed"
 )
 
 
