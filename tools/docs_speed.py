@@ -38,6 +38,8 @@ LOADS = (
     ("2048/32", "output_throughput", rate, "2 x 2048/32: tokens/s"),
     ("7680/64", "median_ttft_ms", seconds, "7680-token prompt: first token"),
     ("7680/64", "median_tpot_ms", milliseconds, "behind it: ms a token"),
+    ("16384/64", "median_ttft_ms", seconds, "16,384-token prompt: first token"),
+    ("16384/64", "median_tpot_ms", milliseconds, "behind it: ms a token"),
     ("128/64 1/s", "median_ttft_ms", seconds, "one 128/64 a second: first token"),
     ("128/64 1/s", "median_tpot_ms", milliseconds, "ms a token"),
 )
@@ -47,12 +49,13 @@ def serving(name: str) -> str:
     """Every format under the loads that were run, on one machine."""
     served = Served.of(name)
     loads = [load for load in LOADS if served.load(load[0])]
+    gib = int(served.data["settings"]["environment"]["VLLM_CPU_KVCACHE_SPACE"])
     rows = []
     for form, shown in FORMATS.items():
         if form not in served.formats:
             continue
         cells = [write(served.run(load, form, metric)) for load, metric, write, _ in loads]
-        rows.append([shown, *cells, f"{served.server(form, 'kv_tokens'):,.0f}"])
+        rows.append([shown, *cells, f"{served.server(form, 'kv_tokens') / gib:,.0f}"])
     return table(["format", *(head for *_, head in loads), "tokens in 1 GiB of KV cache"], rows)
 
 
@@ -160,6 +163,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "serving-amx": partial(serving, "serve-xeon-amx"),
     "kernels": kernels,
     "serving-avx2": partial(serving, "serve-smollm2-epyc-avx2"),
+    "serving-16k": partial(serving, "serve-16k-epyc-avx2"),
     "kernels-amx": partial(kernels_of, "kernels-xeon-amx-1-thread", WITH_AMX),
     "kernels-avx2": partial(kernels_of, "kernels-epyc-avx2-1-thread", SLOW_BF16),
     "attention": attention,
