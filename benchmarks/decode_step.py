@@ -27,12 +27,12 @@ TOKENS, PROMPT, ROUNDS = 96, 64, 5
 ATTENTION = ("rotquant::kv4_", "vllm::unified_")
 
 
-def measure(folder: Path, max_model_len: int = 2048) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """Milliseconds of a token, of it those of each part, and how many calls of a native op there are."""
     from torch.profiler import ProfilerActivity, profile
     from vllm import LLM, SamplingParams
 
-    llm = LLM(str(folder), max_model_len=max_model_len, max_num_seqs=1, seed=0)
+    llm = LLM(str(folder), max_model_len=2048, max_num_seqs=1, seed=0)
     prompt = {"prompt_token_ids": list(range(100, 100 + PROMPT))}
 
     def decode(tokens: int) -> float:
@@ -45,11 +45,10 @@ def measure(folder: Path, max_model_len: int = 2048) -> dict[str, Any]:
     rounds = [1000 * (decode(TOKENS) - decode(1)) / (TOKENS - 1) for _ in range(ROUNDS)]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         whole = decode(TOKENS)
-    events = seen.key_averages(group_by_input_shape=True)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     own = dict.fromkeys(("linears", "lm_head", "attention", "compiled"), 0.0)
     calls = 0
-    for event in events:
+    for event in seen.key_averages(group_by_input_shape=True):
         part = part_of(event.key, event.input_shapes, vocabulary)
         calls += event.count if event.key.startswith("rotquant::") else 0
         if part:
