@@ -15,11 +15,24 @@ LONG = ("test_real_model.py", "test_plugin.py", "test_models.py", "test_pipeline
 LONG += ("test_tensor_parallel.py", "test_compare.py", "test_serve.py", "test_accuracy.py", "test_claims.py")
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from child import Child
     from source_models import Demo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module")
+def child() -> "Iterator[Child]":
+    """Runs a function in a child process that has imported vLLM, one for all tests of a file."""
+    import vllm_serving
+    from child import child_process
+
+    with child_process(vllm_serving.prepare) as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from rotquant.learn.stream import product_dtype
 from rotquant.measure.inspection.routing import choices_watched
 from rotquant.models import describe
 from rotquant.models.harden import harden_folder
@@ -63,12 +64,13 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int
     stream = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     rows = text_rows(stream, tokenizer.bos_token_id, LENGTH, torch.Generator().manual_seed(seed))
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=DECAY)
+    mixed = product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16  # elsewhere it is emulated
     started, mean = time.monotonic(), 0.0
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = PEAK_LR * rate(step, steps)
         ids = torch.stack([next(rows) for _ in range(ROWS)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

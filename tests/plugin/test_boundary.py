@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +9,8 @@ import pytest
 from torch.nn.functional import cosine_similarity
 
 import boundary_serving as serving
-import vllm_serving
 from checkpoints import Spec, edited, prompts, write_checkpoint
-from child import Child, child_process
+from child import Child
 from eagle_drafts import write_draft
 from rotquant.basis.draft import turn_draft
 from rotquant.errors import RotQuantError
@@ -33,13 +31,6 @@ class Folders(NamedTuple):
     portable: Path
     draft: Path
     turned: Path
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function of `boundary_serving` in one process for all tests."""
-    with child_process(vllm_serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

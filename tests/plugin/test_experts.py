@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import ranks
 import rotquant
 import vllm_serving as serving
 from checkpoints import prompts
-from child import Child, child_process
 from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
@@ -27,13 +25,6 @@ pytestmark = pytest.mark.vllm
 
 PROMPTS = prompts((33, 7, 60))
 DOWN = "model.layers.1.mlp.experts.2.down_proj"
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

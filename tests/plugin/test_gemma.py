@@ -5,7 +5,6 @@ Of Gemma 4 heads of two sizes too, in pages of one, a linear of values that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,12 @@ import torch
 
 import ranks
 import vllm_serving as serving
-from child import Child, child_process
+from child import Child
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
 from torch_engine import check_text
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function of `vllm_serving` in a child process."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

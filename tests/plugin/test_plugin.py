@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from checkpoints import (
     write_checkpoint,
     write_plain,
 )
-from child import Child, child_process
+from child import Child
 from float_model import expected_logprobs
 from lora_adapters import edit_adapter, merged, write_adapter
 from online_extras import everything
@@ -55,13 +55,6 @@ PROMPTS = prompts((7, 33, 70))
 # The native attention kernel is within 1% of exact arithmetic, which random models turn into other activation
 # codes. Tests that compare with float64 leave it out; test_kv4_native holds it to its own bound.
 EXACT = "exact attention"
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function of `vllm_serving` in the child process."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

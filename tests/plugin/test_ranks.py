@@ -4,7 +4,6 @@ whole model computes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,13 @@ import pytest
 import torch
 
 import ranks
-import vllm_serving as serving
 from checkpoints import Spec, prompts, write_checkpoint
-from child import Child, child_process
 from rotquant.errors import RotQuantError
 
 pytestmark = pytest.mark.vllm
 
 BASE = Spec()
 TOKENS = prompts((33,))[0]
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function in a child process that has imported vLLM, and forks ranks from it."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Models are loaded as a worker loads them, without an engine, in one child proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import vllm_serving as serving
 from checkpoints import Spec, edited, write_checkpoint
-from child import Child, child_process
+from child import Child
 from rotquant.errors import RotQuantError
 
 pytestmark = pytest.mark.vllm
 
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "head_dim": 16, "r4_block": 32}
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import vllm_reload
 import vllm_serving as serving
 from checkpoints import Spec, edited, prompts, without, write_checkpoint
-from child import Child, child_process
+from child import Child
 from online_extras import everything
 
 pytestmark = pytest.mark.vllm
@@ -26,13 +25,6 @@ SPECS = {
     "norms quantize": (Spec(architecture="qwen2", symmetric=False, layers=1), "norms quantize"),
 }
 MISSING = "model.layers.0.mlp.down_proj.weight_packed"
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function in a child process with vLLM."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.mark.parametrize("name", SPECS)

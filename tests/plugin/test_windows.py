@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import vllm_serving as serving
 from checkpoints import Spec, model_config, prompts, write_checkpoint
-from child import Child, child_process
+from child import Child
 from float_model import expected_logprobs
 from rotquant.errors import RotQuantError
 from rotquant.models import describe
@@ -42,13 +41,6 @@ QWEN2 = Spec(
 MISTRAL = Spec(architecture="mistral", symmetric=False, config={"sliding_window": WINDOW})
 PROMPTS = prompts((7, 61, 150))
 OPTIONS = {"block_size": 16, "enable_prefix_caching": False}
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function of `vllm_serving` in a child process."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import rotquant
 import vllm_serving as serving
 from checkpoints import edited
-from child import Child, child_process
+from child import Child
 from drawn_transforms import everything, random_orthogonal
 from rotquant.checkpoint.layers import read_gain
 from rotquant.checkpoint.source import Source
@@ -118,13 +117,6 @@ RECIPES = [
         ("granite4", "quarot"), ("phi3", "best-online"), ("ministral", "quarot"), ("mixtral", "quarot"),
     ]),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """Runs a function of `vllm_serving` in a child process."""
-    with child_process(serving.prepare) as run:
-        yield run
 
 
 def made(folder: Path, source: Path, recipe: str) -> Path:
