@@ -8,7 +8,7 @@ The integers of a norm travel as a tuple in the place of the hidden states. The 
 reaches the layer whether they run eagerly or are traced by torch.compile (vLLM's own QuantizedActivation goes the same
 way); its tensors keep their dtypes, their alignment and their rows. That needs modules whose forward is known, which
 `compat` lists; any other model, LoRA (which reads the layer's floating-point input), a low-rank branch behind a norm
-and transforms that are ops of their own keep the separate ops: the same numbers, more launches.
+and transforms other than one shift keep the separate ops: the same numbers, more launches.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from vllm_rotquant.holders import Holders
 class QuantizingNorm(torch.nn.Module):
     """An RMSNorm that quantizes for the linear layer behind it; keeps the name of the norm's weight."""
 
-    def __init__(self, norm: Any, linear: LinearFormat) -> None:
+    def __init__(self, norm: Any, linear: LinearFormat, shift: Tensor | None = None) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
-        self.rows = linear.rows
+        self.rows, self.shift = linear.rows, shift
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """(codes, scale, zero) of norm(x + residual), see `ops.rms_norm_quantize`; beside it x + residual if given."""
-        quantized, stream = calls.norm_quantize(x, residual, self.weight, self.eps, self.rows)
+        """(codes, scale, zero) of norm(x + residual) - shift, see `ops.rms_norm_quantize`; x + residual, if given."""
+        quantized, stream = calls.norm_quantize(x, residual, self.weight, self.eps, self.rows, self.shift)
         return quantized if residual is None else (quantized, stream)
 
 
@@ -53,8 +53,10 @@ def fuse(layers: Iterable[Any], holders: Holders) -> None:
         if compat.silu_mul_before(layer, holder) and not online.split(stages)[0]:
             holder.act_fn, method.silu_mul = torch.nn.Identity(), True
         name = compat.norm_before(layer, decoder)
-        if name and not stages and not method.format.rank and method.backend.reads_quantized:
-            method.norm = QuantizingNorm(getattr(decoder, name), method.format)
+        shifts = [stage.tensor for stage in stages if stage.kind == "shift"]
+        alone = len(stages) == len(shifts) <= 1
+        if name and alone and not method.format.rank and method.backend.reads_quantized:
+            method.norm = QuantizingNorm(getattr(decoder, name), method.format, *shifts)
             setattr(decoder, name, method.norm)
             norms += 1
     if norms:  # it depends on the kernels in use, which vLLM does not know

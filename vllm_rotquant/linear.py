@@ -190,11 +190,11 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             [..., N] in the model's dtype.
         """
         linear, correction = self.format, layer.shift_correction
+        if correction is not None:
+            bias = correction if bias is None else bias + correction
         if isinstance(x, tuple):
             weight = layer.weight_packed, layer.weight_scale, bias
             return calls.quantized_linear(x, *weight, linear.weights, linear.rows, self.dtype)
-        if correction is not None:
-            bias = correction if bias is None else bias + correction
         return online.linear(
             x,
             layer.weight_packed,

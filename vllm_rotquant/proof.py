@@ -175,7 +175,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     if linear.rank or split(stages)[0]:
         refuse_rounded_products(method.prefix, packed.device)
     if method.norm is not None:
-        given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps)
+        given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps, stages)
     elif method.silu_mul:
         given, x = trial_gate_up(ROWS, inputs, stages, method.dtype, packed.device)
     else:

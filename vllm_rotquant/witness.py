@@ -144,18 +144,21 @@ def trial_gate_up(
     return torch.cat((gate, up), -1), silu * up
 
 
-def trial_stream(rows: int, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A layer's output and the residual [rows, 2, K] and the norm of their sum as a model rounds it, likewise.
+def trial_stream(rows: int, weight: Tensor, eps: float, stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
+    """A layer's output and the residual [rows, 2, K] and the norm of their sum as a model rounds it, likewise: of the
+    rows behind the stages.
 
     Args:
         weight: the norm's, [K] in the model's dtype.
     """
-    x = trial(rows, 2, weight.shape[0], dtype=weight.dtype, device=weight.device, seed=9)
+    x = trial(4 * rows, 2, weight.shape[0], dtype=weight.dtype, device=weight.device, seed=9)
     total = (x[:, 0] + x[:, 1]).double()
     mean = total.pow(2).sum(-1, keepdim=True) / weight.shape[0]
     normed = (total * (mean + eps).rsqrt()).to(weight.dtype) * weight
-    sign = sign_of_extreme(normed)
-    return x * sign[:, None], normed * sign
+    sign = sign_of_extreme(transformed(normed, stages)).to(normed)
+    x, normed = x * sign[:, None], normed * sign
+    good = sign_of_extreme(transformed(normed, stages))[:, 0].argsort(descending=True, stable=True)[:rows]
+    return x[good], normed[good]
 
 
 def float_linear(

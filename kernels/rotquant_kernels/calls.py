@@ -25,10 +25,10 @@ def quantize(x: Tensor, rows: RowFormat) -> Quantized:
 
 
 def norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: RowFormat
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: RowFormat, shift: Tensor | None = None
 ) -> tuple[Quantized, Tensor]:
     """`rms_norm_quantize`: the quantized rows, and x + residual."""
-    *quantized, stream = ops.rms_norm_quantize(x, residual, weight, eps, *plain(rows))
+    *quantized, stream = ops.rms_norm_quantize(x, residual, weight, eps, *plain(rows), shift)
     return tuple(quantized), stream
 
 

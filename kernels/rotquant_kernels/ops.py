@@ -25,7 +25,7 @@ OPS = {
     " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip,"
     " Tensor? low_rank_down=None, Tensor? low_rank_up=None, bool silu_mul=False) -> Tensor",
     "rms_norm_quantize": "(Tensor x, Tensor? residual, Tensor weight, float eps, int bits, bool symmetric,"
-    " float clip) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float clip, Tensor? shift=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"
     " int weight_bits, bool act_symmetric, ScalarType dtype) -> Tensor",
     "moe_experts": "(Tensor x, Tensor chosen, Tensor weights, Tensor? expert_map, Tensor up, Tensor up_scale,"

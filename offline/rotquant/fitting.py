@@ -33,6 +33,8 @@ def fitted(recipe: Recipe, arch: Architecture) -> Recipe:
         RotQuantError: online stages that would not be the same in every layer.
     """
     check_chains(recipe, arch)
+    if arch.mixtures and recipe.online.shift_norms == "all":
+        recipe = recipe.model_copy(update={"online": recipe.online.model_copy(update={"shift_norms": "attn"})})
     if not rotates_values(arch) and recipe.rotations.r2 != "none":
         say(
             f"recipe {recipe.name}: a gate stands between the values and the output linear of this model, so that R2"

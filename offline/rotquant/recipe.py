@@ -72,17 +72,28 @@ SITES = ("attn", "o", "mlp", "down")
 
 
 class OnlineStages(Part):
-    """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for."""
+    """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for.
+
+    `shift_norms` and `shift_o` put a shift behind them: a site that has none else runs it at no cost, inside the op of
+    its linears. In a mixture of experts "all" is "attn": what its router reads its experts have to read.
+    """
 
     attn: list[OnlineWord] = []
     o: list[OnlineWord | Literal["heads"]] = []
     mlp: list[OnlineWord] = []
     down: list[OnlineWord] = []
+    shift_norms: Literal["none", "attn", "all"] = Field(
+        default="none", description="which linears behind norms read what is less its mean: attention's, or all"
+    )
+    shift_o: bool = Field(default=False, description="the same of the output linears of attention")
     block: int = Field(default=128, ge=2, description="largest block of greedy, a power of two")
     greedy: Literal["ruquant", "duquant"] = "ruquant"
 
     def of(self, site: str) -> list[str]:
-        return list(getattr(self, site))
+        """The words of a site, in their order."""
+        words = list(getattr(self, site))
+        shifted = {"attn": self.shift_norms != "none", "mlp": self.shift_norms == "all", "o": self.shift_o}
+        return words + (["shift"] if shifted.get(site) and "shift" not in words else [])
 
     def learned(self, site: str) -> list[str]:
         """Those that depend on the model."""

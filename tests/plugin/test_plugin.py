@@ -33,7 +33,7 @@ from checkpoints import (
 from child import Child
 from float_model import expected_logprobs
 from lora_adapters import edit_adapter, merged, write_adapter
-from online_extras import everything
+from online_extras import GATE_UP, Extras, everything
 from rotquant.basis.turn_adapter import turn_folder
 from rotquant.checkpoint import stored
 from rotquant.checkpoint.format import Transform
@@ -135,8 +135,9 @@ def test_compiled(child: Child, tmp_path: Path) -> None:
 
 
 def test_norms_quantize(child: Child, tmp_path: Path) -> None:
-    """Where the GEMM reads quantized rows, as on a GPU: norms hand on integers, through torch.compile too."""
-    spec = replace(BASE, architecture="qwen2", symmetric=False)
+    """Where the GEMM reads quantized rows, as on a GPU: norms hand on integers, through torch.compile too, and of one
+    layer less a shift."""
+    spec = replace(BASE, architecture="qwen2", symmetric=False, extras=Extras([("S0", "shift", 0, GATE_UP)]))
     folder = write_checkpoint(tmp_path / "model", spec)
     got = child(serving.serve, folder, PROMPTS, enforce_eager=False, swap="norms quantize")
     agrees(got, folder, spec)
@@ -255,9 +256,12 @@ def test_proof_names_what_runs(served: serving.Served) -> None:
         ("16-bit activations", "qkv_proj"),
         ("unrotated query", "attn"),
         ("norms quantize without residual", "qkv_proj"),
+        ("norms quantize without shift", "gate_up_proj"),
     ],
 )
-def test_proof_catches_a_wrong_kernel(child: Child, base: Path, swap: str, where: str) -> None:
+def test_proof_catches_a_wrong_kernel(child: Child, base: Path, tmp_path: Path, swap: str, where: str) -> None:
+    if "shift" in swap:
+        base = write_checkpoint(tmp_path / "model", replace(BASE, extras=Extras([("S0", "shift", 0, GATE_UP)])))
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where}.*ROTQUANT_STRICT=0"):
         child(serving.serve, base, PROMPTS, swap=swap)
 

@@ -72,7 +72,7 @@ def attention(stages: list[Stage]) -> Tensor:
 
 def in_front(stages: list[Stage]) -> Tensor:
     gate_up = witness.trial_gate_up(5, INPUTS, stages, torch.float32, torch.device("cpu"))
-    return torch.cat((*gate_up, *witness.trial_stream(5, numbers(INPUTS), 1e-6)[1:]), 1)
+    return torch.cat((*gate_up, *witness.trial_stream(5, numbers(INPUTS), 1e-6, stages)[1:]), 1)
 
 
 @pytest.mark.parametrize("made", [linear, attention, in_front])

@@ -104,11 +104,12 @@ def mixture(
 
 def quantize(
     m: int, k: int, block: int = 0, silu: bool = False, bits: int = 4, symmetric: bool = False,
-    dtype: torch.dtype = torch.bfloat16, order: str = "natural",
+    dtype: torch.dtype = torch.bfloat16, order: str = "natural", shift: bool = False,
 ) -> None:  # fmt: skip
-    """Rows of k numbers, a Hadamard of `block` in front."""
+    """Rows of k numbers, a Hadamard of `block` or a shift in front."""
     x = torch.empty(m, 2 * k if silu else k, dtype=dtype)
-    rows.quantize_rows(x, "hadamard" if block else "none", block, None, bits, symmetric, 0.9, silu, order)
+    turn = ("shift", 0, torch.empty(k)) if shift else ("hadamard" if block else "none", block, None)
+    rows.quantize_rows(x, *turn, bits, symmetric, 0.9, silu, order)
 
 
 def turn(m: int, k: int, kind: str, block: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -122,9 +123,12 @@ def turn_silu(m: int, k: int, block: int) -> None:
     rows.turned(torch.empty(m, 2 * k, dtype=torch.bfloat16), "hadamard", block, None, True)
 
 
-def norm(m: int, k: int, residual: bool = True, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
-    x = torch.empty(m, k, dtype=dtype)
-    rows.rms_norm_quantize(x, x if residual else None, torch.empty(k, dtype=dtype), 1e-5, 4, symmetric, 0.9)
+def norm(
+    m: int, k: int, residual: bool = True, symmetric: bool = False, dtype: torch.dtype = torch.bfloat16,
+    shift: bool = False,
+) -> None:  # fmt: skip
+    x, by = torch.empty(m, k, dtype=dtype), torch.empty(k) if shift else None
+    rows.rms_norm_quantize(x, x if residual else None, torch.empty(k, dtype=dtype), 1e-5, 4, symmetric, 0.9, by)
 
 
 def rope_of(dim: int, rope: bool, dtype: torch.dtype = torch.bfloat16) -> Rope | None:
@@ -182,6 +186,8 @@ def core() -> Iterator[Launch]:
     yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
     yield "dense 128 before a layer", lambda: turn(1, 4096, "dense", 128)
     yield "norm, 4096 inputs", lambda: norm(1, 4096)
+    yield "norm and shift, 4096 inputs", lambda: norm(1, 4096, shift=True)
+    yield "shift, 4096 inputs", lambda: quantize(1, 4096, shift=True)
     yield "linear, 1 token", lambda: linear(1, 4096, 512)  # its columns among programs, whose parts are added up
     yield "linear, 4097 tokens", lambda: linear(4097, 4096, 512)
     yield "linear, groups of 32", lambda: linear(20, 96, 512, groups=3)
@@ -207,8 +213,10 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
             yield f"{where} {layer}, {m} tokens", lambda m=m, k=k, n=n, b=bias, w=bits: linear(m, k, n, w, bias=b)
     for symmetric in (False, True):
         for residual in (False, True):
-            yield f"{where} norm", lambda s=symmetric, r=residual: norm(3, model.hidden, r, s)
-        yield f"{where} rows of o", lambda s=symmetric: quantize(3, q, symmetric=s)
+            for by in (False, True):
+                yield f"{where} norm", lambda s=symmetric, r=residual, b=by: norm(3, model.hidden, r, s, shift=b)
+        for by in (False, True):
+            yield f"{where} rows of o", lambda s=symmetric, b=by: quantize(3, q, symmetric=s, shift=b)
         for most in (ranks_ for ranks_ in RANKS if ranks_ >= ranks):  # --tp-max it was quantized with
             block = (found := model.intermediate // most) & -found
             yield f"{where} down, R4 {block}", lambda b=block, s=symmetric: quantize(3, inner, b, True, symmetric=s)
@@ -249,6 +257,7 @@ def odd() -> Iterator[Launch]:
         yield f"silu, rows of {k}, no Hadamard", lambda k=k: quantize(1, k, silu=True)
         if k <= rows.LONGEST_NORM:
             yield f"norm of {k}", lambda k=k: norm(1, k)
+            yield f"norm of {k}, shift", lambda k=k: norm(1, k, shift=True)
     for block in (1, 24, 64, 128, 4096):
         for dtype in (torch.bfloat16, torch.float32):
             for m in BATCHES:

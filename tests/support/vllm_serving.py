@@ -178,6 +178,9 @@ def swapped(how: str) -> Iterator[None]:
     def no_residual(x: Tensor, residual: Any, *rest: Any) -> Any:
         return *reference.rms_norm_quantize(x, None, *rest)[:3], x + residual
 
+    def no_shift_of_norms(*given: Any) -> Any:
+        return reference.rms_norm_quantize(*given[:-1], None)
+
     def no_shift(x: Tensor, kind: str, block: int, tensor: Any) -> Tensor:
         return x.float() if kind == "shift" else ops.online_stage(x, kind, block, tensor)
 
@@ -192,6 +195,7 @@ def swapped(how: str) -> Iterator[None]:
         "": {},
         "norms quantize": norms,
         "norms quantize without residual": norms | {(ops, "rms_norm_quantize"): no_residual},
+        "norms quantize without shift": norms | {(ops, "rms_norm_quantize"): no_shift_of_norms},
         "exact attention": {(ops, "kv4_attention"): reference.kv4_attention},
         "no transform": {(calls, "int_linear"): changed(linear, stage=("none", 0, None))},
         "16-bit activations": {

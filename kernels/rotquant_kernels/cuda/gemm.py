@@ -271,7 +271,7 @@ def int_linear(
         flat, transform, silu_mul = rows.turned(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:
         down = flat.float() @ low_rank_down.float()
-    quantized = rows.quantize_rows(flat, transform, block, None, act_bits, act_symmetric, act_clip, silu_mul)
+    quantized = rows.quantize_rows(flat, transform, block, matrix, act_bits, act_symmetric, act_clip, silu_mul)
     y = product(quantized, weight, weight_scale, bias, weight_bits, act_symmetric, x.dtype, down, low_rank_up)
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -42,7 +42,8 @@ def turned(x: Tensor, transform: str, block: int, matrix: Tensor | None) -> Tens
 
     Args:
         x: float [..., K], block divides K.
-        transform: "none", or a stage that is `inside`: "hadamard", "dense" with its matrix float [block, block].
+        transform: "none", or a stage that is `inside`: "hadamard", "dense" with its matrix float [block, block],
+            "shift" with its vector float32 [K].
     Returns:
         float32 [..., K].
     """
@@ -74,18 +75,20 @@ def quantize_rows(
 
 
 def rms_norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_rows` of y / sqrt(mean(y²) + eps) * weight, y = x + residual.
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_rows` of y / sqrt(mean(y²) + eps) * weight - shift, y = x + residual.
 
     Args:
         x: float [M, K].
         residual: float [M, K] in x's dtype, or None, then y = x.
-        weight: float [K].
+        weight: float [K]; shift: float32 [K], the stage of that name, or None for 0.
     Returns:
         codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1]; y in x's dtype, a tensor of its own.
     """
     y = x.clone() if residual is None else x + residual
     normed = y.float() * (y.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     rounded = (normed.to(x.dtype) * weight).to(x.dtype)
-    return *quantize_rows(rounded, "none", 0, None, bits, symmetric, clip), y
+    turn = "none" if shift is None else "shift"
+    return *quantize_rows(rounded, turn, 0, shift, bits, symmetric, clip), y

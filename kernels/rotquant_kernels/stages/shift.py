@@ -12,6 +12,7 @@ from rotquant_kernels.stages.kind import Kind, Stage, normal
 
 class Shift(Kind):
     name, affine, has_block = "shift", True, False
+    inside = True
 
     def rows(self, x: Tensor, stage: Stage) -> Tensor:
         return x - stage.held.to(x)

@@ -139,6 +139,7 @@ def learned(journal: Journal, recipe: Recipe) -> Scope:
     if not recipe.learn.end_to_end:  # R1 alone
         kept = {"r1": [kept["rotations"][key] for key in R1_KEYS], "learn": kept["learn"]["surrogate"]}
         kept["quantizer"] = recipe.activations.model_dump()
+        kept["shifted"] = [site for site in ("attn", "mlp") if "shift" in recipe.online.of(site)]
     return Scope(journal, f"learned {digest(kept)}")
 
 

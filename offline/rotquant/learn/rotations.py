@@ -17,6 +17,7 @@ from rotquant.common.progress import Progress
 from rotquant.learn import objectives, orthogonal, procrustes, targets
 from rotquant.learn.initial import generator
 from rotquant.learn.options import Surrogate
+from rotquant.learn.starts import usual_mean
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Job, forward, product_dtype
 from rotquant.models.attention import Attention
@@ -50,10 +51,11 @@ def learn_r1(job: Job, journal: Journal | Scope) -> dict[str, Tensor]:
 
 
 def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Tensor:
-    """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer."""
+    """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer; less their mean
+    where a shift will take it."""
     if kept := journal.kept(ROWS):
         return kept["rows"]
-    arch, found = job.arch, []
+    arch, online, found = job.arch, job.recipe.online, []
     random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
     with Progress("R1: rows of layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
@@ -61,11 +63,18 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
             seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
             compute = product_dtype(job.dtype, job.device)
             chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen, compute)
-            found += [seen.rows(site) for site in kind.norms]
+            found += [
+                centred(seen.rows(site)) if "shift" in online.of(site) else seen.rows(site) for site in kind.norms
+            ]
             progress.step()
     rows = torch.cat(found)
     journal.keep(ROWS, {"rows": rows})
     return rows
+
+
+def centred(x: Tensor) -> Tensor:
+    """Rows [n, d] as a shift leaves them (`starts`)."""
+    return x - usual_mean(x)
 
 
 def reading_covariance(job: Job) -> Tensor:

@@ -71,7 +71,13 @@ def greedy_start(seen: Seen) -> list[Stage]:
 
 
 def shift_start(seen: Seen) -> list[Stage]:
-    return [Stage("shift", seen.width, seen.x[~massive_tokens(seen.x)].mean(0))]
+    return [Stage("shift", seen.width, usual_mean(seen.x))]
+
+
+def usual_mean(x: Tensor) -> Tensor:
+    """Mean [d] of the tokens [n, d] that are not massive; 0 where all are."""
+    usual = x[~massive_tokens(x)]
+    return usual.mean(0) if len(usual) else x.new_zeros(x.shape[1])
 
 
 STARTS: dict[str, Callable[[Seen], list[Stage]]] = {

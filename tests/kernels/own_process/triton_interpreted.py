@@ -62,6 +62,19 @@ def test_rows_that_go_through_a_program_in_parts_are_the_references_too(k, block
     assert same(rows.turned(x, *turn).nan_to_num(0, 0, 0), rotated.nan_to_num(0, 0, 0))
 
 
+@pytest.mark.parametrize("silu_mul", [False, True])
+@pytest.mark.parametrize(("m", "k"), [(1, 6), (5, 72), (3, 1000), (2, 16640)])
+def test_a_shift_is_taken_inside_the_launch(m, k, silu_mul):
+    """Rows that go through a program in parts are shifted before it."""
+    x = gate_up(m, k, m, torch.float16) if silu_mul else inputs(m, k, m, torch.float16)
+    shift = torch.randn(k, generator=torch.Generator().manual_seed(k))
+    for bits, symmetric in ((4, False), (8, True)):
+        settings = ("shift", 0, shift, bits, symmetric, 0.9, silu_mul)
+        assert all_same(rows.quantize_rows(x, *settings), reference.quantize_rows(x, *settings))
+    with pytest.raises(ValueError, match="a shift of"):
+        rows.quantize_rows(x, "shift", 0, shift[1:], 4, True, 0.9, silu_mul)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("m", "k", "block"), [(1, 6, 1), (5, 72, 24), (40, 192, 64), (3, 256, 128)])
 def test_a_dense_stage_is_the_product(m, k, block, dtype):
@@ -162,7 +175,10 @@ def test_dense_transforms_and_the_low_rank_branch(rank):
     matrix = torch.linalg.qr(torch.randn(block, block, generator=generator)).Q.contiguous()
     down, up = (torch.randn(shape, generator=generator) for shape in ((k, rank), (rank, n)))
     weight = layout.pack_weight(packed, 4, k, 1)
-    for transform, size, tensor in (("dense", block, matrix), ("hadamard", 64, None), ("none", 0, None)):
+    shift = torch.randn(k, generator=generator)
+    for transform, size, tensor in (
+        ("dense", block, matrix), ("hadamard", 64, None), ("shift", 0, shift), ("none", 0, None),
+    ):  # fmt: skip
         rest = (bias, 4, transform, size, tensor, 4, False, 0.8)
         actual = gemm.int_linear(x, weight, scale, *rest, down, up)
         expected = reference.int_linear(x, packed, scale, *rest, down, up)
@@ -270,8 +286,9 @@ def test_a_norm_quantizes_in_one_launch(dtype, symmetric):
     generator = torch.Generator().manual_seed(4)
     x, residual = ((3 * torch.randn(6, 768, generator=generator)).to(dtype) for _ in range(2))
     weight = (1 + torch.randn(768, generator=generator) / 4).to(dtype)
-    for before in (residual, residual.t().contiguous().t(), None):
-        arguments = (x, before, weight, 1e-6, 8, symmetric, 1.0)
+    shift = torch.randn(768, generator=generator)
+    for before, by in ((residual, None), (residual.t().contiguous().t(), shift), (None, None), (None, shift)):
+        arguments = (x, before, weight, 1e-6, 8, symmetric, 1.0, by)
         expected = reference.rms_norm_quantize(*arguments)
         got = rows.rms_norm_quantize(*arguments)
         nearly(got, expected)

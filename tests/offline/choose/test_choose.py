@@ -15,13 +15,16 @@ from rotquant import load
 from rotquant.checkpoint.journal import Journal
 from rotquant.choose import judge
 from rotquant.choose.judge import Judge, error_of, relative, stretches
-from rotquant.choose.search import Search, compared
+from rotquant.choose.search import Search, compared, learned
 from rotquant.errors import RotQuantError
+from rotquant.learn.options import Surrogate
+from rotquant.learn.rotations import residual_rows
+from rotquant.learn.starts import usual_mean
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
 from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe, shipped
-from rotquant.run import Settings, prepare, tuner
+from rotquant.run import Settings, begin, prepare, tuner
 from rotquant.text import calibration_tokens, read_tokenizer
 from source_models import HELDOUT, file_hashes, source_model
 
@@ -125,6 +128,22 @@ def test_a_killed_search_goes_on(model: Path, tmp_path: Path, monkeypatch: pytes
     assert file_hashes(cut) == file_hashes(whole)
     assert quantize(str(model), cut, resume=True, **run) == cut  # finished: nothing to do
     assert calls == expected
+
+
+def test_r1_is_learned_from_what_shifts_leave(model: Path, tmp_path: Path) -> None:
+    """Its rows are less their mean, site by site, and it is not the R1 that was learned without shifts."""
+    run, options = prepare(str(model), Settings("quarot", device="cpu", **QUICK)), Surrogate(optimiser="qr", rows=256)
+    learns = {"learn.surrogate": options.model_dump()}
+    plain, shifted = (run.recipe.with_changes(learns | more) for more in ({}, {"online.shift_norms": "all"}))
+    sites = 2 * run.arch.layers
+    means = []
+    for recipe, name in ((plain, "plain"), (shifted, "shifted")):
+        journal = Journal(tmp_path / name, {}, resume=False)
+        rows = residual_rows(begin(run, recipe), options, journal).view(sites, -1, run.arch.hidden_size)
+        means.append(max(usual_mean(site).norm() for site in rows))
+        journal.abandon()
+    assert means[1] < 1e-4 < 0.1 < means[0]
+    assert learned(journal, plain).prefix != learned(journal, shifted).prefix
 
 
 def test_the_judge_measures_what_is_served(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

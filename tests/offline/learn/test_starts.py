@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from rotquant.learn.starts import STARTS, Seen
-from rotquant.recipe import OnlineStages, OnlineWord
+from rotquant.learn.starts import STARTS, Seen, usual_mean
+from rotquant.recipe import SITES, OnlineStages, OnlineWord
 from rotquant.weights.layerwise import stored_stage
 from rotquant_kernels import KINDS
 from rotquant_kernels.formats import RowFormat
@@ -19,6 +19,20 @@ WIDTH = 48
 def test_words_are_those_that_have_a_start() -> None:
     assert set(STARTS) == {*get_args(OnlineWord), "heads"} - {"hadamard"}  # which needs no look at a model
     assert OnlineStages(o=list(STARTS)).of("o") == list(STARTS)
+
+
+def test_a_shift_is_the_mean_of_tokens_that_are_not_massive() -> None:
+    x = torch.randn(40, WIDTH) + torch.arange(WIDTH) / 10
+    sink = torch.zeros(WIDTH).index_fill(0, torch.tensor(7), 1e4)
+    assert torch.allclose(usual_mean(torch.cat((x, sink[None]))), x.mean(0), atol=1e-5)
+    assert usual_mean(sink[None]).eq(0).all()
+
+
+def test_shifts_stand_behind_all_else_and_once() -> None:
+    online = OnlineStages(attn=["hadamard"], o=["shift", "kronecker"], shift_norms="all", shift_o=True)
+    assert [online.of(site) for site in SITES] == [["hadamard", "shift"], ["shift", "kronecker"], ["shift"], []]
+    attention = OnlineStages(shift_norms="attn")
+    assert [attention.learned(site) for site in SITES] == [["shift"], [], [], []]
 
 
 @pytest.mark.parametrize("tp_max", [1, 3])
