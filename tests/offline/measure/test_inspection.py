@@ -137,6 +137,16 @@ def test_windows_add_up() -> None:
     assert few.summary(tokens[:1, :10])["qsur"] is None  # fewer rows than dimensions
 
 
+def test_what_rows_have_in_common() -> None:
+    """Rows c + r, r of as much energy as c and of mean 0: half of it is the mean's, whatever the sizes of the rows."""
+    tokens, width = 4000, 64
+    common = torch.randn(width)
+    rows = common + common.norm() * width**-0.5 * torch.randn(tokens, width)
+    found = SiteStatistics(SiteFormat())
+    found.add((rows * torch.rand(tokens, 1)).unsqueeze(1))
+    assert found.summary(torch.zeros(1, tokens, dtype=torch.long))["common"] == pytest.approx(0.5, abs=0.05)
+
+
 # ---- what rotations do ------------------------------------------------------------------------------
 
 
@@ -147,6 +157,12 @@ def test_rotation_makes_every_site_easier(site: str, rotated: Inspection) -> Non
         assert mean(facts, site, figure, "after") < mean(facts, site, figure, "before")
     for figure in ("qsur", "snr"):
         assert mean(facts, site, figure, "after") > mean(facts, site, figure, "before")
+
+
+def test_no_rotation_takes_what_tokens_have_in_common(rotated: Inspection) -> None:
+    facts = rotated.as_dict()
+    before, after = (mean(facts, "h", "common", when) for when in ("before", "after"))
+    assert after == pytest.approx(before, rel=0.1)
 
 
 def test_rotation_in_numbers(rotated: Inspection) -> None:

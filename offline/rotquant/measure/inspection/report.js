@@ -8,6 +8,7 @@ const METRICS = {
   gsr: ["GSR", "Quantizer step over standard deviation of a token: rounding costs (Δ/σ)²/12 of its energy.", false],
   kurtosis: ["kurtosis", "Mean fourth power over squared variance within a token: 1.8 uniform, 3 Gaussian.", false],
   difficulty: ["difficulty", "Spread of the channels' norms, as a share of their RMS: 0 when all channels are equal.", false],
+  common: ["common", "Share of the energy that the mean over tokens holds: what a shift takes off before rounding.", false],
   qsur: ["QSUR", "Volume of the data in the quantizer's cube, per dimension, 1 for a ball: how much of the range is used.", true],
   snr: ["SNR dB", "Energy over quantization error, every token counting the same, in decibels.", true],
 };

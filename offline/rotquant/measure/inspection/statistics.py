@@ -89,6 +89,7 @@ class SiteStatistics:
             name: _plain(self._mean(name).mean().item()) for name in ("peak_to_rms", "gsr", "kurtosis")
         }
         out["difficulty"] = _plain(metrics.difficulty(self.sums["second"].sqrt()).mean().item())
+        out["common"] = _plain((self.sums["first"] / self.sums["shaped"].unsqueeze(-1)).square().mean().item())
         out["qsur"] = self._qsur()
         out["snr"] = out["heads"] = None
         if self.format.rows:

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 FIGURES = {"peak_to_rms": "peak/RMS", "gsr": "GSR", "kurtosis": "kurtosis", "difficulty": "difficulty",
-           "qsur": "QSUR", "snr": "SNR dB"}  # fmt: skip
+           "common": "common", "qsur": "QSUR", "snr": "SNR dB"}  # fmt: skip
 HIGHER_IS_BETTER = ("qsur", "snr")
 WHEN = ("before", "after")
-NARROWEST = 132  # columns that the table needs
+NARROWEST = 146  # columns that the table needs
 
 
 def render(facts: dict[str, Any]) -> str:
