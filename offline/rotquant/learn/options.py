@@ -89,15 +89,13 @@ class Tuning(Part):
     A low-rank branch stays as it is unless `learns` names it: SmolLM2's got worse with it, KL 0.31 to 0.36.
     """
 
-    learns: Annotated[list[Literal["scales", "gains", "clips", "branch", "shifts"]], Field(min_length=1)] = [
+    learns: Annotated[list[Literal["scales", "gains", "clips", "branch"]], Field(min_length=1)] = [
         "scales", "gains", "clips",
     ]  # fmt: skip
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=2, ge=1, description="windows a step")
     scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
-    gain_lr: float = Field(
-        default=3e-3, gt=0, description="of norm gains; of a low-rank branch and of shifts, relative"
-    )
+    gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch, relative")
     clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
     routing: float = Field(
         default=4.0, ge=0, description="weight of the KL of routers' probabilities, mean of the layers with experts"

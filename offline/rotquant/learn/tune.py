@@ -76,7 +76,7 @@ class ServedModel:
     def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
         rates = {
             "scales": options.scale_lr, "gains": options.gain_lr, "branch": options.gain_lr,
-            "shifts": options.gain_lr, "clips": options.clip_lr,
+            "clips": options.clip_lr,
         }  # fmt: skip
         groups = [
             {"params": [p for layer in self.layers for p in getattr(layer, name).values()], "lr": lr}

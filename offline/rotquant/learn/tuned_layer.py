@@ -4,7 +4,6 @@
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
     branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others
-    shifts   what a shift gives back to the outputs, W b, in units of its RMS: where there is one, a bias of each linear
 
 Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
 
@@ -28,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
-from rotquant.models.decoder import Cache, Decoder, kv4_cache
+from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
@@ -62,16 +61,18 @@ class TunedLayer(nn.Module):
         self.form = form
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products; those of routed experts as they are packed
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
-        self.clips, self.branch, self.shifts = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
         self.units: Tensors = {}
-        self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(".bias")}
+        self.fixed = {n: t for n, t in tensors.items() if n.rpartition(".")[0] in kind.linears and n.endswith(CONSTANT)}
         for name in kind.linears:
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
             self.codes[name] = packed if kind.shares[name] < 1 else self._unpacked(name, packed, scale.shape[1])
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
             for part in ("low_rank_down", "low_rank_up"):
-                self._in_units(self.branch, f"{name}.{part}", tensors)
-            self._in_units(self.shifts, f"{name}.shift", tensors)
+                if f"{name}.{part}" in tensors:
+                    factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
+                    self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
+                    self.branch[named] = nn.Parameter(factor / self.units[named])
         self.fixed |= {name: tensors[name] for name in kind.kept}
         exact = (name for names in kind.full_precision.values() for name in names)
         self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}
@@ -79,17 +80,10 @@ class TunedLayer(nn.Module):
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
         for name, ratio in self._ratios().items():
             self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
-        for group in ("scales", "gains", "clips", "branch", "shifts"):
+        for group in ("scales", "gains", "clips", "branch"):
             getattr(self, group).requires_grad_(group in learns)
         if "clips" not in learns:
             self.clips = nn.ParameterDict()
-
-    def _in_units(self, group: nn.ParameterDict, name: str, tensors: Tensors) -> None:
-        """Learns a tensor, where there is one, in units of its RMS."""
-        if name in tensors:
-            whole = tensors[name].float()
-            self.units[key(name)] = whole.square().mean().sqrt().clamp(min=torch.finfo().tiny)
-            group[key(name)] = nn.Parameter(whole / self.units[key(name)])
 
     def _ratios(self) -> dict[str, float]:
         known = {site: rows.clip for site, rows in self.rows.items()}
@@ -121,9 +115,8 @@ class TunedLayer(nn.Module):
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
             if down in self.branch:
                 made = made + seen[2].to(self.compute) @ self._low(down) @ self._low(up)
-            for bias in self._biases(name):
-                made = made + bias
-            return made
+            bias = bias_of(tensors, name)
+            return made if bias is None else made + bias.float()
 
         after = self.decoder.layer(tensors, h, linear, self._cache() if self.kv else None)
         block = self.decoder.kind.mlp
@@ -145,16 +138,11 @@ class TunedLayer(nn.Module):
         codes = self.form.unpack(packed, self.decoder.kind.shapes[name][1])
         return codes.to(self.compute).unflatten(1, (groups, -1))
 
-    def _biases(self, name: str) -> list[Tensor]:
-        """What is added to the outputs, float32 [N] each."""
-        found = [self.fixed[f"{name}.bias"].float()] if f"{name}.bias" in self.fixed else []
-        return found + ([self._whole(self.shifts, shift)] if (shift := key(f"{name}.shift")) in self.shifts else [])
-
     def _low(self, name: str) -> Tensor:
-        return self._whole(self.branch, name).to(self.compute)
+        return self._factor(name).to(self.compute)
 
-    def _whole(self, group: nn.ParameterDict, name: str) -> Tensor:
-        return group[name] * self.units[name]
+    def _factor(self, name: str) -> Tensor:
+        return self.branch[name] * self.units[name]
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
         rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
@@ -177,9 +165,12 @@ class TunedLayer(nn.Module):
         for name, log_scale in self.scales.items():
             out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
         moved = {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
-        moved |= {dotted(name): self._whole(group, name) for group in (self.branch, self.shifts) for name in group}
+        moved |= {dotted(name): self._factor(name) for name in self.branch}
         out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
+
+
+CONSTANT = (".bias", ".shift")
 
 
 def transformed(x: Tensor, stages: list[Stage]) -> Tensor:
