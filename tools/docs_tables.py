@@ -161,9 +161,18 @@ def dominates() -> str:
 
 
 def noise() -> str:
-    """Signal to noise of each site of SmolLM2, as `rotquant inspect` has it."""
-    rows = [[row["site"], f"{row['snr']:.1f} dB", f"{row['worst']:.1f} dB"] for row in read("error-smollm2")["snr"]]
-    return table(["site", "signal to noise, mean over layers", "worst layer"], rows)
+    """Signal to noise of each site of SmolLM2, and what its rows have in common, as `rotquant inspect` has them."""
+    found = read("error-smollm2")
+    common = {row["site"]: f"{row['share']:.0%} ({row['least']:.0%} to {row['most']:.0%})" for row in found["common"]}
+    rows = [[r["site"], f"{r['snr']:.1f} dB", f"{r['worst']:.1f} dB", common[r["site"]]] for r in found["snr"]]
+    return table(["site", "signal to noise, mean over layers", "worst layer", "common to all tokens"], rows)
+
+
+def shifts() -> str:
+    """Noise of the inputs behind norms, with a shift and without, with a Hadamard and a learned R1."""
+    found = read("error-smollm2")["shifts"]
+    rows = [[row["what"], four_digits(row["symmetric"]), four_digits(row["asymmetric"])] for row in found]
+    return table(["in front of rounding", "symmetric", "asymmetric"], rows)
 
 
 def released() -> str:
@@ -184,5 +193,5 @@ def engines() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
-    "released code": released, "engines": engines, "dominates": dominates, "noise": noise,
+    "released code": released, "engines": engines, "dominates": dominates, "noise": noise, "shifts": shifts,
 }  # fmt: skip

@@ -92,7 +92,7 @@ def effective(recipe: Recipe) -> Choose:
 
 def check_chains(recipe: Recipe, arch: Architecture) -> None:
     """Refuses stages in front of output linears whose sizes the kinds of layer do not share."""
-    words = recipe.online.learned("o")
+    words = [word for word in recipe.online.learned("o") if word != "shift"]  # a vector fits any size
     for what, asked, found in (
         ("inputs of the output linear", bool(words), {kind.attention.channels for kind in arch.kinds}),
         ("channels of a head", "heads" in words, {kind.attention.channels_of_head for kind in arch.kinds}),
