@@ -45,7 +45,7 @@ def engines() -> str:
 
 MIXTURES = (
     ("Qwen3-MoE: 16 experts, top 4", "compare-qwen3-moe"), ("Mixtral: 8 experts, top 2", "compare-mixtral"),
-    ("Qwen2-MoE: 60 experts, top 2, and a shared one", "compare-qwen2-moe"),
+    ("Qwen2-MoE: 16 experts, top 2, and a shared one", "compare-qwen2-moe"),
 )  # fmt: skip
 
 
