@@ -215,9 +215,8 @@ def source_model(
                 parameter += 0.3 * torch.randn_like(parameter)
             if kind == "gemma4" and name.endswith("q_norm.weight"):
                 parameter *= 0.2  # its scores are scaled by nothing else
-        table = (
-            model.get_input_embeddings().weight
-        )  # a zero row, of padding, would have rounding alone behind its norms
+        # A zero row, as of padding, would have nothing but rounding behind the norms of what blocks write.
+        table = model.get_input_embeddings().weight
         table[table.eq(0).all(1)] = sizes["initializer_range"]
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):

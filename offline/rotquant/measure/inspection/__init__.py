@@ -16,7 +16,7 @@ The JSON object:
         before, after    the figures of `against` and of `model`:
             peak_to_rms, gsr, kurtosis      means over rows
             difficulty                      of rows scaled to RMS 1
-            common                          share of the energy of rows scaled to RMS 1 that their mean over tokens holds
+            common                          share of the energy that the mean over tokens holds, rows scaled to RMS 1
             qsur                            of rows scaled to RMS 1; null for rows wider than 1024 or too few tokens
             snr                             dB, every row counting the same; null where nothing is quantized
             heads                           K and V: SNR of each KV head
