@@ -24,7 +24,7 @@ from rotquant.measure.inspection import TEXT, Inspection, inspect
 from rotquant.measure.inspection.findings import findings
 from rotquant.measure.inspection.html import spread
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
-from rotquant.measure.inspection.table import change, quantizers
+from rotquant.measure.inspection.table import NARROWEST, change, quantizers
 from rotquant_kernels.formats import KVFormat, RowFormat
 from source_models import KINDS, Demo, source_model
 
@@ -215,7 +215,7 @@ def test_json_round_trip(rotated: Inspection) -> None:
 
 def test_table(rotated: Inspection) -> None:
     text = str(rotated)
-    assert all(len(line) <= 140 for line in text.splitlines())
+    assert all(len(line) <= NARROWEST for line in text.splitlines())
     snr = [f"{mean(rotated.facts, 'attn_in', 'snr', when):.1f}" for when in ("before", "after")]
     assert f"{snr[0]} → {snr[1]}" in text
     assert "position 0, '<s>'" in text
