@@ -17,6 +17,7 @@ SPOKEN = {
     "weight_clip": "weight clips",
 }  # fmt: skip
 SITES = ("attn", "o", "mlp", "down")
+WHERE_IT_PAYS = {"shifts": "shifts, where they pay", "low-rank branch": "a low-rank branch, where it pays"}
 
 
 def recipes() -> list[dict[str, Any]]:
@@ -68,8 +69,8 @@ def online(recipe: dict[str, Any]) -> str:
     words += [f"{kind} blocks" if kind == "greedy" else kind for kind in dict.fromkeys(kinds)]
     if recipe.get("weights", {}).get("rank"):
         words.append(f"branch of rank {recipe['weights']['rank']}")
-    if "low-rank branch" in (recipe.get("choose") or {}).get("candidates", {}):
-        words.append("a low-rank branch, where it pays")
+    tried = (recipe.get("choose") or {}).get("candidates", {})
+    words += [said for candidate, said in WHERE_IT_PAYS.items() if candidate in tried]
     return ", ".join(words) or "nothing"
 
 

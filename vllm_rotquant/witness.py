@@ -120,6 +120,11 @@ def sign_of_extreme(x: Tensor) -> Tensor:
     return x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
+def positive_first(x: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """Indices of rows of x, those first whose largest magnitude behind the stages is positive."""
+    return sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
+
+
 def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rows [rows, inputs] for a chain, random behind its shifts, whose largest magnitude there is positive.
 
@@ -130,8 +135,7 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     shifted = any(KINDS[stage.kind].affine for stage in stages)
     center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
     x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
-    good = sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
-    return x[good[:rows]].to(device)
+    return x[positive_first(x, stages)[:rows]].to(device)
 
 
 def trial_gate_up(
@@ -157,7 +161,7 @@ def trial_stream(rows: int, weight: Tensor, eps: float, stages: Sequence[Stage])
     normed = (total * (mean + eps).rsqrt()).to(weight.dtype) * weight
     sign = sign_of_extreme(transformed(normed, stages)).to(normed)
     x, normed = x * sign[:, None], normed * sign
-    good = sign_of_extreme(transformed(normed, stages))[:, 0].argsort(descending=True, stable=True)[:rows]
+    good = positive_first(normed, stages)[:rows]
     return x[good], normed[good]
 
 

@@ -74,8 +74,8 @@ SITES = ("attn", "o", "mlp", "down")
 class OnlineStages(Part):
     """Online transforms at each site, in order, after R4; `learn.starts` says what each word stands for.
 
-    `shift_norms` and `shift_o` put a shift behind them: a site that has none else runs it at no cost, inside the op of
-    its linears. In a mixture of experts "all" is "attn": what its router reads its experts have to read.
+    `shift_norms` and `shift_o` put a shift behind them: a site that has none else runs it inside the op of its
+    linears. In a mixture of experts "all" is "attn": what its router reads its experts have to read.
     """
 
     attn: list[OnlineWord] = []

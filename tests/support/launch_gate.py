@@ -255,6 +255,7 @@ def odd() -> Iterator[Launch]:
         yield f"rows of {k} turned", lambda k=k, b=block: turn(3, k, "hadamard", b)
         yield f"silu, rows of {k} turned", lambda k=k, b=block: turn_silu(1, k, b)
         yield f"silu, rows of {k}, no Hadamard", lambda k=k: quantize(1, k, silu=True)
+        yield f"rows of {k}, shift", lambda k=k: quantize(1, k, shift=True)
         if k <= rows.LONGEST_NORM:
             yield f"norm of {k}", lambda k=k: norm(1, k)
             yield f"norm of {k}, shift", lambda k=k: norm(1, k, shift=True)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotquant_kernels import convention, reference
+from rotquant_kernels import reference
 from rotquant_kernels.cuda import rows_dense, rows_long
 from rotquant_kernels.cuda.rows_steps import EXACT, butterflies, extremes, held, load_row, qparams, store_codes
 
@@ -96,10 +96,7 @@ def launch(
     settings = {"SOURCE": source, "BLOCK": 1 << log, "LOG": log, "BITS": bits, "SYMMETRIC": symmetric, "ORDER": order}
     settings["ASM"] = not triton.knobs.runtime.interpret
     if rows and width > LARGEST and source != "rms_norm":
-        if shift is not None:  # of no model: kept simple
-            x, settings["SOURCE"] = reference.turned(silu_or_plain(x, source), *turn), "plain"
-            step = x.stride(0)
-        rows_long.launch(x, codes, scale, zero, step, columns, clip, settings)
+        rows_long.launch(x, shift, codes, scale, zero, step, columns, clip, settings)
     elif rows:
         quantize_kernel[(rows,)](
             x, residual, norm, stream, shift, codes, scale, zero, step, columns, clip, eps, **settings, WIDTH=width,
@@ -132,10 +129,6 @@ def check_shift(shift: Tensor | None, columns: int) -> Tensor:
     if shift is None or shift.shape != (columns,) or shift.dtype != torch.float32:
         raise ValueError(f"a shift of {columns} columns needs float32 [{columns}]")
     return shift.contiguous()
-
-
-def silu_or_plain(x: Tensor, source: str) -> Tensor:
-    return convention.silu_mul(x) if source == "silu_mul" else x
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def joined(at, STRIDE: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def quantize_long_kernel(
-    x, scratch, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr, HELD: tl.constexpr,
+    x, scratch, shift, codes, scales, zeros, x_stride, columns, clip, rows, LOG_SPAN: tl.constexpr, HELD: tl.constexpr,
     SOURCE: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +53,8 @@ def quantize_long_kernel(
         tl.debug_barrier()  # all threads are done with the row before
         for first in range(0, columns, SPAN):
             y = load_row(x + row * x_stride, first + place, columns, SOURCE == "silu_mul")
+            if shift is not None:
+                y -= tl.load(shift + first + place, first + place < columns, 0)
             if LOG > 0:
                 y = butterflies(y, SPAN, INNER, HELD)
             if INNER == LOG:
@@ -81,15 +83,15 @@ def quantize_long_kernel(
 
 
 def launch(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, step: int, columns: int, clip: float,
+    x: Tensor, shift: Tensor | None, codes: Tensor, scale: Tensor, zero: Tensor, step: int, columns: int, clip: float,
     settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Fills codes, scale and zero (see `rows.launch`) from the rows of x, `step` numbers apart."""
+    """Fills codes, scale and zero (see `rows.launch`) from the rows of x, `step` numbers apart; shift: [K] or None."""
     rows = x.shape[0]
     programs = min(rows, PROGRAMS * device_of(x.device).processors)
     direct = settings["BITS"] == 0
     scratch = codes if direct else torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     quantize_long_kernel[(programs,)](
-        x, scratch, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN,
+        x, scratch, shift, codes, scale, zero, step, columns, clip, rows, **settings, LOG_SPAN=LOG_SPAN,
         HELD=held(1 << LOG_SPAN, WARPS), num_warps=WARPS, num_stages=1, **EXACT,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def test_rows_that_go_through_a_program_in_parts_are_the_references_too(k, block
 @pytest.mark.parametrize("silu_mul", [False, True])
 @pytest.mark.parametrize(("m", "k"), [(1, 6), (5, 72), (3, 1000), (2, 16640)])
 def test_a_shift_is_taken_inside_the_launch(m, k, silu_mul):
-    """Rows that go through a program in parts are shifted before it."""
+    """Of rows that go through a program in parts, too."""
     x = gate_up(m, k, m, torch.float16) if silu_mul else inputs(m, k, m, torch.float16)
     shift = torch.randn(k, generator=torch.Generator().manual_seed(k))
     for bits, symmetric in ((4, False), (8, True)):
