@@ -94,7 +94,8 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_shape", shape)
         transforms, rank, dtype = self.format.transforms, self.format.rank, self.dtype
         rotation.expect_tensors(layer, self.prefix, transforms, self.all_inputs, self.span, self.parts, loader)
-        low_rank.expect_factors(layer, self.prefix, rank, self.all_inputs, self.span, self.parts, dtype)
+        factors = self.prefix, rank, self.all_inputs, self.span, self.parts, dtype, self.format.subtracts
+        low_rank.expect_factors(layer, *factors)
 
     def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
         if self.format.rank and outputs < all_outputs:
@@ -206,6 +207,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             layer.low_rank_down,
             layer.low_rank_up,
             self.silu_mul,
+            linear.subtracts,
         )
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:

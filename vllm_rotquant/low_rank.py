@@ -5,7 +5,12 @@ become one pair of rank P r for P parts:
 
     D = [D_1 ... D_P]        U = diag(U_1, ..., U_P)        x D U = [x D_1 U_1 ... x D_P U_P]
 
-Under tensor parallelism a rank holds the rows of D for its inputs and the columns of each U_i for its outputs.
+A branch that takes its directions off the inputs has one D, since these are rounded once for all parts:
+
+    D = D_1 = ... = D_P      U = [U_1 ... U_P]               y = (x - x D Dᵀ) ... + x D U
+
+Under tensor parallelism a rank holds the rows of D for its inputs and the columns of each U_i for its outputs. Where D
+is taken off the inputs and ranks split these, no direction may cross them: what one takes off needs all of x D.
 """
 
 from __future__ import annotations
@@ -25,11 +30,13 @@ QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a qkv layer
 
 
 def expect_factors(
-    layer: torch.nn.Module, prefix: str, rank: int, all_inputs: int, span: slice, parts: list[int], dtype: torch.dtype
-) -> None:
+    layer: torch.nn.Module, prefix: str, rank: int, all_inputs: int, span: slice, parts: list[int], dtype: torch.dtype,
+    subtracts: bool = False,
+) -> None:  # fmt: skip
     """Makes `layer` accept its factors from the checkpoint; both are None where rank is 0.
 
     Args:
+        subtracts: the branch takes its directions off the inputs.
         span: inputs of this rank; parts: outputs on this rank of each checkpoint layer in this one.
         dtype: the model's.
     """
@@ -40,18 +47,23 @@ def expect_factors(
     if isinstance(layer, compat.ParallelLMHead):
         raise RotQuantError(f"{prefix}: this build of rotquant does not run rotquant.low_rank on the output layer")
     # NaN shows after loading what the checkpoint did not fill.
-    down = torch.full((span.stop - span.start, rank * len(parts)), torch.nan, dtype=dtype)
-    up = torch.block_diag(*(torch.full((rank, outputs), torch.nan, dtype=dtype) for outputs in parts))
+    factors = [torch.full((rank, outputs), torch.nan, dtype=dtype) for outputs in parts]
+    down = torch.full((span.stop - span.start, rank * (1 if subtracts else len(parts))), torch.nan, dtype=dtype)
+    up = torch.cat(factors, 1) if subtracts else torch.block_diag(*factors)
     for name, data in zip(NAMES, (down, up), strict=True):
         layer.register_parameter(name, Parameter(data, requires_grad=False))
     where, outputs = f"{prefix}.{{}}", [0, *torch.tensor(parts).cumsum(0).tolist()]
 
     def block(part: int) -> tuple[slice, slice]:
-        return slice(part * rank, (part + 1) * rank), slice(outputs[part], outputs[part + 1])
+        first = 0 if subtracts else part * rank
+        return slice(first, first + rank), slice(outputs[part], outputs[part + 1])
 
     def load_down(parameter: Tensor, loaded: Tensor, part: int) -> None:
         expect_shape(where.format(NAMES[0]), loaded, [all_inputs, rank])
-        parameter.data[:, block(part)[0]] = loaded[span]
+        there = parameter.data[:, block(part)[0]]
+        if subtracts:
+            _check_directions(where.format(NAMES[0]), loaded, span, there)
+        there.copy_(loaded[span])
 
     def load_up(parameter: Tensor, loaded: Tensor, part: int) -> None:
         columns = output_shard(loaded.shape[-1], parts[part])
@@ -60,6 +72,23 @@ def expect_factors(
 
     for name, load in zip(NAMES, (load_down, load_up), strict=True):
         layer.get_parameter(name).weight_loader = partial(_numbered, load)  # type: ignore[attr-defined]
+
+
+def _check_directions(where: str, loaded: Tensor, span: slice, there: Tensor) -> None:
+    """Refuses directions that cross tensor-parallel ranks, or that are not those of the layer's other parts.
+
+    Args:
+        loaded: D [K, r]; span: inputs of this rank; there: this rank's rows of D, NaN where nothing was loaded yet.
+    """
+    own = loaded[span]
+    outside = torch.cat((loaded[: span.start], loaded[span.stop :]))
+    if (own.any(0) & outside.any(0)).any():
+        raise RotQuantError(
+            f"{where}: a direction that is taken off the inputs crosses tensor-parallel ranks: use a smaller"
+            " --tensor-parallel-size, or quantize again with --tp-max"
+        )
+    if not there.isnan().any() and not torch.equal(there, own.to(there)):
+        raise RotQuantError(f"{where}: the parts of this fused layer store different directions")
 
 
 def _numbered(load: Any, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:

@@ -174,12 +174,13 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     bias, correction = getattr(layer, "bias", None), layer.shift_correction
     if linear.rank or split(stages)[0]:
         refuse_rounded_products(method.prefix, packed.device)
+    taken = layer.low_rank_down if linear.subtracts else None
     if method.norm is not None:
         given, x = trial_stream(ROWS, method.norm.weight, method.norm.eps, stages)
     elif method.silu_mul:
-        given, x = trial_gate_up(ROWS, inputs, stages, method.dtype, packed.device)
+        given, x = trial_gate_up(ROWS, inputs, stages, method.dtype, packed.device, taken)
     else:
-        given = x = trial_rows(ROWS, inputs, stages, method.dtype, packed.device)
+        given = x = trial_rows(ROWS, inputs, stages, method.dtype, packed.device, taken)
 
     def run(rows: Any) -> Tensor:
         return method.apply(layer, rows if method.norm is None else method.norm(*rows.unbind(1))[0], bias)
@@ -194,7 +195,7 @@ def linear_row(layer: Any, packed: Tensor, count: int) -> Row:
     of_stages = stages_of((stage.kind for stage in split(stages, packed.device)[0]), packed.device)
     named = [f"{name} for {', '.join(kinds)}" for name, kinds in of_stages.items() if name not in kernels]
     group = f" g{linear.weights.group_size}" if linear.weights.group_size else ""
-    rank = f" rank {linear.rank}" if linear.rank else ""
+    rank = f" rank {linear.rank}{' of the inputs' if linear.subtracts else ''}" if linear.rank else ""
     return Row(
         kind_of(layer),
         count,

@@ -120,13 +120,22 @@ def sign_of_extreme(x: Tensor) -> Tensor:
     return x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
-def positive_first(x: Tensor, stages: Sequence[Stage]) -> Tensor:
-    """Indices of rows of x, those first whose largest magnitude behind the stages is positive."""
-    return sign_of_extreme(transformed(x, stages))[:, 0].argsort(descending=True, stable=True)
+def left_by(down: Tensor | None, y: Tensor) -> Tensor:
+    """y - y D Dᵀ [M, K], what a low-rank branch leaves to be rounded that subtracts D; y itself for None."""
+    return y if down is None else y - product(product(y, exact(down)), exact(down).T)
 
 
-def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device) -> Tensor:
+def positive_first(x: Tensor, stages: Sequence[Stage], taken: Tensor | None = None) -> Tensor:
+    """Indices of rows of x, those first whose largest magnitude is positive where they are rounded."""
+    return sign_of_extreme(left_by(taken, transformed(x, stages)))[:, 0].argsort(descending=True, stable=True)
+
+
+def trial_rows(
+    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device, taken: Tensor | None = None
+) -> Tensor:
     """Rows [rows, inputs] for a chain, random behind its shifts, whose largest magnitude there is positive.
+
+    `taken`: D [K, r] of a branch that takes its directions off what the chain leaves, or None.
 
     A chain with shifts is affine, A(c + x) = x M where A(c) = 0: rows are random around c, as real ones are, and
     x takes the sign. Rounding to `dtype` may turn a sign back where c is large, so there are rows to choose from.
@@ -134,17 +143,17 @@ def trial_rows(rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dty
     x = exact(trial(4 * rows, inputs, dtype=torch.float32, device=torch.device("cpu")))
     shifted = any(KINDS[stage.kind].affine for stage in stages)
     center = restored(torch.zeros_like(x[:1]), stages) if shifted else torch.zeros_like(x[:1])
-    x = (center + x * sign_of_extreme(transformed(center + x, stages))).to(dtype)
-    return x[positive_first(x, stages)[:rows]].to(device)
+    x = (center + x * sign_of_extreme(left_by(taken, transformed(center + x, stages)))).to(dtype)
+    return x[positive_first(x, stages, taken)[:rows]].to(device)
 
 
 def trial_gate_up(
-    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device
+    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device, taken: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gate and up [rows, 2 inputs] and silu(gate) * up as a model rounds it, whose extremes are as in `trial_rows`."""
     gate, up = (3 * trial(rows, inputs, dtype=dtype, device=device, seed=seed) for seed in (7, 8))
     silu = (gate.double() / (1 + (-gate.double()).exp())).to(dtype)
-    up = up * sign_of_extreme(transformed(silu * up, stages)).to(up)
+    up = up * sign_of_extreme(left_by(taken, transformed(silu * up, stages))).to(up)
     return torch.cat((gate, up), -1), silu * up
 
 
@@ -183,14 +192,14 @@ def float_linear(
         [M, N].
     """
     y = transformed(x, stages)
-    rounded = exact(linear.rows.fake_quantize(y))
+    down, up = low_rank
+    rounded = exact(linear.rows.fake_quantize(left_by(down if linear.subtracts else None, y)))
     at_once, inputs = max(1, STRETCH // x.shape[1]), x.shape[1]
     parts = []
     for words, scale in zip(packed.split(at_once), scales.split(at_once), strict=True):
         codes = linear.weights.unpack(words, inputs)
         parts.append(product(rounded, (exact(codes) * exact(scale).repeat_interleave(inputs // scale.shape[1], 1)).T))
     out = torch.cat(parts, 1)
-    down, up = low_rank
     if down is not None and up is not None:
         out = out + product(product(y, exact(down)), exact(up))
     return out if bias is None else out + exact(bias)

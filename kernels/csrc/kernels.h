@@ -22,6 +22,7 @@ constinit const Tier RQ_TABLE = {
     RQ_TIER::transform_row,
     RQ_TIER::quantize_row,
     RQ_TIER::project_row,
+    RQ_TIER::subtract_row,
     RQ_TIER::gemm_panel,
     RQ_TIER::PANEL_ROWS,
     RQ_TIER::add_rows,

@@ -100,7 +100,7 @@ inline ActFormat act_format(int64_t bits, bool symmetric, double clip) {
 }
 
 // Row m in float32 after its transform; valid until this thread's next row.
-inline const float* transformed(const Rows& x, int64_t m, const Transform& transform) {
+inline float* transformed(const Rows& x, int64_t m, const Transform& transform) {
   float* row = (float*)scratch(0, size_t(x.columns) * 8);
   (x.silu_mul ? tier().load_silu_mul : tier().load_row)(x.row(m), x.dtype, x.columns, row);
   tier().transform_row(row, x.columns, transform, row + x.columns);

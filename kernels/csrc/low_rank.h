@@ -1,5 +1,5 @@
 // The low-rank branch of a linear layer, (x down) up, in float32: the first product beside the quantization of a row,
-// the second one in the GEMM's epilogue.
+// which it may take its directions off, the second one in the GEMM's epilogue.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +55,38 @@ void project_row(const float* row, int64_t n, const LowRank& low_rank, float* ou
   if (low_rank.dtype == DType::f32) project<DType::f32>(row, n, down, low_rank.rank, out);
   if (low_rank.dtype == DType::bf16) project<DType::bf16>(row, n, down, low_rank.rank, out);
   if (low_rank.dtype == DType::f16) project<DType::f16>(row, n, down, low_rank.rank, out);
+}
+
+// row[n] -= V vectors of z times theirs of downᵀ.
+template <DType T, int V>
+inline void subtract_tile(float* row, int64_t n, const char* down, int64_t rank, const float* z) {
+  F factor[V];
+  for (int v = 0; v < V; v++) factor[v] = load(z + v * W);
+  for (int64_t k = 0; k < n; k++) {
+    F sum = factor[0] * load_as<T>(down, k * rank);
+#pragma GCC unroll 4
+    for (int v = 1; v < V; v++) sum = fma(factor[v], load_as<T>(down, k * rank + v * W), sum);
+    row[k] -= hsum(sum);
+  }
+}
+
+template <DType T>
+void subtract(float* row, int64_t n, const char* down, int64_t rank, const float* z) {
+  int64_t r = 0;
+  for (; r + 4 * W <= rank; r += 4 * W) subtract_tile<T, 4>(row, n, down + r * size_of(T), rank, z + r);
+  for (; r + W <= rank; r += W) subtract_tile<T, 1>(row, n, down + r * size_of(T), rank, z + r);
+  if (r == rank) return;
+  for (int64_t k = 0; k < n; k++)
+    read(down + (k * rank + r) * size_of(T), T, rank - r, [](int64_t, F) {},
+         [&](int64_t i, float a) { row[k] -= z[r + i] * a; });
+}
+
+// row[n] -= z[rank] downᵀ
+void subtract_row(float* row, int64_t n, const LowRank& low_rank, const float* z) {
+  const char* down = (const char*)low_rank.down;
+  if (low_rank.dtype == DType::f32) subtract<DType::f32>(row, n, down, low_rank.rank, z);
+  if (low_rank.dtype == DType::bf16) subtract<DType::bf16>(row, n, down, low_rank.rank, z);
+  if (low_rank.dtype == DType::f16) subtract<DType::f16>(row, n, down, low_rank.rank, z);
 }
 
 constexpr int64_t UP_RANKS = 64;  // rows of `up` that are made float32 at a time

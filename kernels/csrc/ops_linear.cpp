@@ -111,15 +111,16 @@ Tensor pack_weight(const Tensor& packed, int64_t bits, int64_t columns, int64_t 
 
 // ---- int_linear ----------------------------------------------------------------------------------------
 
-LowRank low_rank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t columns, int64_t rows) {
-  if (!down.has_value() && !up.has_value()) return {0, nullptr, nullptr, DType::f32};
+LowRank low_rank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, bool subtracts, int64_t columns,
+                    int64_t rows) {
+  if (!down.has_value() && !up.has_value()) return {0, nullptr, nullptr, DType::f32, false};
   REQUIRE(down.has_value() && up.has_value(), "low_rank_down and low_rank_up come together");
   const int64_t rank = up->size(0);
   REQUIRE(down->dim() == 2 && up->dim() == 2 && down->size(0) == columns && down->size(1) == rank &&
                       up->size(1) == rows && down->is_contiguous() && up->is_contiguous() &&
                       down->scalar_type() == up->scalar_type(),
                   "low_rank_down must be [K, r] and low_rank_up [r, N], contiguous and of one dtype");
-  return {rank, down->const_data_ptr(), up->const_data_ptr(), dtype_of(*down, "low_rank_down")};
+  return {rank, down->const_data_ptr(), up->const_data_ptr(), dtype_of(*down, "low_rank_down"), subtracts};
 }
 
 // What quantize_row and project_row leave for the GEMM, one buffer of the calling thread.
@@ -132,9 +133,10 @@ void quantize_all(const Rows& x, const Transform& transform, const ActFormat& fo
   int32_t* sums = (int32_t*)(quant + m);
   float* down = (float*)(sums + m * groups);
   parallel(m, worth_threads(m * x.columns), [&](int64_t i) {
-    const float* row = transformed(x, i, transform);
-    quant[i] = tier().quantize_row(row, group, groups, padded, format, codes + i * lda, sums + i * groups);
+    float* row = transformed(x, i, transform);
     if (rank) tier().project_row(row, x.columns, g.low_rank, down + i * rank);
+    if (g.low_rank.subtracts) tier().subtract_row(row, x.columns, g.low_rank, down + i * rank);
+    quant[i] = tier().quantize_row(row, group, groups, padded, format, codes + i * lda, sums + i * groups);
   });
   g.codes = codes;
   g.lda = lda;
@@ -146,11 +148,11 @@ void quantize_all(const Rows& x, const Transform& transform, const ActFormat& fo
 Tensor int_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
                   int64_t weight_bits, const std::string& transform, int64_t block, const std::optional<Tensor>& matrix,
                   int64_t act_bits, bool act_symmetric, double act_clip, const std::optional<Tensor>& low_rank_down,
-                  const std::optional<Tensor>& low_rank_up, bool silu_mul) {
+                  const std::optional<Tensor>& low_rank_up, bool silu_mul, bool low_rank_subtracts) {
   const Rows rows = rows_of(x, silu_mul);
   Gemm g{};
   g.weight = weight_of(weight, weight_scale, weight_bits, rows.columns);
-  g.low_rank = low_rank_of(low_rank_down, low_rank_up, rows.columns, g.weight.rows);
+  g.low_rank = low_rank_of(low_rank_down, low_rank_up, low_rank_subtracts, rows.columns, g.weight.rows);
   if (bias.has_value()) {
     REQUIRE(bias->is_contiguous() && bias->numel() == g.weight.rows, "bias must be [N]");
     g.bias = bias->const_data_ptr();

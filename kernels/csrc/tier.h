@@ -38,6 +38,7 @@ struct LowRank {
   const void* down;  // [K, rank]
   const void* up;  // [rank, N]
   DType dtype;
+  bool subtracts;  // (x down) downᵀ is taken off a row before it is quantized
 };
 
 // Layout P64 of packed weights (gemm.h): channels of a panel, inputs that a scale group is filled up to, and what is
@@ -149,6 +150,8 @@ struct Tier {
                            int8_t* codes, int32_t* sums);
   // out[rank] = row[n] down
   void (*project_row)(const float* row, int64_t n, const LowRank& low_rank, float* out);
+  // row[n] -= z[rank] downᵀ
+  void (*subtract_row)(float* row, int64_t n, const LowRank& low_rank, const float* z);
   // Panel `panel` (64 channels) of at most GEMM_ROWS rows m0..m1; scratch holds GEMM_SCRATCH bytes.
   void (*gemm_panel)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t panel, void* scratch);
   int64_t tile_rows;  // of which gemm_panel takes a multiple best

@@ -35,12 +35,13 @@ def norm_quantize(
 def int_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weights: WeightFormat,
     stage: tuple[str, int, Tensor | None], rows: RowFormat, low_rank_down: Tensor | None, low_rank_up: Tensor | None,
-    silu_mul: bool,
+    silu_mul: bool, low_rank_subtracts: bool,
 ) -> Tensor:  # fmt: skip
     """`int_linear` behind one online transform, (kind, block, tensor)."""
     return ops.int_linear(
-        x, weight, weight_scale, bias, weights.bits, *stage, *plain(rows), low_rank_down, low_rank_up, silu_mul
-    )
+        x, weight, weight_scale, bias, weights.bits, *stage, *plain(rows), low_rank_down, low_rank_up, silu_mul,
+        low_rank_subtracts,
+    )  # fmt: skip
 
 
 def quantized_linear(

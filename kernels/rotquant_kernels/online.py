@@ -41,6 +41,7 @@ def linear(
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
     silu_mul: bool = False,
+    low_rank_subtracts: bool = False,
 ) -> Tensor:
     """`int_linear` behind a chain of stages; everything else as there. The low-rank branch reads transformed rows.
 
@@ -52,6 +53,7 @@ def linear(
     assert not (silu_mul and split(stages)[0])
     before, inside = split(stages, x.device)
     y = calls.int_linear(
-        transform(x, before), weight, weight_scale, bias, weights, inside, rows, low_rank_down, low_rank_up, silu_mul
-    )
+        transform(x, before), weight, weight_scale, bias, weights, inside, rows, low_rank_down, low_rank_up, silu_mul,
+        low_rank_subtracts,
+    )  # fmt: skip
     return y.to(x.dtype) if before else y

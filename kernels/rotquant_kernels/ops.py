@@ -23,7 +23,8 @@ OPS = {
     "pack_weight": "(Tensor packed, int bits, int columns, int groups) -> Tensor",
     "int_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits, str transform,"
     " int block, Tensor? matrix, int act_bits, bool act_symmetric, float act_clip,"
-    " Tensor? low_rank_down=None, Tensor? low_rank_up=None, bool silu_mul=False) -> Tensor",
+    " Tensor? low_rank_down=None, Tensor? low_rank_up=None, bool silu_mul=False,"
+    " bool low_rank_subtracts=False) -> Tensor",
     "rms_norm_quantize": "(Tensor x, Tensor? residual, Tensor weight, float eps, int bits, bool symmetric,"
     " float clip, Tensor? shift=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantized_linear": "(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, Tensor? bias,"

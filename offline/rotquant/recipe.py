@@ -126,13 +126,20 @@ class Weights(Part):
     )
     act_order: bool = Field(default=True, description="GPTQ: quantize the columns of largest Hessian diagonal first")
     rank: int = Field(default=0, ge=0, description="of a low-rank branch in full precision beside the integers")
-    branch: Literal["svd", "tsvd"] = Field(
-        default="svd", description="svd: alternate with quantization; tsvd: also lower the residual's row maxima (FRTQ)"
+    branch: Literal["svd", "tsvd", "pca"] = Field(
+        default="svd",
+        description="svd: of the weights, alternating with quantization; tsvd: also lower the residual's row maxima"
+        " (FRTQ); pca: along the leading directions of the inputs, taken off these before they are rounded",
     )
 
     @property
     def needs_inputs(self) -> bool:
         return self.method == "gptq" or self.rank > 0
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the low-rank branch takes its directions off the inputs."""
+        return self.rank > 0 and self.branch == "pca"
 
     @property
     def form(self) -> WeightFormat:

@@ -119,6 +119,34 @@ def test_dense_transforms_and_the_low_rank_branch(tier, seed, m, block, rank, dt
 
 
 @many
+@given(
+    SEEDS, st.sampled_from([1, 5, 40]), st.sampled_from([(24, 1), (96, 8), (100, 0), (320, 64)]),
+    st.sampled_from([1, 8, 24, 32, 100]), DTYPES, st.booleans(),
+)  # fmt: skip
+def test_a_branch_that_subtracts_is_the_references_bit_for_bit(tier, seed, m, shape, rank, dtype, symmetric):  # noqa: F811
+    """On numbers whose sums are exact in any order."""
+    (k, block), n = shape, 100
+    _, packed, scale, bias = linear_case(seed, m, k, n, torch.float32, 1, 4)
+    generator = torch.Generator().manual_seed(seed)
+    whole = lambda *shape: torch.randint(-3, 4, shape, generator=generator).float()  # noqa: E731
+    x, down, up = whole(m, k).to(dtype), (whole(k, rank) / 4).to(dtype), whole(rank, n).to(dtype)
+    turn = ("hadamard" if block == 64 else "none", block, None)  # a norm that is a power of two
+
+    def run(op, weight: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        rest = (bias.to(dtype), 4, *turn, 4, symmetric, 0.8)
+        return op(x, weight, scale, *rest, down, up, low_rank_subtracts=True)
+
+    prepared = ops.prepare_weight(packed, 4, k, 1)
+    nothing = torch.zeros_like(up)
+    assert same(run(ops.int_linear, prepared, nothing), run(reference.int_linear, packed, nothing))
+    actual, expected = run(ops.int_linear, prepared, up).double(), run(reference.int_linear, packed, up).double()
+    assert (actual - expected).abs().max() <= (torch.finfo(dtype).eps + 1e-5) * expected.abs().max()
+    # What it takes off comes back by U = Dᵀ Wᵀ, but for what rounding the rest costs: here the identity, unrounded.
+    y, d, w = reference.turned(x, *turn).double(), down.double(), whole(n, k).double()
+    assert torch.equal((y - y @ d @ d.T) @ w.T + y @ d @ (d.T @ w.T), y @ w.T)
+
+
+@many
 @given(SEEDS, st.integers(0, 9), SHAPES, DTYPES, st.sampled_from([4, 8]), st.booleans())
 def test_silu_mul_in_front_is_the_references_bit_for_bit(tier, seed, m, shape, dtype, bits, symmetric):  # noqa: F811
     k, block = shape

@@ -267,7 +267,8 @@ def test_proof_catches_a_wrong_kernel(child: Child, base: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("swap", "where"), [("no low rank", "qkv_proj"), ("no shift", "gate_up_proj"), ("no bias", "o_proj")]
+    ("swap", "where"),
+    [("no low rank", "qkv_proj"), ("no subtraction", "gate_up_proj"), ("no shift", "gate_up_proj"), ("no bias", "o_proj")],
 )
 def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where} on kernel"):
@@ -469,6 +470,26 @@ def test_low_rank_of_ranks_is_that_of_the_whole(child: Child) -> None:
     torch.testing.assert_close(summed, x @ down @ up)
     with pytest.raises(RotQuantError, match=r"layer.low_rank_up has shape \[3, 7\], config.json asks for \[3, 8\]"):
         child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": factors(6, 7)})
+
+
+def test_directions_are_shared_by_parts_and_no_rank_crosses_them(child: Child) -> None:
+    """What is taken off the inputs before they are rounded: once for q, k and v, and whole on every rank."""
+    x, down = torch.randn(5, 6), torch.randn(6, 3)
+    parts = {name: (down, torch.randn(3, width)) for name, width in (("q", 8), ("k", 4), ("v", 4))}
+    got, up = child(serving.factors_of_rank, 1, 2, slice(0, 6), [4, 2, 2], parts, subtracts=True)
+    assert torch.equal(got, down)
+    q, k, v = (u for _, u in parts.values())
+    assert torch.equal(up, torch.cat((q[:, 4:], k[:, 2:], v[:, 2:]), 1))
+    with pytest.raises(RotQuantError, match=r"layer.low_rank_down: the parts of this fused layer store different dir"):
+        child(serving.factors_of_rank, 0, 1, slice(0, 6), [8, 4, 4], parts | {"k": (down + 1, parts["k"][1])}, True)
+    within = torch.block_diag(torch.randn(3, 1), torch.randn(3, 2))
+    up = torch.randn(3, 8)
+    shards = [slice(3 * i, 3 * i + 3) for i in range(2)]
+    halves = [child(serving.factors_of_rank, i, 2, shard, [8], {"": (within, up)}, True) for i, shard in enumerate(shards)]
+    taken = [x[:, shard] @ d @ d.T for shard, (d, _) in zip(shards, halves, strict=True)]
+    torch.testing.assert_close(torch.cat(taken, 1), x @ within @ within.T)
+    with pytest.raises(RotQuantError, match=r"layer.low_rank_down: a direction that .* crosses.*or quantize .* --tp-max"):
+        child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": (down, up)}, True)
 
 
 @pytest.mark.parametrize("transform", [Transform("permutation", 4, "T0"), Transform("shift", 0, "T0")])

@@ -59,9 +59,9 @@ def numbers(*shape: int) -> Tensor:
 def linear(stages: list[Stage]) -> Tensor:
     """A layer with everything."""
     packed = convention.pack_int32((3 * numbers(OUTPUTS, INPUTS)).clamp(-8, 7).to(torch.int8), 4)
-    given = LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9), (), 3)
-    x = witness.trial_rows(5, INPUTS, stages, torch.float32, torch.device("cpu"))
-    factors, bias = (numbers(INPUTS, 3), numbers(3, OUTPUTS)), numbers(OUTPUTS)
+    given = LinearFormat(WeightFormat(4, 16), RowFormat(4, False, 0.9), (), 3, subtracts=True)
+    factors, bias = (numbers(INPUTS, 3) / 8, numbers(3, OUTPUTS)), numbers(OUTPUTS)
+    x = witness.trial_rows(5, INPUTS, stages, torch.float32, torch.device("cpu"), factors[0])
     return witness.float_linear(x, given, stages, packed, numbers(OUTPUTS, 4).abs(), factors, bias)
 
 
@@ -71,7 +71,7 @@ def attention(stages: list[Stage]) -> Tensor:
 
 
 def in_front(stages: list[Stage]) -> Tensor:
-    gate_up = witness.trial_gate_up(5, INPUTS, stages, torch.float32, torch.device("cpu"))
+    gate_up = witness.trial_gate_up(5, INPUTS, stages, torch.float32, torch.device("cpu"), numbers(INPUTS, 3) / 8)
     return torch.cat((*gate_up, *witness.trial_stream(5, numbers(INPUTS), 1e-6, stages)[1:]), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class FloatLinear(torch.nn.Module):
         scale = tensors[f"{name}.weight_scale"].double()
         self.weight = codes.double() * scale.repeat_interleave(inputs // scale.shape[1], dim=1)
         self.matrix, self.offset, self.correction = affine(self.extras, tensors, name, inputs)
+        self.subtracts = any(
+            e.get("subtracts") and re.match(e["targets"][0][3:], name) for e in self.extras.get("low_rank", [])
+        )
         self.factors = [
             tensors[key].double() for key in (f"{name}.low_rank_down", f"{name}.low_rank_up") if key in tensors
         ]
@@ -43,7 +47,8 @@ class FloatLinear(torch.nn.Module):
         clip = self.extras["activation_clip"].get(self.name, self.spec.act_clip)
         head = self.name == "lm_head"
         bits = 8 if head or self.name in self.spec.wide else self.spec.act_bits
-        rounded = fake_quantize(y, bits, self.spec.symmetric or head, clip)
+        left = y - y @ self.factors[0] @ self.factors[0].T if self.subtracts else y
+        rounded = fake_quantize(left, bits, self.spec.symmetric or head, clip)
         out = rounded @ self.weight.T + self.correction + (0 if self.bias is None else self.bias.double())
         out = out + y @ self.factors[0] @ self.factors[1] if self.factors else out
         return out.to(x.dtype)

@@ -22,10 +22,11 @@ QKV, GATE_UP, DOWN, O = r"re:.*[qkv]_proj$", r"re:.*(gate|up)_proj$", r"re:.*dow
 
 @dataclass
 class Extras:
-    """(name, kind, block, target) of each transform, (rank, target) of each branch, clip ratios of single modules."""
+    """(name, kind, block, target) of each transform, (rank, target, whether it subtracts) of each branch, clip ratios
+    of single modules."""
 
     transforms: list[tuple[str, str, int, str]] = field(default_factory=list)
-    low_rank: list[tuple[int, str]] = field(default_factory=list)
+    low_rank: list[tuple[int, str, bool]] = field(default_factory=list)
     activation_clip: dict[str, float] = field(default_factory=dict)
     kv_layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -39,14 +40,15 @@ def everything() -> Extras:
             ("K1", "kronecker", 32, DOWN), ("S2", "shift", 0, DOWN), ("P3", "permutation", 128, DOWN),
             ("S0", "shift", 0, O),
         ],
-        [(3, QKV), (5, DOWN), (2, GATE_UP)],
+        [(3, QKV, False), (5, DOWN, False), (3, GATE_UP, True)],
         {f"model.layers.1.mlp.{part}_proj": 0.7 for part in ("gate", "up")} | {"model.layers.0.self_attn.o_proj": 0.8},
         {"model.layers.1.self_attn": {"key": 0.7}, "model.layers.0.self_attn": {"key": 0.9, "value": 0.8}},
     )  # fmt: skip
 
 
 def add_extras(folder: Path, extras: Extras, dtype: torch.dtype = torch.float32) -> None:
-    """Adds `extras` to the checkpoint; parts of one fused layer get equal transforms and factors of their own."""
+    """Adds `extras` to the checkpoint; parts of one fused layer get equal transforms, and factors of their own but for
+    what is taken off their inputs."""
     config = json.loads((folder / "config.json").read_text())
     ours = config["rotquant"]
     ours["activation_clip"] |= extras.activation_clip
@@ -54,7 +56,10 @@ def add_extras(folder: Path, extras: Extras, dtype: torch.dtype = torch.float32)
         ours["kv_clip"]["layers"] = extras.kv_layers
     keys = ("name", "kind", "block", "targets")
     ours["input_transforms"] = [dict(zip(keys, (*entry[:3], [entry[3]]), strict=True)) for entry in extras.transforms]
-    ours["low_rank"] = [{"rank": rank, "targets": [target]} for rank, target in extras.low_rank]
+    ours["low_rank"] = [
+        {"rank": rank, "targets": [target]} | ({"subtracts": True} if subtracts else {})
+        for rank, target, subtracts in extras.low_rank
+    ]
     for key in ("input_transforms", "low_rank"):
         if not ours[key]:
             del ours[key]
@@ -69,9 +74,10 @@ def add_extras(folder: Path, extras: Extras, dtype: torch.dtype = torch.float32)
                 tensors |= {} if tensor is None else {f"{name}.{transform}_input.weight": tensor}
                 if kind == "shift":
                     tensors[f"{name}.{transform}_output.weight"] = normal(outputs, seed=name + transform)
-        for rank, target in extras.low_rank:
+        for rank, target, subtracts in extras.low_rank:
             if re.match(target[3:], name):
-                tensors[f"{name}.low_rank_down"] = (normal(inputs, rank, seed=name) * inputs**-0.5).to(dtype)
+                seed = f"{name.rpartition('.')[0]}.{inputs}" if subtracts else name
+                tensors[f"{name}.low_rank_down"] = (normal(inputs, rank, seed=seed) * inputs**-0.5).to(dtype)
                 tensors[f"{name}.low_rank_up"] = normal(rank, outputs, seed=name + "up").to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -204,6 +204,7 @@ def swapped(how: str) -> Iterator[None]:
         },
         "no bias": {(calls, "int_linear"): changed(linear, bias=None)},
         "no low rank": {(calls, "int_linear"): changed(linear, low_rank_down=None, low_rank_up=None)},
+        "no subtraction": {(calls, "int_linear"): changed(linear, low_rank_subtracts=False)},
         "no silu": {(calls, "int_linear"): no_silu},
         "no shift": {(online, "online_stage"): no_shift},
         "unrotated query": {(calls, "kv_attention"): unrotated_query},
@@ -351,7 +352,8 @@ def quantization_under(version: str, folder: Path, flag: str | None) -> str | No
 
 
 def factors_of_rank(
-    rank: int, ranks: int, span: slice, outputs: list[int], loaded: dict[str, tuple[Tensor, Tensor]]
+    rank: int, ranks: int, span: slice, outputs: list[int], loaded: dict[str, tuple[Tensor, Tensor]],
+    subtracts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """D and U of one rank of a layer after vLLM's loader has passed the checkpoint's factors of each part."""
     from vllm_rotquant import compat, low_rank
@@ -361,7 +363,7 @@ def factors_of_rank(
         mock.patch.object(compat, "get_tensor_model_parallel_rank", return_value=rank),
         mock.patch.object(compat, "get_tensor_model_parallel_world_size", return_value=ranks),
     ):
-        low_rank.expect_factors(layer, "layer", down.shape[1], down.shape[0], span, outputs, torch.float32)
+        low_rank.expect_factors(layer, "layer", down.shape[1], down.shape[0], span, outputs, torch.float32, subtracts)
         for part, factors in loaded.items():
             for name, factor in zip(low_rank.NAMES, factors, strict=True):
                 parameter = layer.get_parameter(name)

@@ -264,13 +264,16 @@ def int_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, transform: str, block: int,
     matrix: Tensor | None, act_bits: int, act_symmetric: bool, act_clip: float,
     low_rank_down: Tensor | None = None, low_rank_up: Tensor | None = None, silu_mul: bool = False,
+    low_rank_subtracts: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `reference.int_linear`; one launch for the activations, one for the product."""
     flat, down = rows.rows_of(x), None
     if low_rank_down is not None or transform == "dense":  # the branch and the codes share the transformed rows
         flat, transform, silu_mul = rows.turned(flat, transform, block, matrix, silu_mul), "none", False
     if low_rank_down is not None:
-        down = flat.float() @ low_rank_down.float()
+        flat, factor = flat.float(), low_rank_down.float()
+        down = flat @ factor
+        flat = flat - down @ factor.T if low_rank_subtracts else flat
     quantized = rows.quantize_rows(flat, transform, block, matrix, act_bits, act_symmetric, act_clip, silu_mul)
     y = product(quantized, weight, weight_scale, bias, weight_bits, act_symmetric, x.dtype, down, low_rank_up)
     return y.view(*x.shape[:-1], y.shape[1])

@@ -51,6 +51,7 @@ def int_linear(
     low_rank_down: Tensor | None = None,
     low_rank_up: Tensor | None = None,
     silu_mul: bool = False,
+    low_rank_subtracts: bool = False,
 ) -> Tensor:
     """Linear layer on integers: y = s_x s_w (q_x - z_x) q_wᵀ + (x T) D U + bias, q_x from x T, x transformed online.
 
@@ -62,17 +63,20 @@ def int_linear(
         weight_bits, act_bits: 4 or 8.
         transform, block, matrix: see `turned`.
         low_rank_down, low_rank_up: D float [K, r] and U float [r, N], a branch in full precision, or None.
+        low_rank_subtracts: q_x is that of x T - (x T D) Dᵀ, what the branch's directions leave.
     Returns:
         [..., N] in x's dtype. Epilogue in float32: for each group acc * s_w, summed in the order of
         the groups, then * s_x, then + the low-rank branch, then + bias, then one rounding to x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     rows = convention.silu_mul(rows) if silu_mul else rows
-    q, scale, zero = quantize_rows(rows, transform, block, matrix, act_bits, act_symmetric, act_clip)
-    codes = unpack_int32(weight, weight_bits, rows.shape[1])
-    y = scaled_product(q, scale, zero, codes, weight_scale, act_symmetric)
+    rows, branch = turned(rows, transform, block, matrix), None
     if low_rank_down is not None and low_rank_up is not None:
-        y = y + turned(rows, transform, block, matrix) @ low_rank_down.float() @ low_rank_up.float()
+        z = rows @ low_rank_down.float()
+        rows, branch = rows - z @ low_rank_down.float().T if low_rank_subtracts else rows, z @ low_rank_up.float()
+    q, scale, zero = quantize_rows(rows, "none", 0, None, act_bits, act_symmetric, act_clip)
+    y = scaled_product(q, scale, zero, unpack_int32(weight, weight_bits, rows.shape[1]), weight_scale, act_symmetric)
+    y = y if branch is None else y + branch
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])

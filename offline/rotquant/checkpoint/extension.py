@@ -8,7 +8,9 @@ input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": [
                   online transforms of linear inputs, run in list order after those of `transform_config`; kinds
                   and tensors as in `rotquant_kernels.stages`
 low_rank          [{"rank": 16, "targets": ["re:.*down_proj$"]}, ...]
-                  a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]
+                  a full-precision branch, `<module>.low_rank_down` [K, r] and `<module>.low_rank_up` [r, N]; with
+                  "subtracts": true it takes x D Dᵀ off the inputs before they are rounded, and linears that share
+                  inputs share D
 basis             {"file": "rotquant_basis.safetensors", "sha256": "..."}: what turns between the original's bases and
                   the checkpoint's, see `basis`; not needed to run
 provenance        recipe, seed, calibration, versions, what was chosen; not needed to run
@@ -83,9 +85,10 @@ class InputTransform(Part):
 
 
 class LowRank(Part):
-    """Rank of the branch beside the linear layers that `targets` names."""
+    """Rank of the branch beside the linear layers that `targets` names, and whether it is one of their inputs."""
 
     rank: Annotated[int, Field(gt=0)]
+    subtracts: bool = False
     targets: Targets
 
 

@@ -49,13 +49,15 @@ class Transform:
 class LinearFormat:
     """How one linear layer is stored and run.
 
-    `rows` are what its input is rounded to; `rank` 0 means no low-rank branch; transforms run in their order.
+    `rows` are what its input is rounded to; `rank` 0 means no low-rank branch, which `subtracts` its directions from
+    the input or does not; transforms run in their order.
     """
 
     weights: WeightFormat
     rows: RowFormat
     transforms: tuple[Transform, ...] = ()
     rank: int = 0
+    subtracts: bool = False
 
 
 class CheckpointFormat:
@@ -137,14 +139,15 @@ class CheckpointFormat:
             return None
         weights, rows = read_linear(scheme)
         transforms = tuple(transform for args, transform in self.transforms if covers(args, name, "Linear"))
-        ranks = [e.rank for e in self.extension.low_rank if any(matches(name, t, "Linear") for t in e.targets)]
+        branches = [e for e in self.extension.low_rank if any(matches(name, t, "Linear") for t in e.targets)]
         if len({transform.name for transform in transforms}) < len(transforms):
             raise RotQuantError(f"config.json: two online transforms of {name} have one name: rename one")
-        if len(ranks) > 1:
+        if len(branches) > 1:
             raise RotQuantError(f"config.json: rotquant.low_rank: two entries name {name}: keep one")
         clip = self.extension.activation_clip
         rows = rows.clipped(clip.get(name, clip.get("default", 1.0)))
-        return LinearFormat(weights, rows, transforms, rank=sum(ranks))
+        branch = (branches[0].rank, branches[0].subtracts) if branches else ()
+        return LinearFormat(weights, rows, transforms, *branch)
 
     def scheme(self, name: str) -> QuantizationScheme | None:
         """The group of config.json that the linear layer with this full name belongs to, None where it has none."""

@@ -57,22 +57,29 @@ class PackedLinear:
         return cls(packed, scale, (rows, columns), form, *branch)
 
     @classmethod
-    def stacked(cls, parts: list[PackedLinear]) -> PackedLinear:
-        """Linears of one input as one, their outputs one below the other; of low rank [D_1 ...], diag(U_1, ...)."""
+    def stacked(cls, parts: list[PackedLinear], subtracts: bool = False) -> PackedLinear:
+        """Linears of one input as one, their outputs one below the other.
+
+        Of low rank [D_1 ...], diag(U_1, ...); where the branch takes D off the inputs they share it: D, [U_1 ...].
+        """
         first, rows = parts[0], sum(part.shape[0] for part in parts)
         if len(parts) == 1:
             return first
         downs = [part.down for part in parts if part.down is not None]
         ups = [part.up for part in parts if part.up is not None]
+        if subtracts:
+            downs, up = downs[:1], torch.cat(ups, dim=1)
+        else:
+            up = torch.block_diag(*ups) if ups else None
         return cls(
             torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts]),
             (rows, first.shape[1]), first.form,
-            torch.cat(downs, dim=1) if downs else None, torch.block_diag(*ups) if ups else None,
+            torch.cat(downs, dim=1) if downs else None, up,
         )  # fmt: skip
 
 
-def joined(tensors: Tensors, kind: Layer, form: WeightFormat) -> Tensors:
-    """A quantized layer's tensors as a checkpoint names them: those of fused linears one below the other.
+def joined(tensors: Tensors, kind: Layer, form: WeightFormat, subtracts: bool = False) -> Tensors:
+    """A quantized layer's tensors as a checkpoint names them: those of fused linears as `PackedLinear.stacked` says.
 
     Linears that are not among them, such as experts that wait elsewhere, are left out.
     """
@@ -83,7 +90,7 @@ def joined(tensors: Tensors, kind: Layer, form: WeightFormat) -> Tensors:
     for name, held in kind.stored.items():
         if held[0] not in parts:
             continue
-        whole = PackedLinear.stacked([parts[part] for part in held])
+        whole = PackedLinear.stacked([parts[part] for part in held], subtracts)
         stored |= whole.tensors(name, whole.scale.dtype)
     return stored
 

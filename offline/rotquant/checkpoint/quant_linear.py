@@ -102,5 +102,5 @@ class QuantLinear(nn.Module):
         f = self.format
         return linear(
             x, self.weight_packed, self.weight_scale, self.bias, f.weights, self.stages, f.rows,
-            self.low_rank_down, self.low_rank_up,
+            self.low_rank_down, self.low_rank_up, low_rank_subtracts=f.subtracts,
         )  # fmt: skip

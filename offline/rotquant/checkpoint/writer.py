@@ -148,17 +148,18 @@ def extension(
     if stages := input_transforms(arch, transforms):
         out["input_transforms"] = stages
     if recipe.weights.rank:
-        out["low_rank"] = low_rank(recipe.weights.rank, arch)
+        out["low_rank"] = low_rank(recipe.weights.rank, recipe.weights.subtracts, arch)
     return out | ({"basis": basis.model_dump()} if basis else {}) | {"provenance": provenance}
 
 
-def low_rank(rank: int, arch: Architecture) -> list[dict[str, Any]]:
-    """`rotquant.low_rank`: a linear that holds several has the branches of all of them."""
+def low_rank(rank: int, subtracts: bool, arch: Architecture) -> list[dict[str, Any]]:
+    """`rotquant.low_rank`: a linear that holds several has the branches of all of them, or the one that they share."""
     names: dict[int, list[str]] = {}
     for kind in arch.kinds:
         for linear, parts in kind.stored.items():
-            names.setdefault(rank * len(parts), []).append(linear)
-    return [{"rank": total, "targets": patterns(linears)} for total, linears in names.items()]
+            names.setdefault(rank if subtracts else rank * len(parts), []).append(linear)
+    kept = {"subtracts": True} if subtracts else {}
+    return [{"rank": total, "targets": patterns(linears)} | kept for total, linears in names.items()]
 
 
 def kv_clip(recipe: Recipe, arch: Architecture, transforms: Transforms) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def initial_transforms(recipe: Recipe, arch: Architecture, tp_max: int, seed: in
             layer.inputs["down"] = [Stage("hadamard", r4_block)]
         layers.append(layer)
     r3 = arch.head_dim if rotations.r3 != "none" and recipe.kv.bits < 16 else 0
-    return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers)
+    return Transforms(r1_of(recipe, arch.hidden_size, generator(seed, "r1")), r3, layers, tp_max)
 
 
 def block_at(arch: Architecture, site: str, tp_max: int) -> int:

@@ -3,7 +3,8 @@
     scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
-    branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others
+    branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others; a D that
+             is taken off the inputs stays
 
 Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
 
@@ -68,11 +69,14 @@ class TunedLayer(nn.Module):
             packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
             self.codes[name] = packed if kind.shares[name] < 1 else self._unpacked(name, packed, scale.shape[1])
             self.scales[key(name)] = nn.Parameter(scale.log().unsqueeze(-1))
-            for part in ("low_rank_down", "low_rank_up"):
+            parts = ("low_rank_up",) if recipe.weights.subtracts else ("low_rank_down", "low_rank_up")
+            for part in parts:
                 if f"{name}.{part}" in tensors:
                     factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
                     self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
                     self.branch[named] = nn.Parameter(factor / self.units[named])
+        subtracted = kind.sites.items() if recipe.weights.subtracts else ()
+        self.directions = {site: tensors[f"{names[0]}.low_rank_down"].float() for site, names in subtracted}
         self.fixed |= {name: tensors[name] for name in kind.kept}
         exact = (name for names in kind.full_precision.values() for name in names)
         self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}
@@ -99,7 +103,8 @@ class TunedLayer(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """h' of h [..., T, hidden], float32; and the router's logits [N, experts], where there is one."""
         tensors = self.fixed | {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
-        seen: tuple[Tensor, str, Tensor, Tensor] | None = None  # the linears of a site share its rounding
+        # The linears of a site share its rounding, and what the branch of its inputs has taken off.
+        seen: tuple[Tensor, str, Tensor, Tensor, Tensor | None] | None = None
         exact: Tensors = {}  # what linears in full precision make
 
         def linear(name: str, x: Tensor) -> Tensor:
@@ -110,11 +115,13 @@ class TunedLayer(nn.Module):
             site = self.decoder.kind.site_of[name]
             if seen is None or seen[0] is not x or seen[1] != site:
                 y = transformed(x.float(), self.stages.get(site, []))
-                seen = x, site, y, self._rounded(site, y)
-            made = self._product(name, seen[3])
+                z = y @ self.directions[site] if site in self.directions else None
+                seen = x, site, y, self._rounded(site, y if z is None else y - z @ self.directions[site].T), z
+            made, (y, z) = self._product(name, seen[3]), (seen[2], seen[4])
             down, up = (key(f"{name}.low_rank_{part}") for part in ("down", "up"))
-            if down in self.branch:
-                made = made + seen[2].to(self.compute) @ self._low(down) @ self._low(up)
+            if up in self.branch:
+                along = y.to(self.compute) @ self._low(down) if z is None else z.to(self.compute)
+                made = made + along @ self._low(up)
             bias = bias_of(tensors, name)
             return made if bias is None else made + bias.float()
 

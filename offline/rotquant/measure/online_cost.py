@@ -50,6 +50,7 @@ def online_cost(folder: Path) -> OnlineCost:
     checkpoint = CheckpointFormat.of(config)
     served: dict[tuple[str, tuple[Stage, ...]], Fraction] = {}
     gemm = total = Fraction(0)
+    subtracted: set[tuple[int, str]] = set()  # sites whose linears share what a branch takes off their inputs
     for index, kind in enumerate(arch.kinds):
         for name, parts in kind.stored.items():
             linear = checkpoint.linear(arch.layer_prefix(index) + name)
@@ -58,7 +59,9 @@ def online_cost(folder: Path) -> OnlineCost:
             rows, width = kind.stored_shape(name)
             site, share = kind.site_of[parts[0]], kind.shares[parts[0]]
             gemm += rows * width * share
-            total += linear.rank * (rows + width)
+            shared = linear.subtracts and (index, site) in subtracted
+            total += linear.rank * (rows + width * (0 if shared else 2 if linear.subtracts else 1))
+            subtracted.add((index, site))
             place = name if site == "down" else site  # each expert has its own input there
             served[f"{index}.{place}", tuple(stages(linear, width))] = share if site == "down" else Fraction(1)
         if checkpoint.kv and checkpoint.kv.rotate and (attention := kind.attends):

@@ -105,11 +105,16 @@ class LayerTransforms:
 
 @dataclass
 class Transforms:
-    """The transforms of a model. `r3` is the Hadamard block on queries and keys, 0 for none."""
+    """The transforms of a model.
+
+    `r3` is the Hadamard block on queries and keys, 0 for none; `tp_max` the tensor-parallel size whose ranks nothing
+    crosses.
+    """
 
     r1: Rotation | None
     r3: int
     layers: list[LayerTransforms]
+    tp_max: int = 1
 
     @property
     def r4_block(self) -> int:

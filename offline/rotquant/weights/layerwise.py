@@ -20,7 +20,7 @@ from rotquant.recipe import Recipe
 from rotquant.transforms.space import Transforms
 from rotquant.weights import gptq, low_rank, rtn
 from rotquant.weights.served import ServedLayer
-from rotquant_kernels import Stage, calls, transform
+from rotquant_kernels import Stage, calls
 from rotquant_kernels.formats import RowFormat
 
 TRIANGLE = 256  # rows of a Hessian that are summed at a time
@@ -144,7 +144,27 @@ class LayerQuantizer:
         if not self.recipe.weights.needs_inputs:
             self._without_inputs({name: weights.pop(name) for name in self.kind.sites[site]})
             return
+        if self.recipe.weights.subtracts:
+            self._find_directions(site, store, norm)
         self._round(weights, self.kind.sites[site], *self._moments(site, store, norm))
+
+    def _find_directions(self, site: str, store: Tensor, norm: str) -> None:
+        """Those that the low-rank branch takes off the inputs; no rank of o or down holds all of a direction."""
+
+        def moment(on: int, share: Share) -> Tensor:
+            total: Tensor | None = None
+            for _, (x,) in share:
+                total = products(x := self.served[on].inputs(site, x, norm), x, total)
+            assert total is not None
+            return total
+
+        total = self._total(self.devices.each(moment, store))
+        shards = self.transforms.tp_max if site in ("o", "down") else 1
+        found = low_rank.directions(
+            total.triu() + total.triu(1).mT, self.recipe.weights.rank, shards, torch.Generator().manual_seed(0)
+        )
+        for served, place in zip(self.served, self.devices.places, strict=True):
+            served.directions[site] = found.to(place, self.dtype)
 
     def _round(self, weights: dict[str, Tensor], names: tuple[str, ...], hessian: Tensor, drift: Tensor | None) -> None:
         """Quantizes linears that read inputs of these moments."""
@@ -190,19 +210,15 @@ class LayerQuantizer:
         """The sums of `_moments` over a device's samples; of the first, symmetric one what is above the diagonal."""
         hessian: Tensor | None = None
         drift: Tensor | None = None
-        form, stages = served.rows(site), served.stages.get(site, [])
+        form = served.rows(site)
         for _, (x, *importance) in share:
-            exact = transform(served.normed(norm, x) if norm else x, stages).float()
+            exact = served.inputs(site, x, norm)
             q, scale, zero = calls.quantize(exact, form)
             seen = form.dequantize(q, scale, zero.float())
             weighted = seen * importance[0][:, None] if importance else seen
-            if hessian is None:
-                hessian = exact.new_zeros(exact.shape[1], exact.shape[1])
-                drift = torch.zeros_like(hessian) if self.recipe.weights.refit else None
-            for start in range(0, len(hessian), TRIANGLE):
-                rows = slice(start, start + TRIANGLE)
-                hessian[rows, start:].addmm_(weighted[:, rows].T, seen[:, start:])
-            if drift is not None:
+            hessian = products(weighted, seen, hessian)
+            if self.recipe.weights.refit:
+                drift = torch.zeros_like(hessian) if drift is None else drift
                 drift.addmm_((exact - seen).T, weighted)
         assert hessian is not None
         return hessian, drift
@@ -215,7 +231,11 @@ class LayerQuantizer:
         self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         options, form, down, up = self.recipe.weights, self.recipe.weights.form, None, None
-        if options.rank:
+        if options.subtracts:
+            down = self.served[0].directions[self.kind.site_of[name]].clone()  # files hold no tensor twice
+            factor, weight = low_rank.beside(weight, down)
+            up = factor.to(self.dtype)
+        elif options.rank:
             down, up, weight = self._branch(weight, hessian)
         learned = self.layer.weight_clips.get(name)
         scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)
@@ -238,3 +258,12 @@ class LayerQuantizer:
             row_maxima=options.branch == "tsvd", dtype=self.dtype,
         )  # fmt: skip
         return split.down.to(self.dtype), split.up.to(self.dtype), split.residual
+
+
+def products(x: Tensor, y: Tensor, total: Tensor | None) -> Tensor:
+    """total + xᵀ y, symmetric float32 [K, K] of rows [n, K], as far as it lies above the diagonal; None is 0."""
+    total = x.new_zeros(x.shape[1], x.shape[1]) if total is None else total
+    for start in range(0, len(total), TRIANGLE):
+        rows = slice(start, start + TRIANGLE)
+        total[rows, start:].addmm_(x[:, rows].T, y[:, start:])
+    return total

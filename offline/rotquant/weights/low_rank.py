@@ -11,6 +11,14 @@ of orthonormal rows, W - L = e, and a limit τ_i falling below max|e_i|,
 
 The L of least error is kept: neither step need lower it. Factors are rounded to their stored dtype first, so that
 the quantized weights make up for that too.
+
+A branch of the inputs instead spares their rounding what the leading directions of x hold, which ResQ (arXiv
+2412.14363) keeps at 8 bits for the same reason. With D of any columns,
+
+    z = x D,   x Wᵀ = (x - z Dᵀ)(W - W D Dᵀ)ᵀ + z U,   U = (2 I - Dᵀ D) Dᵀ Wᵀ
+
+and what is left of x is rounded. D are the principal directions, Dᵀ D = I but for their stored dtype: W D Dᵀ then
+multiplies nothing but the rounding error, and its absence makes W's rows smaller.
 """
 
 from __future__ import annotations
@@ -25,6 +33,30 @@ from rotquant.errors import RotQuantError
 
 OVERSAMPLING, POWER_STEPS = 8, 4
 LIMITS = (0.95, 0.9, 0.85, 0.8)
+
+
+def directions(moment: Tensor, rank: int, shards: int, generator: torch.Generator) -> Tensor:
+    """The leading directions of inputs, D float32 [K, rank] with orthonormal columns.
+
+    Args:
+        moment: E[xᵀ x], float [K, K].
+        shards: parts of K, one a tensor-parallel rank, that no direction crosses; each has rank / shards of them.
+        generator: a CPU generator.
+    Raises:
+        RotQuantError: a rank that the shards cannot have.
+    """
+    size, each = len(moment) // shards, rank // shards
+    if rank % shards or not 0 < each <= size:
+        raise RotQuantError(f"low-rank branch: rank {rank} for {shards} tensor-parallel ranks of {size} inputs")
+    blocks = (moment[s : s + size, s : s + size].float() for s in range(0, len(moment), size))
+    return torch.block_diag(*(truncated(block, each, generator)[1].mT for block in blocks))
+
+
+def beside(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """U [r, N] of a branch of the inputs, and the weight float32 [N, K] for what these directions D [K, r] leave."""
+    weight, down = weight.float(), down.float()
+    along = down.mT @ weight.mT
+    return 2 * along - (down.mT @ down) @ along, weight - (down @ along).mT
 
 
 class LowRank(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotquant.checkpoint.packed import PackedLinear
 from rotquant.models import Tensors
 from rotquant.models.decoder import Cache, Decoder, bias_of
-from rotquant_kernels import Stage, linear
+from rotquant_kernels import Stage, linear, transform
 from rotquant_kernels.formats import RowFormat
 
 
@@ -22,7 +22,7 @@ class ServedLayer:
     Args:
         decoder: how it computes; tensors: norms and biases; stages: of each site; all on the device.
         rows: what the rows of a site are rounded to; cache: the KV cache, None for one that is not quantized.
-        done: the quantized linears.
+        done: the quantized linears; directions: D [K, r] of the sites whose low-rank branch takes them off the inputs.
     """
 
     decoder: Decoder
@@ -31,6 +31,7 @@ class ServedLayer:
     rows: Callable[[str], RowFormat]
     cache: Cache | None
     done: dict[str, PackedLinear] = field(default_factory=dict)
+    directions: Tensors = field(default_factory=dict)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """The served op on the packed weights; a router in full precision."""
@@ -39,8 +40,16 @@ class ServedLayer:
         packed, site = self.done[name], self.decoder.kind.site_of[name]
         return linear(
             x, packed.prepared, packed.scale, bias_of(self.tensors, name), packed.form, self.stages.get(site, []),
-            self.rows(site), packed.down, packed.up,
+            self.rows(site), packed.down, packed.up, low_rank_subtracts=site in self.directions,
         )  # fmt: skip
+
+    def inputs(self, site: str, x: Tensor, norm: str = "") -> Tensor:
+        """What the linears of a site round, float32: x, behind a norm if named, behind its stages and directions."""
+        y = transform(self.normed(norm, x) if norm else x, self.stages.get(site, [])).float()
+        if site not in self.directions:
+            return y
+        down = self.directions[site].float()
+        return y - y @ down @ down.T
 
     def normed(self, norm: str, h: Tensor) -> Tensor:
         """What the linears behind a norm read."""

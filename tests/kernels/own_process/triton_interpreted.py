@@ -185,6 +185,9 @@ def test_dense_transforms_and_the_low_rank_branch(rank):
         plain = reference.int_linear(x, packed, scale, *rest)
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert (actual - plain).abs().max() > 0.1 * expected.abs().max()
+        subtracted = reference.int_linear(x, packed, scale, *rest, down / 16, up, low_rank_subtracts=True)
+        actual = gemm.int_linear(x, weight, scale, *rest, down / 16, up, low_rank_subtracts=True)
+        assert (actual - subtracted).abs().max() <= 1e-5 * subtracted.abs().max()
 
 
 def test_results_do_not_depend_on_the_batch_or_the_strides():

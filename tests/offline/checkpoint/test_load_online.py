@@ -50,7 +50,8 @@ CASES = {
     "block permutation": Extras([("T0", "permutation", 32, QKV)]),
     "reflection": Extras([("T0", "reflection", 64, GATE_UP)]),
     "shift": Extras([("T0", "shift", 0, DOWN)]),
-    "low rank": Extras(low_rank=[(4, QKV), (1, DOWN)]),
+    "low rank": Extras(low_rank=[(4, QKV, False), (1, DOWN, False)]),
+    "low rank of the inputs": Extras(low_rank=[(4, QKV, True), (1, DOWN, True)]),
     "clips": Extras(activation_clip={"model.layers.1.mlp.down_proj": 0.6}, kv_layers=everything().kv_layers),
 }
 

@@ -9,7 +9,7 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.greedy import duquant_step, greedy_rotation, greedy_stages, ruquant_step
 from rotquant.learn.objectives import gsr_loss, quantization_error
 from rotquant.learn.quantizers import fake_quantize_weight
-from rotquant.weights.low_rank import low_rank, truncated
+from rotquant.weights.low_rank import beside, directions, low_rank, truncated
 from rotquant_kernels.formats import RowFormat, WeightFormat
 from rotquant_kernels.online import transform
 
@@ -120,6 +120,29 @@ def test_the_branch_and_the_residual_are_the_weight():
     assert branch.down.shape == (64, 8)
     assert branch.up.shape == (8, 96)
     assert torch.allclose((branch.down @ branch.up).T + branch.residual, weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_branch_of_the_inputs_is_the_weight(shards):
+    """x Wᵀ = (x - z Dᵀ) Rᵀ + z U, z = x D, of any D; D are the directions that leave least, within their shards."""
+    weight, x = layer()
+    down = directions(x.T @ x, 8, shards, generator())
+    assert torch.allclose(down.T @ down, torch.eye(8), atol=1e-5)
+    for start in range(0, 64, 64 // shards):
+        part = slice(start, start + 64 // shards)
+        own = down[part, start * 8 // 64 : start * 8 // 64 + 8 // shards]
+        least = torch.linalg.svdvals(x[:, part])[8 // shards :].square().sum()
+        assert (x[:, part] - x[:, part] @ own @ own.T).square().sum() < 1.01 * least
+    for d in (down, down.bfloat16().float(), torch.randn(64, 8, generator=generator()) / 8):
+        up, rest = beside(weight.double().float(), d)
+        z = x @ d
+        assert torch.allclose((x - z @ d.T) @ rest.T + z @ up, x @ weight.T, atol=1e-3)
+    assert beside(weight, down)[1].norm() < weight.norm()
+
+
+def test_directions_refuse():
+    with pytest.raises(RotQuantError, match="rank 3 for 2 tensor-parallel ranks of 4 inputs"):
+        directions(torch.eye(8), 3, 2, generator())
 
 
 def test_truncated_is_the_best_approximation():

@@ -83,7 +83,10 @@ def quantized_input(module: nn.Module, x: Tensor) -> Tensor:
     """The rows that a linear quantizes: x float [..., K] after its online transform."""
     if not isinstance(module, QuantLinear):
         return x
-    return transform(x, module.stages)
+    y, down = transform(x, module.stages), module.low_rank_down
+    if down is None or not module.format.subtracts:
+        return y
+    return y.float() - y.float() @ down.float() @ down.float().T
 
 
 def _watch(statistics: SiteStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
