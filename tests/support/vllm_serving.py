@@ -352,7 +352,11 @@ def quantization_under(version: str, folder: Path, flag: str | None) -> str | No
 
 
 def factors_of_rank(
-    rank: int, ranks: int, span: slice, outputs: list[int], loaded: dict[str, tuple[Tensor, Tensor]],
+    rank: int,
+    ranks: int,
+    span: slice,
+    outputs: list[int],
+    loaded: dict[str, tuple[Tensor, Tensor]],
     subtracts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """D and U of one rank of a layer after vLLM's loader has passed the checkpoint's factors of each part."""

@@ -140,6 +140,7 @@ def learned(journal: Journal, recipe: Recipe) -> Scope:
         kept = {"r1": [kept["rotations"][key] for key in R1_KEYS], "learn": kept["learn"]["surrogate"]}
         kept["quantizer"] = recipe.activations.model_dump()
         kept["shifted"] = [site for site in ("attn", "mlp") if "shift" in recipe.online.of(site)]
+        kept["subtracted"] = recipe.weights.rank if recipe.weights.subtracts else 0
     return Scope(journal, f"learned {digest(kept)}")
 
 

@@ -21,12 +21,17 @@ from rotquant.learn.starts import usual_mean
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Job, forward, product_dtype
 from rotquant.models.attention import Attention
+from rotquant.recipe import Recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.klt import covariance, equal_variances
+from rotquant.weights.low_rank import directions
 from rotquant_kernels.formats import RowFormat
 
 BATCH = 2048
+MORE = (
+    4  # rows that tell a site's leading directions, for each that R1 is learned from: fewer would lose some of itself
+)
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
@@ -51,30 +56,33 @@ def learn_r1(job: Job, journal: Journal | Scope) -> dict[str, Tensor]:
 
 
 def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Tensor:
-    """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer; less their mean
-    where a shift will take it."""
+    """Normalised rows of the residual stream, float32 [n, hidden], from both norms of every layer, without what is
+    taken off them before they are rounded."""
     if kept := journal.kept(ROWS):
         return kept["rows"]
-    arch, online, found = job.arch, job.recipe.online, []
+    arch, found, more = job.arch, [], MORE if job.recipe.weights.subtracts else 1
     random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
     with Progress("R1: rows of layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]
-            seen = Capture(kind, options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
+            seen = Capture(kind, more * options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
             compute = product_dtype(job.dtype, job.device)
             chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen, compute)
-            found += [
-                centred(seen.rows(site)) if "shift" in online.of(site) else seen.rows(site) for site in kind.norms
-            ]
+            found += [as_rounded(seen.rows(site), site, job.recipe)[::more] for site in kind.norms]
             progress.step()
     rows = torch.cat(found)
     journal.keep(ROWS, {"rows": rows})
     return rows
 
 
-def centred(x: Tensor) -> Tensor:
-    """Rows [n, d] as a shift leaves them (`starts`)."""
-    return x - usual_mean(x)
+def as_rounded(x: Tensor, site: str, recipe: Recipe) -> Tensor:
+    """What a shift (`starts`) and a branch of the inputs (`weights.low_rank`) leave of rows [n, d] of a site."""
+    if "shift" in recipe.online.of(site):
+        x = x - usual_mean(x)
+    if recipe.weights.subtracts:
+        down = directions(x.mT @ x, recipe.weights.rank, 1, torch.Generator().manual_seed(0))
+        x = x - x @ down @ down.mT
+    return x
 
 
 def reading_covariance(job: Job) -> Tensor:

@@ -173,10 +173,12 @@ class LayerQuantizer:
         )
         rounded = self._rounding(hessian)
         for name in names:
-            weight = weights.pop(name)
+            weight, beside = weights.pop(name), None
+            if self.recipe.weights.subtracts:
+                beside, weight = self._beside(name, weight)
             if refit:
                 weight = refit(weight)
-            self._quantize(name, weight, hessian, rounded)
+            self._quantize(name, weight, hessian, rounded, beside)
 
     def _rounding(self, hessian: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Weight and scale -> codes, for the linears of one site."""
@@ -228,14 +230,13 @@ class LayerQuantizer:
         return self.layer.rows(site, self.recipe.activations.rows)
 
     def _quantize(
-        self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        options, form, down, up = self.recipe.weights, self.recipe.weights.form, None, None
-        if options.subtracts:
-            down = self.served[0].directions[self.kind.site_of[name]].clone()  # files hold no tensor twice
-            factor, weight = low_rank.beside(weight, down)
-            up = factor.to(self.dtype)
-        elif options.rank:
+        self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor],
+        beside: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Rounds a weight; `beside` are D and U of a branch that is there already."""
+        options, form = self.recipe.weights, self.recipe.weights.form
+        down, up = beside or (None, None)
+        if options.rank and not beside:
             down, up, weight = self._branch(weight, hessian)
         learned = self.layer.weight_clips.get(name)
         scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)
@@ -244,6 +245,12 @@ class LayerQuantizer:
         packed = pack(codes, scale, form, down, up)
         for served, place in zip(self.served, self.devices.places, strict=True):
             served.done[name] = packed.on(place)
+
+    def _beside(self, name: str, weight: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """D and U, in the checkpoint's dtype, of the branch of the inputs, and the weight for what they leave."""
+        down = self.served[0].directions[self.kind.site_of[name]].clone()  # files hold no tensor twice
+        up, rest = low_rank.beside(weight, down)
+        return (down, up.to(self.dtype)), rest
 
     def _branch(self, weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """D, U in the checkpoint's dtype and what is left of the weight."""

@@ -97,7 +97,9 @@ class DamageMeter:
     def _layer(self, index: int, chain: Tensor) -> tuple[Tensor, Tensor]:
         """The chain behind a layer, and the damage of its sites."""
         kind, layer = self.arch.kinds[index], self.transforms.layers[index]
-        self.quantizer(index, self.fold.layer(read_layer(self.source, self.arch, index), index), None)
+        folded = self.fold.layer(read_layer(self.source, self.arch, index), index)
+        # A branch of the inputs needs some; weights rounded to nearest do not.
+        self.quantizer(index, folded, chain.clone() if self.recipe.weights.subtracts else None)
         served, wide = self.quantizer.served, layer.widened(kind.sites)
         exact = [replace(one, rows=self._rows(wide)) for one in served]
         alone = {

@@ -40,13 +40,14 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "kv", "limit"),
+    ("kind", "branch", "kv", "limit"),
     [  # of qwen3 with a cache 0.14; without R3 0.26, without the cache 0.29
-        ("phi3", 16, 1e-3), ("qwen3", 16, 1e-3), ("qwen2_moe", 16, 1e-3), ("qwen3", 4, 0.2),
+        ("phi3", "svd", 16, 1e-3), ("phi3", "pca", 16, 1e-3), ("qwen3", "pca", 16, 1e-3),
+        ("qwen2_moe", "svd", 16, 1e-3), ("qwen3", "svd", 4, 0.2),
     ],
 )  # fmt: skip
 def test_what_was_tuned_is_what_is_served(
-    kind: str, kv: int, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, branch: str, kv: int, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stages, groups, branches, biases, fused linears, norms of queries and keys, and clips, after they have moved; and
     experts, one of them shared.
@@ -63,7 +64,7 @@ def test_what_was_tuned_is_what_is_served(
     monkeypatch.setattr(tuning, "ServedModel", Kept)
     source = source_model(tmp_path / "model", kind, layers=1)
     every = MIXTURE if kind == "qwen2_moe" else EVERYTHING
-    settings = (*(every if kv == 16 else every[:1]), f"kv.bits={kv}")
+    settings = (*(every if kv == 16 else every[:1]), f"kv.bits={kv}", f"weights.branch={branch}")
     out = quantize(str(source), tmp_path / "out", recipe="quarot", settings=settings, **WINDOWS)
     run = prepare(str(source), Settings("quarot", settings, samples=4, seq_len=32))
     assert run.calibrated

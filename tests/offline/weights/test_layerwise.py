@@ -1,4 +1,4 @@
-"""How often a layer is computed while it is quantized."""
+"""Quantizing a layer: how often it is computed, what its attention is, what a branch of its inputs spares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rotquant.measure.evaluate import load_any
 from rotquant.models import decoder
 from rotquant.models.decoder import Decoder, causal
 from rotquant.pipeline import quantize
@@ -40,3 +41,17 @@ def test_attention_is_its_definition_whatever_comes_before_the_tokens(lead: tupl
         q, k, v = query[..., head, :], key[..., head // 2, :], value[..., head // 2, :]
         weights = (0.3 * q @ k.mT).masked_fill(later, float("-inf")).softmax(-1)
         assert torch.allclose(found[..., head, :], weights @ v, atol=1e-5)
+
+
+def test_a_branch_of_the_inputs_spares_their_rounding(tmp_path: Path) -> None:
+    """With GPTQ and its refit, which moves weights along directions that hardly any rounded input has."""
+    source = source_model(tmp_path / "model", "qwen3")
+    ids, found = torch.arange(256).view(2, -1) % 200 + 20, []
+    with torch.no_grad():
+        exact = load_any(source)(ids).logits
+        for name, more in (("plain", ()), ("branch", ("weights.rank=16", "weights.branch=pca"))):
+            settings = ("weights.method=gptq", "kv.bits=16", *more)
+            out = quantize(str(source), tmp_path / name, recipe="quarot", settings=settings, samples=8, seq_len=128)
+            found.append((load_any(out)(ids).logits - exact).norm().item())
+    print(found)
+    assert found[1] < 0.8 * found[0]
