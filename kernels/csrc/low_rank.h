@@ -62,12 +62,20 @@ template <DType T, int V>
 inline void subtract_tile(float* row, int64_t n, const char* down, int64_t rank, const float* z) {
   F factor[V];
   for (int v = 0; v < V; v++) factor[v] = load(z + v * W);
-  for (int64_t k = 0; k < n; k++) {
+  const auto along = [&](int64_t k) {
     F sum = factor[0] * load_as<T>(down, k * rank);
 #pragma GCC unroll 4
     for (int v = 1; v < V; v++) sum = fma(factor[v], load_as<T>(down, k * rank + v * W), sum);
-    row[k] -= hsum(sum);
+    return sum;
+  };
+  int64_t k = 0;
+  for (; k + W <= n; k += W) {
+    F sums[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) sums[i] = along(k + i);
+    store(row + k, load(row + k) - hsums(sums));
   }
+  for (; k < n; k++) row[k] -= hsum(along(k));
 }
 
 template <DType T>

@@ -28,6 +28,20 @@ inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 inline float hmax(F a) { return _mm512_reduce_max_ps(a.v); }
 inline float hmin(F a) { return _mm512_reduce_min_ps(a.v); }
 inline float hsum(F a) { return _mm512_reduce_add_ps(a.v); }
+// Lane i: the sum of v[i]'s lanes.
+inline F hsums(const F* v) {
+  __m512 sum[4];  // in quarter j of sum[i] those of quarter j of v[4 i .. 4 i + 4]
+  for (int i = 0; i < 4; i++) {
+    const __m512 a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    sum[i] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {halves(halves(sum[0], sum[1]), halves(sum[2], sum[3]))};
+}
 inline bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }  // true for NaN
 
 inline I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

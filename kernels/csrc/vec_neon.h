@@ -40,6 +40,10 @@ inline float hmin(F a) {
   return x[0];
 }
 inline float hsum(F a) { return vaddvq_f32(a.v); }
+// Lane i: the sum of v[i]'s lanes.
+inline F hsums(const F* v) {
+  return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))};
+}
 inline bool any_above(F a, F b) { return vminvq_u32(vcleq_f32(a.v, b.v)) == 0; }  // true for NaN
 
 inline I load(const int32_t* p) { return {vld1q_s32(p)}; }

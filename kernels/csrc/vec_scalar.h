@@ -26,6 +26,8 @@ inline F abs(F a) { return {float_of(bits_of(a.v) & 0x7fffffffu)}; }
 inline float hmax(F a) { return a.v; }
 inline float hmin(F a) { return a.v; }
 inline float hsum(F a) { return a.v; }
+// Lane i: the sum of v[i]'s lanes.
+inline F hsums(const F* v) { return v[0]; }
 inline bool any_above(F a, F b) { return !(a.v <= b.v); }
 
 // Integers wrap around as vectors do.

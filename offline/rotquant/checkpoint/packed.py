@@ -68,13 +68,12 @@ class PackedLinear:
         downs = [part.down for part in parts if part.down is not None]
         ups = [part.up for part in parts if part.up is not None]
         if subtracts:
-            downs, up = downs[:1], torch.cat(ups, dim=1)
-        else:
-            up = torch.block_diag(*ups) if ups else None
+            downs = downs[:1]
+        ups = [torch.cat(ups, dim=1) if subtracts else torch.block_diag(*ups)] if ups else []
         return cls(
             torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts]),
             (rows, first.shape[1]), first.form,
-            torch.cat(downs, dim=1) if downs else None, up,
+            torch.cat(downs, dim=1) if downs else None, *ups,
         )  # fmt: skip
 
 
