@@ -170,6 +170,8 @@ def for_head(recipe: Recipe, arch: Architecture) -> Recipe:
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
     """The recipe without candidates that experts do not run: more before them than R4, or beside them a branch.
 
+    A branch of the inputs stays: it is at attention alone there (`Layer.branch_sites`).
+
     Raises:
         RotQuantError: the recipe itself asks for one.
     """
@@ -179,7 +181,7 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
         "weights.rank": "0", "online.mlp": "[]", "online.down": "[]", "scales.order": "false",
     }  # fmt: skip
     asked = {
-        "weights.rank": recipe.weights.rank > 0,
+        "weights.rank": recipe.weights.rank > 0 and not recipe.weights.subtracts,
         "online.mlp": bool(recipe.online.of("mlp")),
         "online.down": bool(recipe.online.of("down")),
         "scales.order": recipe.scales.order,
@@ -189,7 +191,11 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
             f"recipe {recipe.name}: {found} is not supported in a mixture of experts, each of which has other inputs:"
             f" use --set {found}={off[found]}, or a recipe without it, such as best or quarot"
         )
-    return recipe.without_choices_of(list(off))
+    recipe = recipe.without_choices_of([key for key in off if key != "weights.rank"])
+    choose = recipe.choose and recipe.choose.those(
+        lambda c: "weights.rank" not in c or c.get("weights.branch") == "pca"
+    )
+    return recipe.model_copy(update={"choose": choose})
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:

@@ -29,11 +29,12 @@ DOWN = "model.layers.1.mlp.experts.2.down_proj"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four experts, two for a token, and a shared one; a layer of one MLP in front. To be served on up to two ranks."""
+    """Four experts, two for a token, and a shared one; a layer of one MLP in front; a branch of the inputs. To be served
+    on up to two ranks."""
     folder = tmp_path_factory.mktemp("experts")
     source = source_model(folder / "source", "qwen2_moe", mlp_only_layers=[0], shared_expert_intermediate_size=96)
-    quick = ["weights.method=rtn", "kv.bits=16"]
-    return quantize(str(source), folder / "made", recipe="quarot", tp_max=2, settings=quick)
+    quick = ["weights.method=rtn", "kv.bits=16", "weights.rank=4", "weights.branch=pca"]
+    return quantize(str(source), folder / "made", recipe="quarot", tp_max=2, settings=quick, samples=2, seq_len=64)
 
 
 def edited(made: Path, folder: Path, name: str, change: Any) -> Path:

@@ -157,6 +157,8 @@ def low_rank(rank: int, subtracts: bool, arch: Architecture) -> list[dict[str, A
     names: dict[int, list[str]] = {}
     for kind in arch.kinds:
         for linear, parts in kind.stored.items():
+            if subtracts and kind.site_of[parts[0]] not in kind.branch_sites:
+                continue
             names.setdefault(rank if subtracts else rank * len(parts), []).append(linear)
     kept = {"subtracts": True} if subtracts else {}
     return [{"rank": total, "targets": patterns(linears)} | kept for total, linears in names.items()]

@@ -17,7 +17,7 @@ change it are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,13 +67,16 @@ class Choose(BaseModel):
     def without(self, keys: Iterable[str]) -> Choose:
         """What is still open where these keys are set by hand."""
         fixed = list(keys)
-
-        def opened(found: dict[str, Changes]) -> dict[str, Changes]:
-            return {n: c for n, c in found.items() if not any(overlap(a, b) for a in c for b in fixed)}
-
         tune = None if any(overlap(TUNE, key) for key in fixed) else self.tune
-        found = {"candidates": opened(self.candidates), "thorough": opened(self.thorough), "tune": tune}
-        return self.model_copy(update=found)
+        left = self.those(lambda changes: not any(overlap(a, b) for a in changes for b in fixed))
+        return left.model_copy(update={"tune": tune})
+
+    def those(self, keep: Callable[[Changes], bool]) -> Choose:
+        """The candidates that change what they may."""
+        lists = {"candidates": self.candidates, "thorough": self.thorough}
+        return self.model_copy(
+            update={name: {n: c for n, c in found.items() if keep(c)} for name, found in lists.items()}
+        )
 
 
 def overlap(first: str, second: str) -> bool:

@@ -21,6 +21,7 @@ from rotquant.learn.starts import usual_mean
 from rotquant.learn.steps import ALONE, Loop
 from rotquant.learn.stream import Capture, Job, forward, product_dtype
 from rotquant.models.attention import Attention
+from rotquant.models.layer import Layer
 from rotquant.recipe import Recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
@@ -68,18 +69,18 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
             seen = Capture(kind, more * options.rows // (2 * arch.layers), len(chain), chain.shape[1], random)
             compute = product_dtype(job.dtype, job.device)
             chain = forward(job.devices, decoder, fold_gains(job.layer(index), kind), chain, seen, compute)
-            found += [as_rounded(seen.rows(site), site, job.recipe)[::more] for site in kind.norms]
+            found += [as_rounded(seen.rows(site), site, kind, job.recipe)[::more] for site in kind.norms]
             progress.step()
     rows = torch.cat(found)
     journal.keep(ROWS, {"rows": rows})
     return rows
 
 
-def as_rounded(x: Tensor, site: str, recipe: Recipe) -> Tensor:
+def as_rounded(x: Tensor, site: str, kind: Layer, recipe: Recipe) -> Tensor:
     """What a shift (`starts`) and a branch of the inputs (`weights.low_rank`) leave of rows [n, d] of a site."""
     if "shift" in recipe.online.of(site):
         x = x - usual_mean(x)
-    if recipe.weights.subtracts:
+    if recipe.weights.subtracts and site in kind.branch_sites:
         down = directions(x.mT @ x, recipe.weights.rank, 1, torch.Generator().manual_seed(0))
         x = x - x @ down @ down.mT
     return x

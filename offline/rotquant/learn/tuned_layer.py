@@ -75,8 +75,8 @@ class TunedLayer(nn.Module):
                     factor, named = tensors[f"{name}.{part}"].float(), key(f"{name}.{part}")
                     self.units[named] = factor.square().mean().sqrt().clamp(min=torch.finfo().tiny)
                     self.branch[named] = nn.Parameter(factor / self.units[named])
-        subtracted = kind.sites.items() if recipe.weights.subtracts else ()
-        self.directions = {site: tensors[f"{names[0]}.low_rank_down"].float() for site, names in subtracted}
+        subtracted = kind.branch_sites if recipe.weights.subtracts else ()
+        self.directions = {site: tensors[f"{kind.sites[site][0]}.low_rank_down"].float() for site in subtracted}
         self.fixed |= {name: tensors[name] for name in kind.kept}
         exact = (name for names in kind.full_precision.values() for name in names)
         self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}

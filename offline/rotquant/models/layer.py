@@ -70,6 +70,11 @@ class Layer:
             "down": tuple(m.down for m in gated),
         }
 
+    @property
+    def branch_sites(self) -> tuple[str, ...]:
+        """Where a low-rank branch of the inputs may be: not at experts, which have one op for all."""
+        return ("attn", "o") if isinstance(self.mlp, Experts) else tuple(self.sites)
+
     @cached_property
     def site_of(self) -> dict[str, str]:
         return {linear: site for site, linears in self.sites.items() for linear in linears}

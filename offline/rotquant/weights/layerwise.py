@@ -144,7 +144,7 @@ class LayerQuantizer:
         if not self.recipe.weights.needs_inputs:
             self._without_inputs({name: weights.pop(name) for name in self.kind.sites[site]})
             return
-        if self.recipe.weights.subtracts:
+        if self.recipe.weights.subtracts and site in self.kind.branch_sites:
             self._find_directions(site, store, norm)
         self._round(weights, self.kind.sites[site], *self._moments(site, store, norm))
 
@@ -174,7 +174,7 @@ class LayerQuantizer:
         rounded = self._rounding(hessian)
         for name in names:
             weight, beside = weights.pop(name), None
-            if self.recipe.weights.subtracts:
+            if self.kind.site_of[name] in self.served[0].directions:
                 beside, weight = self._beside(name, weight)
             if refit:
                 weight = refit(weight)
@@ -236,7 +236,7 @@ class LayerQuantizer:
         """Rounds a weight; `beside` are D and U of a branch that is there already."""
         options, form = self.recipe.weights, self.recipe.weights.form
         down, up = beside or (None, None)
-        if options.rank and not beside:
+        if options.rank and not options.subtracts:
             down, up, weight = self._branch(weight, hessian)
         learned = self.layer.weight_clips.get(name)
         scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)

@@ -173,11 +173,21 @@ def test_experts_that_are_done_leave_memory(
 # ---- quantizing -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
-def test_at_eight_bits_it_is_nearly_the_original(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
+BRANCH = ["weights.rank=8", "weights.branch=pca"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("qwen3_moe", []), ("qwen2_moe", []), ("mixtral", []), ("qwen2_moe", BRANCH)]
+)
+def test_at_eight_bits_it_is_nearly_the_original(
+    sources: dict[str, Path], tmp_path: Path, name: str, more: list[str]
+) -> None:
     """Every expert in its place with its own weights: one that was not would cost every token tens of percent. So does
     another choice of the router, but of a few tokens only."""
-    out = quantize(str(sources[name]), tmp_path / "out", recipe="quarot", settings=EXACT, **SMALL)
+    out = quantize(str(sources[name]), tmp_path / "out", recipe="quarot", settings=[*EXACT, *more], **SMALL)
+    branched = {n.rpartition(".low_rank")[0] for n in Source(out).files if "low_rank" in n}
+    attention = {f"model.layers.{i}.self_attn.{linear}_proj" for i in range(2) for linear in "qkvo"}
+    assert branched == (attention if more else set())  # a branch of the inputs is not at experts
     with torch.no_grad():
         got, expected = (
             model(TOKENS[None]).logits
