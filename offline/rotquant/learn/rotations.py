@@ -30,9 +30,7 @@ from rotquant.weights.low_rank import directions
 from rotquant_kernels.formats import RowFormat
 
 BATCH = 2048
-MORE = (
-    4  # rows that tell a site's leading directions, for each that R1 is learned from: fewer would lose some of itself
-)
+MORE = 4  # rows that tell leading directions for one that R1 is learned from: fewer would take too much of themselves
 R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
 
 
