@@ -29,8 +29,8 @@ DOWN = "model.layers.1.mlp.experts.2.down_proj"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four experts, two for a token, and a shared one; a layer of one MLP in front; a branch of the inputs. To be served
-    on up to two ranks."""
+    """Four experts, two for a token, and a shared one; a layer of one MLP in front; a branch of the inputs. For up to
+    two ranks."""
     folder = tmp_path_factory.mktemp("experts")
     source = source_model(folder / "source", "qwen2_moe", mlp_only_layers=[0], shared_expert_intermediate_size=96)
     quick = ["weights.method=rtn", "kv.bits=16", "weights.rank=4", "weights.branch=pca"]
