@@ -87,7 +87,7 @@ def effective(recipe: Recipe) -> Choose:
         return {n: c for n, c in found.items() if unlearned(recipe.with_changes(c), "r1") != recipe}
 
     choose = recipe.choose
-    return choose.model_copy(update={"candidates": kept(choose.candidates), "thorough": kept(choose.thorough)})
+    return choose.model_copy(update={name: kept(found) for name, found in choose.lists.items()})
 
 
 def check_chains(recipe: Recipe, arch: Architecture) -> None:

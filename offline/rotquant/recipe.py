@@ -281,7 +281,7 @@ class Recipe(Part):
         """
         if self.choose is None:
             return self
-        for name, changes in (self.choose.candidates | self.choose.thorough).items():
+        for name, changes in (one for found in self.choose.lists.values() for one in found.items()):
             if any(key.partition(".")[0] not in OPEN for key in changes):
                 raise RotQuantError(f"recipe {self.name}: choose: {name}: may change {', '.join(OPEN)}")
             try:

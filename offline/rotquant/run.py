@@ -168,7 +168,8 @@ def for_head(recipe: Recipe, arch: Architecture) -> Recipe:
 
 
 def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
-    """The recipe without candidates that experts do not run: more before them than R4, or beside them a branch.
+    """The recipe with the candidates of mixtures, and without those that experts do not run: more before them than R4,
+    or beside them a branch.
 
     A branch of the inputs stays: it is at attention alone there (`Layer.branch_sites`).
 
@@ -192,10 +193,12 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
             f" use --set {found}={off[found]}, or a recipe without it, such as best or quarot"
         )
     recipe = recipe.without_choices_of([key for key in off if key != "weights.rank"])
-    choose = recipe.choose and recipe.choose.those(
-        lambda c: "weights.rank" not in c or c.get("weights.branch") == "pca"
+    if recipe.choose is None:
+        return recipe
+    choose = recipe.choose.those(lambda c: "weights.rank" not in c or c.get("weights.branch") == "pca")
+    return recipe.model_copy(
+        update={"choose": choose.model_copy(update={"candidates": choose.candidates | choose.mixtures})}
     )
-    return recipe.model_copy(update={"choose": choose})
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:

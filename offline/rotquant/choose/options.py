@@ -5,12 +5,15 @@
       candidates:
         asymmetric activations: {activations.symmetric: false}
         smoothing before R4: {scales.up: smooth}
+      mixtures:
+        branch at attention: {weights.rank: 32, weights.branch: pca}
       thorough:
         no clip: {activations.clip: 1.0}
       tune: {steps: 32}
 
 The recipe's other sections are the base. A candidate is a name and the keys that it changes; they are tried in their
-order, each on top of the base and the candidates taken before it, so what rests on another comes after it. Tuning is
+order, each on top of the base and the candidates taken before it, so what rests on another comes after it. Those of
+`mixtures` are tried where a model has experts, behind the others. Tuning is
 tried last, on the whole quantized model. A key that somebody sets by hand is no longer open: candidates that would
 change it are left out.
 """
@@ -39,6 +42,7 @@ class Choose(BaseModel):
         " the thorough candidates",
     )
     candidates: dict[str, Changes]
+    mixtures: dict[str, Changes] = {}
     thorough: dict[str, Changes] = {}
     tune: Tuning | None = None
     memory: float = Field(default=16, gt=0, description="GB: tuning that needs more is not tried")
@@ -73,10 +77,14 @@ class Choose(BaseModel):
 
     def those(self, keep: Callable[[Changes], bool]) -> Choose:
         """The candidates that change what they may."""
-        lists = {"candidates": self.candidates, "thorough": self.thorough}
         return self.model_copy(
-            update={name: {n: c for n, c in found.items() if keep(c)} for name, found in lists.items()}
+            update={name: {n: c for n, c in found.items() if keep(c)} for name, found in self.lists.items()}
         )
+
+    @property
+    def lists(self) -> dict[str, dict[str, Changes]]:
+        """All candidates there are."""
+        return {"candidates": self.candidates, "mixtures": self.mixtures, "thorough": self.thorough}
 
 
 def overlap(first: str, second: str) -> bool:
