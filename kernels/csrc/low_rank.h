@@ -128,10 +128,39 @@ inline void add_product(const float* down, int64_t rank, const float* up, int64_
   }
 }
 
+// total [PANEL] += down[rank] up of one row and a whole panel, from `up` as it is stored.
+template <DType T>
+inline void add_row(const float* down, int64_t rank, const char* up, int64_t stride, float* total) {
+  constexpr int V = PANEL / W < 8 ? PANEL / W : 8;
+  for (int c = 0; c < PANEL; c += V * W) {
+    F sum[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[v] = load(total + c + v * W);
+    for (int64_t k = 0; k < rank; k++) {
+      const F factor = set1(down[k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[v] = fma(factor, load_as<T>(up, k * stride + c + v * W), sum[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) store(total + c + v * W, sum[v]);
+  }
+}
+
+inline void add_row(const Gemm& g, int64_t m, int64_t first, float* total) {
+  const float* down = g.down + m * g.low_rank.rank;
+  const char* up = (const char*)g.low_rank.up + first * size_of(g.low_rank.dtype);
+  switch (g.low_rank.dtype) {
+    case DType::f32: return add_row<DType::f32>(down, g.low_rank.rank, up, g.weight.rows, total);
+    case DType::bf16: return add_row<DType::bf16>(down, g.low_rank.rank, up, g.weight.rows, total);
+    case DType::f16: return add_row<DType::f16>(down, g.low_rank.rank, up, g.weight.rows, total);
+  }
+}
+
 // total [m1 - m0, PANEL] += (x down) up of a panel's channels, rank after rank; `memory` is [UP_RANKS, PANEL].
 inline void add_low_rank(const Gemm& g, int64_t m0, int64_t m1, int64_t first, int64_t channels, float* total,
                          float* memory) {
   const int64_t rank = g.low_rank.rank, size = size_of(g.low_rank.dtype), count = m1 - m0;
+  if (count == 1 && channels == PANEL) return add_row(g, m0, first, total);
   for (int64_t at = 0; at < rank; at += UP_RANKS) {
     const int64_t ranks = rank - at < UP_RANKS ? rank - at : UP_RANKS;
     for (int64_t k = 0; k < ranks; k++) {

@@ -194,6 +194,10 @@ def test_results_do_not_depend_on_the_batch_the_strides_or_the_threads(gemm_tier
     run = lambda rows: ops.int_linear(rows, prepared, scale, bias, 4, "hadamard", 128, None, 4, False, 0.9)  # noqa: E731
     whole = run(x)
     assert same(torch.cat([run(row) for row in x.split([1, 5, 6, 7, 81, 200])]), whole)
+    down, up = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in ((512, 40), (40, 200)))
+    rest = (prepared, scale, bias, 4, "none", 0, None, 4, False, 0.9, down.bfloat16() / 32, up.bfloat16(), False, True)
+    beside = ops.int_linear(x, *rest)  # with a branch that takes its directions off the input
+    assert same(torch.cat([ops.int_linear(row, *rest) for row in x[:80].split([1, 1, 5, 1, 72])]), beside[:80])
     wide = torch.full((300, 700), 1e9, dtype=torch.bfloat16)
     wide[:, 100:612] = x
     assert same(run(wide[:, 100:612]), whole)
