@@ -175,6 +175,12 @@ def shifts() -> str:
     return table(["in front of rounding", "symmetric", "asymmetric"], rows)
 
 
+def directions() -> str:
+    """Noise of the inputs without their mean, and without their leading directions."""
+    rows = [[row["site"], *map(four_digits, row["noise"])] for row in read("error-smollm2")["directions"]]
+    return table(["", "as they are", "less the mean", *(f"less {r} directions" for r in (8, 16, 32, 64))], rows)
+
+
 def released() -> str:
     ours = Compared.of("compare-llama")
     rows = []
@@ -194,4 +200,5 @@ def engines() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "glance": glance, "headline": headline, "real model": real_model, "toys": toys, "parts": parts, "claims": claims,
     "released code": released, "engines": engines, "dominates": dominates, "noise": noise, "shifts": shifts,
+    "directions": directions,
 }  # fmt: skip
