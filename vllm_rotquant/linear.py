@@ -59,7 +59,6 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         self.all_inputs, self.parts, self.loader = input_size, output_partition_sizes, attributes["weight_loader"]
         if self.pieces < len(self.parts):  # a layer that the checkpoint, too, holds as one
             self._check_one_piece(sum(self.parts), output_size)
-            self.parts = [sum(self.parts)]
         self.span = slice(first, first + inputs)
         self.declare(layer)
         self.names = tuple(name for name, _ in layer.named_parameters())
@@ -93,8 +92,10 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         layer.register_parameter("weight_scale", scale)
         layer.register_parameter("weight_shape", shape)
         transforms, rank, dtype = self.format.transforms, self.format.rank, self.dtype
-        rotation.expect_tensors(layer, self.prefix, transforms, self.all_inputs, self.span, self.parts, loader)
-        factors = self.prefix, rank, self.all_inputs, self.span, self.parts, dtype, self.format.subtracts
+        rotation.expect_tensors(
+            layer, self.prefix, transforms, self.all_inputs, self.span, outputs, self.pieces, loader
+        )
+        factors = self.prefix, rank, self.all_inputs, self.span, self.parts, self.pieces, dtype, self.format.subtracts
         low_rank.expect_factors(layer, *factors)
 
     def _check_one_piece(self, outputs: int, all_outputs: int) -> None:

@@ -30,14 +30,15 @@ QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a qkv layer
 
 
 def expect_factors(
-    layer: torch.nn.Module, prefix: str, rank: int, all_inputs: int, span: slice, parts: list[int], dtype: torch.dtype,
-    subtracts: bool = False,
+    layer: torch.nn.Module, prefix: str, rank: int, all_inputs: int, span: slice, parts: list[int], pieces: int,
+    dtype: torch.dtype, subtracts: bool,
 ) -> None:  # fmt: skip
     """Makes `layer` accept its factors from the checkpoint; both are None where rank is 0.
 
     Args:
         subtracts: the branch takes its directions off the inputs.
-        span: inputs of this rank; parts: outputs on this rank of each checkpoint layer in this one.
+        pieces: layers of the checkpoint that are this one, as many as parts or fewer: each is one part or several.
+        span: inputs of this rank; parts: outputs on this rank of each part of this layer.
         dtype: the model's.
     """
     if not rank:
@@ -47,31 +48,34 @@ def expect_factors(
     if isinstance(layer, compat.ParallelLMHead):
         raise RotQuantError(f"{prefix}: this build of rotquant does not run rotquant.low_rank on the output layer")
     # NaN shows after loading what the checkpoint did not fill.
-    factors = [torch.full((rank, outputs), torch.nan, dtype=dtype) for outputs in parts]
-    down = torch.full((span.stop - span.start, rank * (1 if subtracts else len(parts))), torch.nan, dtype=dtype)
-    up = torch.cat(factors, 1) if subtracts else torch.block_diag(*factors)
+    ranks = rank * (1 if subtracts else pieces)
+    down = torch.full((span.stop - span.start, ranks), torch.nan, dtype=dtype)
+    up = torch.full((ranks, sum(parts)), torch.nan, dtype=dtype)
     for name, data in zip(NAMES, (down, up), strict=True):
         layer.register_parameter(name, Parameter(data, requires_grad=False))
     where, outputs = f"{prefix}.{{}}", [0, *torch.tensor(parts).cumsum(0).tolist()]
 
-    def block(part: int) -> tuple[slice, slice]:
-        first = 0 if subtracts else part * rank
-        return slice(first, first + rank), slice(outputs[part], outputs[part + 1])
+    def rows(held: range) -> slice:
+        first = 0 if subtracts else min(held.start, pieces - 1) * rank
+        return slice(first, first + rank)
 
-    def load_down(parameter: Tensor, loaded: Tensor, part: int) -> None:
+    def load_down(parameter: Tensor, loaded: Tensor, held: range) -> None:
         expect_shape(where.format(NAMES[0]), loaded, [all_inputs, rank])
-        there = parameter.data[:, block(part)[0]]
+        there = parameter.data[:, rows(held)]
         if subtracts:
             _check_directions(where.format(NAMES[0]), loaded, span, there)
         there.copy_(loaded[span])
 
-    def load_up(parameter: Tensor, loaded: Tensor, part: int) -> None:
-        columns = output_shard(loaded.shape[-1], parts[part])
+    def load_up(parameter: Tensor, loaded: Tensor, held: range) -> None:
+        first, last = outputs[held.start], outputs[held.stop]
+        columns = output_shard(loaded.shape[-1], last - first)
         expect_shape(where.format(NAMES[1]), loaded, [rank, columns[1]])
-        parameter.data[block(part)] = loaded[:, columns[0]]
+        if not subtracts:
+            parameter.data[rows(held)] = 0
+        parameter.data[rows(held), first:last] = loaded[:, columns[0]]
 
     for name, load in zip(NAMES, (load_down, load_up), strict=True):
-        layer.get_parameter(name).weight_loader = partial(_numbered, load)  # type: ignore[attr-defined]
+        layer.get_parameter(name).weight_loader = partial(_numbered, load, len(parts))  # type: ignore[attr-defined]
 
 
 def _check_directions(where: str, loaded: Tensor, span: slice, there: Tensor) -> None:
@@ -91,9 +95,16 @@ def _check_directions(where: str, loaded: Tensor, span: slice, there: Tensor) ->
         raise RotQuantError(f"{where}: the parts of this fused layer store different directions")
 
 
-def _numbered(load: Any, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
-    """vLLM's weight loader; `shard` is its name of the part: "q", "k", "v", a number, or None in a plain layer."""
-    load(parameter, loaded, QKV.get(shard, shard or 0))
+def _numbered(load: Any, parts: int, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
+    """vLLM's weight loader; `shard` is its name of the part: "q", "k", "v", a number, numbers that follow each other, or
+    None for all."""
+    if shard is None:
+        load(parameter, loaded, range(parts))
+    elif isinstance(shard, tuple):
+        load(parameter, loaded, range(shard[0], shard[-1] + 1))
+    else:
+        part = QKV.get(shard, shard)
+        load(parameter, loaded, range(part, part + 1))
 
 
 def output_shard(found: int, outputs: int) -> tuple[slice, int]:

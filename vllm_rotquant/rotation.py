@@ -71,24 +71,24 @@ class StoredInput(torch.nn.Module):
 
 def expect_tensors(
     layer: torch.nn.Module, prefix: str, transforms: tuple[Transform, ...], all_inputs: int, span: slice,
-    parts: list[int], loader: Any,
+    outputs: int, pieces: int, loader: Any,
 ) -> None:  # fmt: skip
     """Makes `layer` accept the tensors of its transforms from the checkpoint.
 
     Args:
-        span: inputs of this rank.
-        parts: outputs on this rank of each checkpoint layer in this one.
+        span: inputs of this rank; outputs: on this rank.
+        pieces: layers of the checkpoint that vLLM runs as this one.
         loader: vLLM's own weight loader of the layer.
     """
     from vllm_rotquant import compat  # imports vLLM, which the rest of this module does not need
 
     for transform in transforms:
         name = f"{transform.name}_input"
-        receiver = StoredInput(f"{prefix}.{name}.weight", transform, all_inputs, span, len(parts))
+        receiver = StoredInput(f"{prefix}.{name}.weight", transform, all_inputs, span, pieces)
         layer.add_module(name, receiver)
         if KINDS[transform.kind].affine:
             # NaN shows after loading which outputs the checkpoint did not fill.
-            data = torch.full((sum(parts),), torch.nan, dtype=torch.float32)
+            data = torch.full((outputs,), torch.nan, dtype=torch.float32)
             output = torch.nn.Module()
             output.weight = compat.ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
             layer.add_module(f"{transform.name}_output", output)

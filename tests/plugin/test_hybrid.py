@@ -34,10 +34,13 @@ def child() -> Iterator[Child]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8-bit activations: bfloat16 makes 4-bit ones of a random model round otherwise too often to compare texts."""
+    """8-bit activations: bfloat16 makes 4-bit ones of a random model round otherwise too often to compare texts.
+
+    Shifts and a branch of the inputs in front of linear attention as well: four parts of vLLM's layer, two of the file's.
+    """
     folder = tmp_path_factory.mktemp("hybrid")
     source = source_model(folder / "source", "qwen3_5", dtype=torch.bfloat16)
-    settings = ["activations.bits=8"]
+    settings = ["activations.bits=8", "online.shift_norms=all", "weights.rank=8", "weights.branch=pca"]
     return quantize(str(source), folder / "out", recipe="quarot", samples=4, seq_len=128, settings=settings)
 
 
@@ -105,7 +108,7 @@ def test_at_4_bits_the_engines_differ_by_noise_alone(child: Child, made: Path, t
 def test_chunks_and_cached_pages_change_nothing(child: Child, tmp_path: Path) -> None:
     """A prompt of more than a page; the torch engine knows neither chunks nor pages."""
     source = source_model(tmp_path / "source", "qwen3_5", dtype=torch.bfloat16, max_position_embeddings=2048)
-    settings = ["activations.bits=8"]
+    settings = ["activations.bits=8", "weights.rank=4"]
     out = quantize(str(source), tmp_path / "out", recipe="quarot", samples=4, seq_len=128, settings=settings)
     options = {"max_num_batched_tokens": 256, "enable_prefix_caching": True, "again": True, "max_model_len": 2048}
     prompts = prompts_of(2, 1100)

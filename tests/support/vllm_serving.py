@@ -367,7 +367,9 @@ def factors_of_rank(
         mock.patch.object(compat, "get_tensor_model_parallel_rank", return_value=rank),
         mock.patch.object(compat, "get_tensor_model_parallel_world_size", return_value=ranks),
     ):
-        low_rank.expect_factors(layer, "layer", down.shape[1], down.shape[0], span, outputs, torch.float32, subtracts)
+        low_rank.expect_factors(
+            layer, "layer", down.shape[1], down.shape[0], span, outputs, len(outputs), torch.float32, subtracts
+        )
         for part, factors in loaded.items():
             for name, factor in zip(low_rank.NAMES, factors, strict=True):
                 parameter = layer.get_parameter(name)

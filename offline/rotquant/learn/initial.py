@@ -65,6 +65,11 @@ def check_sizes(recipe: Recipe, arch: Architecture, tp_max: int) -> None:
     for rotation in ("r1", "r2"):
         if getattr(recipe.rotations, rotation) == "none" and rotation in learned_rotations(recipe):
             raise RotQuantError(f"recipe {recipe.name}: rotations.{rotation} is none, and the recipe learns it")
+    if recipe.weights.subtracts and recipe.weights.rank % tp_max:
+        raise RotQuantError(
+            f"--tp-max {tp_max} does not divide weights.rank {recipe.weights.rank}: no direction that is taken off the"
+            " inputs may cross ranks, and each has as many; take a multiple"
+        )
     for kind in arch.kinds:
         for width in kind.widths:
             if width % tp_max:

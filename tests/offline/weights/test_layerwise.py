@@ -43,9 +43,11 @@ def test_attention_is_its_definition_whatever_comes_before_the_tokens(lead: tupl
         assert torch.allclose(found[..., head, :], weights @ v, atol=1e-5)
 
 
-def test_a_branch_of_the_inputs_spares_their_rounding(tmp_path: Path) -> None:
-    """With GPTQ and its refit, which moves weights along directions that hardly any rounded input has."""
-    source = source_model(tmp_path / "model", "qwen3")
+@pytest.mark.parametrize("kind", ["qwen3", "gemma4", "qwen3_5"])
+def test_a_branch_of_the_inputs_spares_their_rounding(tmp_path: Path, kind: str) -> None:
+    """With GPTQ and its refit, which moves weights along directions that hardly any rounded input has; also where layers
+    differ in size, and in front of linear attention."""
+    source = source_model(tmp_path / "model", kind)
     ids, found = torch.arange(256).view(2, -1) % 200 + 20, []
     with torch.no_grad():
         exact = load_any(source)(ids).logits
@@ -53,5 +55,4 @@ def test_a_branch_of_the_inputs_spares_their_rounding(tmp_path: Path) -> None:
             settings = ("weights.method=gptq", "kv.bits=16", *more)
             out = quantize(str(source), tmp_path / name, recipe="quarot", settings=settings, samples=8, seq_len=128)
             found.append((load_any(out)(ids).logits - exact).norm().item())
-    print(found)
-    assert found[1] < 0.8 * found[0]
+    assert found[1] < 0.95 * found[0]  # 1.8 where refit comes first
