@@ -96,8 +96,7 @@ def _check_directions(where: str, loaded: Tensor, span: slice, there: Tensor) ->
 
 
 def _numbered(load: Any, parts: int, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
-    """vLLM's weight loader; `shard` is its name of the part: "q", "k", "v", a number, numbers that follow each other, or
-    None for all."""
+    """vLLM's weight loader; `shard` is its name of the part: "q", "k", "v", a number, several in a row, None: all."""
     if shard is None:
         load(parameter, loaded, range(parts))
     elif isinstance(shard, tuple):

@@ -36,7 +36,7 @@ def child() -> Iterator[Child]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8-bit activations: bfloat16 makes 4-bit ones of a random model round otherwise too often to compare texts.
 
-    Shifts and a branch of the inputs in front of linear attention as well: four parts of vLLM's layer, two of the file's.
+    Shifts and a branch of the inputs in front of linear attention, too: four parts of vLLM's layer, two of the file's.
     """
     folder = tmp_path_factory.mktemp("hybrid")
     source = source_model(folder / "source", "qwen3_5", dtype=torch.bfloat16)

@@ -45,8 +45,8 @@ def test_attention_is_its_definition_whatever_comes_before_the_tokens(lead: tupl
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma4", "qwen3_5"])
 def test_a_branch_of_the_inputs_spares_their_rounding(tmp_path: Path, kind: str) -> None:
-    """With GPTQ and its refit, which moves weights along directions that hardly any rounded input has; also where layers
-    differ in size, and in front of linear attention."""
+    """With GPTQ and its refit, which moves weights along directions that hardly any rounded input has; also where
+    layers differ in size, and in front of linear attention."""
     source = source_model(tmp_path / "model", kind)
     ids, found = torch.arange(256).view(2, -1) % 200 + 20, []
     with torch.no_grad():
