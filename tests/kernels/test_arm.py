@@ -60,7 +60,7 @@ def linears(calls: Calls):
         stage = ("hadamard" if block else "none", block, None)
         expected = reference.int_linear(x, packed, scale, bias, w_bits, *stage, a_bits, symmetric, 0.8)
         panels = ops.prepare_weight(packed, w_bits, k, groups)
-        arguments = (n, groups, w_bits, 0, panels, scale, bias, None, None)
+        arguments = (n, groups, w_bits, 0, 0, panels, scale, bias, None, None)
         first = rows(x, stage, a_bits, symmetric, 0.8, False)
         call = calls.add("linear", expected.numel() * expected.itemsize, *first, *arguments)
         yield call, lambda data, e=expected: same(numbers(data, e.dtype).view(e.shape), e)
@@ -71,7 +71,7 @@ def many_rows(calls: Calls):
     x, packed, scale, bias = linear_case(5, 195, 64, 70, torch.bfloat16, 1, 4)
     expected = reference.int_linear(x, packed, scale, bias, 4, "none", 0, None, 4, False, 0.9)
     panels = ops.prepare_weight(packed, 4, 64, 1)
-    arguments = (70, 1, 4, 0, panels, scale, bias, None, None)
+    arguments = (70, 1, 4, 0, 0, panels, scale, bias, None, None)
     call = calls.add("linear", 195 * 70 * 2, *rows(x, ("none", 0, None), 4, False, 0.9, False), *arguments)
     yield call, lambda data: same(numbers(data, torch.bfloat16).view(195, 70), expected)
 
@@ -104,7 +104,7 @@ def branches(calls: Calls):
         plain = reference.int_linear(x.float(), packed, scale, bias.float(), 4, "none", 0, None, 4, True, 0.8).double()
         wanted = plain + x.double() @ down.double() @ up.double()
         first = rows(x, ("none", 0, None), 4, True, 0.8, False)
-        arguments = (70, 1, 4, rank, ops.prepare_weight(packed, 4, k), scale, bias, down, up)
+        arguments = (70, 1, 4, rank, 0, ops.prepare_weight(packed, 4, k), scale, bias, down, up)
         call = calls.add("linear", 5 * 70 * dtype.itemsize, *first, *arguments)
 
         def close(data: bytes, dtype=dtype, wanted=wanted) -> bool:
@@ -112,6 +112,22 @@ def branches(calls: Calls):
             return bool(error <= (torch.finfo(dtype).eps + 1e-5) * wanted.abs().max())
 
         yield call, close
+
+
+def directions(calls: Calls):
+    """A branch that takes its directions off the rows, on numbers whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(2)
+    for rank, dtype in itertools.product((1, 24, 70), DTYPES):
+        k = 100
+        _, packed, scale, bias = linear_case(rank, 5, k, 70, dtype, 1, 4)
+        x, down = (torch.randint(-3, 4, s, generator=generator).to(dtype) for s in ((5, k), (k, rank)))
+        down, up = down / 4, torch.zeros(rank, 70, dtype=dtype)
+        rest = (4, "none", 0, None, 4, True, 0.8, down, up)
+        expected = reference.int_linear(x, packed, scale, bias, *rest, low_rank_subtracts=True)
+        first = rows(x, ("none", 0, None), 4, True, 0.8, False)
+        arguments = (70, 1, 4, rank, 1, ops.prepare_weight(packed, 4, k), scale, bias, down, up)
+        call = calls.add("linear", 5 * 70 * dtype.itemsize, *first, *arguments)
+        yield call, lambda data, e=expected: same(numbers(data, e.dtype).view(e.shape), e)
 
 
 def pages(calls: Calls):
@@ -160,7 +176,7 @@ def added(calls: Calls):
         yield call, lambda data, e=expected: same(numbers(data, e.dtype), e)
 
 
-GROUPS = (quantized, linears, many_rows, transformed, branches, pages, attended, added)
+GROUPS = (quantized, linears, many_rows, transformed, branches, directions, pages, attended, added)
 
 
 def test_every_function_is_the_reference_s(tool):

@@ -84,14 +84,14 @@ void quantize(const Tier& t) {
 void linear(const Tier& t) {
   Rows rows;
   Gemm g{};
-  const int64_t n = number(), groups = number(), bits = number(), rank = number(), m = rows.count;
+  const int64_t n = number(), groups = number(), bits = number(), rank = number(), subtracts = number(), m = rows.count;
   Array<uint8_t> panels = array<uint8_t>();
   Array<float> scale = array<float>();
   Array<char> bias = array<char>(), down = array<char>(), up = array<char>();
   const int64_t padded = padded_group(rows.columns, groups), count = (n + PANEL - 1) / PANEL;
   const int32_t* sums = (const int32_t*)(panels.get() + count * groups * padded * PANEL * bits / 8);
   g.weight = {panels.get(), sums, scale.get(), int(bits), n, rows.columns, groups};
-  g.low_rank = {rank, down.get(), up.get(), rows.dtype};
+  g.low_rank = {rank, down.get(), up.get(), rows.dtype, subtracts != 0};
   g.lda = codes_stride(padded * groups);
   Array<int8_t> codes(m * g.lda);
   Array<QuantRow> quant(m);
@@ -100,9 +100,10 @@ void linear(const Tier& t) {
   Array<char> out(m * n * size_of(rows.dtype)), memory(GEMM_SCRATCH);
   for (int64_t i = 0; i < m; i++) {
     rows.load(t, i, row.get());
+    if (rank) t.project_row(row.get(), rows.columns, g.low_rank, projected.get() + i * rank);
+    if (subtracts) t.subtract_row(row.get(), rows.columns, g.low_rank, projected.get() + i * rank);
     quant.get()[i] = t.quantize_row(row.get(), rows.columns / groups, groups, padded, rows.format,
                                     codes.get() + i * g.lda, code_sums.get() + i * groups);
-    if (rank) t.project_row(row.get(), rows.columns, g.low_rank, projected.get() + i * rank);
   }
   g.codes = codes.get();
   g.quant = quant.get();

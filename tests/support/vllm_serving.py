@@ -156,7 +156,7 @@ def swapped(how: str) -> Iterator[None]:
 
     def sixteen_bit_activations(
         x: Tensor, weight: Tensor, scale: Tensor, bias: Any, weights: Any, stage: Any, rows: Any, down: Any, up: Any,
-        silu_mul: bool,
+        silu_mul: bool, low_rank_subtracts: bool,
     ) -> Tensor:  # fmt: skip
         y = reference.turned(convention.silu_mul(x) if silu_mul else x, *stage)
         codes = weights.unpack(weight, y.shape[-1])
@@ -172,8 +172,9 @@ def swapped(how: str) -> Iterator[None]:
         return lambda *given: attention(*given[:-2], given[-2] and given[-2] + by, given[-1])
 
     def no_silu(x: Tensor, *rest: Any) -> Tensor:
-        gate, up = x.chunk(2, -1) if rest[-1] else (1, x)
-        return linear(gate * up, *rest[:-1], False)
+        *others, silu_mul, subtracts = rest
+        gate, up = x.chunk(2, -1) if silu_mul else (1, x)
+        return linear(gate * up, *others, False, subtracts)
 
     def no_residual(x: Tensor, residual: Any, *rest: Any) -> Any:
         return *reference.rms_norm_quantize(x, None, *rest)[:3], x + residual
