@@ -131,7 +131,8 @@ def positive_first(x: Tensor, stages: Sequence[Stage], taken: Tensor | None = No
 
 
 def trial_rows(
-    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device, taken: Tensor | None = None
+    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device,
+    taken: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows [rows, inputs] for a chain, random behind its shifts, whose largest magnitude there is positive.
 
@@ -148,7 +149,8 @@ def trial_rows(
 
 
 def trial_gate_up(
-    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device, taken: Tensor | None = None
+    rows: int, inputs: int, stages: Sequence[Stage], dtype: torch.dtype, device: torch.device,
+    taken: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gate and up [rows, 2 inputs] and silu(gate) * up as a model rounds it, whose extremes are as in `trial_rows`."""
     gate, up = (3 * trial(rows, inputs, dtype=dtype, device=device, seed=seed) for seed in (7, 8))
