@@ -64,8 +64,9 @@ def write_card(
         f"{', '.join(t.removeprefix('re:.*').rstrip('$') for t in stage['targets'])}: {stage['kind']} {stage['block']}"
         for stage in input_transforms(arch, transforms)
     ]
+    where = "attention and in layers without experts" if weights.subtracts and arch.mixtures else "every linear"
     of_inputs = ", of its inputs' leading directions, which are not rounded" if weights.subtracts else ""
-    online += [f"rank {weights.rank} branch at every linear{of_inputs}"] if weights.rank else []
+    online += [f"rank {weights.rank} branch at {where}{of_inputs}"] if weights.rank else []
     there = " (its experts with 16-bit activations)" if arch.mixtures else ""
     mixed = " (A8 at some sites)" if wide_row(arch, transforms) else ""
     text = CARD.format(

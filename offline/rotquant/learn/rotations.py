@@ -26,7 +26,7 @@ from rotquant.recipe import Recipe
 from rotquant.transforms.dense import Dense
 from rotquant.transforms.fold import fold_gains
 from rotquant.transforms.klt import covariance, equal_variances
-from rotquant.weights.low_rank import directions
+from rotquant.weights.low_rank import directions, without
 from rotquant_kernels.formats import RowFormat
 
 BATCH = 2048
@@ -79,8 +79,7 @@ def as_rounded(x: Tensor, site: str, kind: Layer, recipe: Recipe) -> Tensor:
     if "shift" in recipe.online.of(site):
         x = x - usual_mean(x)
     if recipe.weights.subtracts and site in kind.branch_sites:
-        down = directions(x.mT @ x, recipe.weights.rank, 1, torch.Generator().manual_seed(0))
-        x = x - x @ down @ down.mT
+        x = without(x, directions(x.mT @ x, recipe.weights.rank, 1, torch.Generator().manual_seed(0)))
     return x
 
 

@@ -52,6 +52,12 @@ def directions(moment: Tensor, rank: int, shards: int, generator: torch.Generato
     return torch.block_diag(*(truncated(block, each, generator)[1].mT for block in blocks))
 
 
+def without(x: Tensor, down: Tensor) -> Tensor:
+    """x - x D Dᵀ, what the directions D [K, r] leave of rows [..., K] to be rounded; float32."""
+    x, down = x.float(), down.float()
+    return x - x @ down @ down.mT
+
+
 def beside(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """U [r, N] of a branch of the inputs, and the weight float32 [N, K] for what these directions D [K, r] leave."""
     weight, down = weight.float(), down.float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from rotquant.checkpoint.packed import PackedLinear
 from rotquant.models import Tensors
 from rotquant.models.decoder import Cache, Decoder, bias_of
+from rotquant.weights.low_rank import without
 from rotquant_kernels import Stage, linear, transform
 from rotquant_kernels.formats import RowFormat
 
@@ -46,10 +47,7 @@ class ServedLayer:
     def inputs(self, site: str, x: Tensor, norm: str = "") -> Tensor:
         """What the linears of a site round, float32: x, behind a norm if named, behind its stages and directions."""
         y = transform(self.normed(norm, x) if norm else x, self.stages.get(site, [])).float()
-        if site not in self.directions:
-            return y
-        down = self.directions[site].float()
-        return y - y @ down @ down.T
+        return without(y, self.directions[site]) if site in self.directions else y
 
     def normed(self, norm: str, h: Tensor) -> Tensor:
         """What the linears behind a norm read."""

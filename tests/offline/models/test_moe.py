@@ -188,6 +188,8 @@ def test_at_eight_bits_it_is_nearly_the_original(
     branched = {n.rpartition(".low_rank")[0] for n in Source(out).files if "low_rank" in n}
     attention = {f"model.layers.{i}.self_attn.{linear}_proj" for i in range(2) for linear in "qkvo"}
     assert branched == (attention if more else set())  # a branch of the inputs is not at experts
+    card = " ".join((out / "README.md").read_text().split())
+    assert ("rank 8 branch at attention and in layers without experts" in card) is bool(more)
     with torch.no_grad():
         got, expected = (
             model(TOKENS[None]).logits

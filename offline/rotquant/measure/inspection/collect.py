@@ -26,6 +26,7 @@ from rotquant.measure.inspection.routing import Choices, choices_watched
 from rotquant.measure.inspection.statistics import SiteFormat, SiteStatistics
 from rotquant.models import Architecture, Layer
 from rotquant.models.mlp import Experts
+from rotquant.weights.low_rank import without
 from rotquant_kernels import transform
 from rotquant_kernels.reference import hadamard
 
@@ -84,9 +85,7 @@ def quantized_input(module: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(module, QuantLinear):
         return x
     y, down = transform(x, module.stages), module.low_rank_down
-    if down is None or not module.format.subtracts:
-        return y
-    return y.float() - y.float() @ down.float() @ down.float().T
+    return without(y, down) if down is not None and module.format.subtracts else y
 
 
 def _watch(statistics: SiteStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
