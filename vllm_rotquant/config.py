@@ -170,11 +170,17 @@ class RotQuantConfig(QuantizationConfig):
             own = self.arch.attentions.get(name) if self.arch else None
             cap, size = (own.cap, own.head_dim) if own else (None, self.head_dim)
             blocks = self._blocks(kv).get(name, 1) if kv else 1
-            return KVCacheMethod(self, kv, prefix, size, window, cap, blocks, collector) if kv else None
+            if kv is None:
+                return None
+            maker = self.startup.key_makers.get(name)
+            if kv.feedback and maker is None:
+                raise RotQuantError(f"{prefix}: rotquant.key_feedback: the linear that makes its keys is not quantized")
+            return KVCacheMethod(self, kv, prefix, size, window, cap, blocks, collector, maker)
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                return RotQuantLinearMethod(linear, prefix, collector, len(self._parts(prefix)))
+                key_dim = self._key_dim(layer, prefix)
+                return RotQuantLinearMethod(linear, prefix, collector, len(self._parts(prefix)), key_dim)
             collector.unquantized.add(prefix)
             return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(collector)
         if isinstance(layer, compat.VocabParallelEmbedding):
@@ -223,6 +229,25 @@ class RotQuantConfig(QuantizationConfig):
             self._read()
             self.windows = Windows(self.arch, compat.model_settings().max_model_len)
         return self.windows
+
+    def _key_dim(self, layer: torch.nn.Module, prefix: str) -> int:
+        """Size of the heads of the keys that a linear makes, 0 where it makes none that are rounded with feedback.
+
+        Raises:
+            RotQuantError: an architecture that rotquant does not know.
+        """
+        assert self.format is not None
+        if not (self.format.kv and self.format.kv.feedback):
+            return 0
+        config = self._read()
+        if self.arch is None:
+            classes = ", ".join(config.architectures or ["this model"])
+            raise RotQuantError(f"{prefix}: this build of rotquant does not run rotquant.key_feedback of {classes}")
+        for name, maker in self.arch.key_makers.items():
+            if maker in self._parts(prefix):
+                self.startup.key_makers[name] = layer
+                return self.arch.attentions[name].head_dim
+        return 0
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""

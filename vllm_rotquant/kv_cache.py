@@ -20,7 +20,7 @@ from rotquant_kernels import calls
 from rotquant_kernels.cuda.rope import Rope
 from rotquant_kernels.formats import KVFormat
 from rotquant_kernels.formats.kv import kv_token_bytes
-from vllm_rotquant import compat, steps
+from vllm_rotquant import compat, key_feedback, steps
 from vllm_rotquant.collector import Collector
 from vllm_rotquant.large_pages import enlarge
 from vllm_rotquant.warmup import warm_attention
@@ -97,7 +97,8 @@ class KV4Impl(compat.AttentionImpl):
     A plain object beside the layer: vLLM calls it inside its own opaque attention op.
     """
 
-    def __init__(self, layer: compat.Attention, kv: KVFormat) -> None:
+    def __init__(self, layer: compat.Attention, kv: KVFormat, key_maker: torch.nn.Module | None = None) -> None:
+        """`key_maker`: the linear that makes keys, where these are rounded with error feedback."""
         previous: Any = layer.impl
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.scale, self.kv_cache_dtype = float(previous.scale), layer.kv_cache_dtype
@@ -105,7 +106,13 @@ class KV4Impl(compat.AttentionImpl):
         # Pages before a window may be gone; FlashAttention's soft cap has not been held against the reference.
         whole = layer.dtype == torch.bfloat16 and self.window is None and self.cap is None
         self.dense = compat.dense_attention() if whole and self.head_size <= LARGEST_DENSE else None
+        self.key_maker = key_maker
         self.rope: Rope | None = None  # where it is not vLLM's to run: `positions`
+
+    @property
+    def feedback(self) -> Tensor | None:
+        """F of keys that are rounded with error feedback."""
+        return None if self.key_maker is None else key_feedback.of(self.key_maker)
 
     def limits(self, page: int) -> steps.Limits:
         """How a step over pages of so many tokens is cut up."""
@@ -116,7 +123,7 @@ class KV4Impl(compat.AttentionImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Stores the step's K and V, [T, KV heads, d], in the pages `kv_cache`; slot -1 is padding."""
-        calls.kv_write(key, value, kv_cache, slot_mapping, self.kv)
+        calls.kv_write(key, value, kv_cache, slot_mapping, self.kv, self.feedback)
 
     def store(
         self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor
@@ -125,7 +132,7 @@ class KV4Impl(compat.AttentionImpl):
         from rotquant_kernels.cuda import kv4  # imports Triton
 
         settings = self.kv.rotate, self.kv.symmetric, self.kv.k_clip, self.kv.v_clip
-        kv4.write(key, value, cache, slots, *settings, self.rope, query_start, seq_lens)
+        kv4.write(key, value, cache, slots, *settings, self.feedback, self.rope, query_start, seq_lens)
 
     def forward(
         self,
@@ -256,13 +263,13 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
 
     def __init__(
         self, config: Any, kv: KVFormat, prefix: str, head_dim: int, window: int | None, cap: float | None,
-        blocks: int, collector: Collector,
+        blocks: int, collector: Collector, key_maker: torch.nn.Module | None = None,
     ) -> None:  # fmt: skip
         """`config`: what vLLM's base class keeps; head_dim: what config.json says; window: from `Windows`; cap: on
-        scores, as transformers reads config.json; blocks: of a page."""
+        scores, as transformers reads config.json; blocks: of a page; key_maker: as of `KV4Impl`."""
         super().__init__(config)
         self.format, self.prefix, self.head_dim, self.collector = kv, prefix, head_dim, collector
-        self.window, self.cap, self.blocks = window, cap, blocks
+        self.window, self.cap, self.blocks, self.key_maker = window, cap, blocks, key_maker
 
     def create_weights(self, layer: Any) -> None:
         super().create_weights(layer)
@@ -278,7 +285,7 @@ class KVCacheMethod(compat.BaseKVCacheMethod):
         backend = SymmetricKV4Backend if self.format.symmetric else AsymmetricKV4Backend
         layer.attn_backend = in_blocks(backend, self.blocks)
         layer.sliding_window = self.window
-        layer.impl = KV4Impl(layer, self.format)
+        layer.impl = KV4Impl(layer, self.format, self.key_maker)
         self.collector.expect(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -12,7 +12,7 @@ from rotquant.checkpoint.format import LinearFormat
 from rotquant.errors import RotQuantError
 from rotquant_kernels import calls, online, ops
 from rotquant_kernels.backends import Layer
-from vllm_rotquant import adapters, compat, low_rank, rotation
+from vllm_rotquant import adapters, compat, key_feedback, low_rank, rotation
 from vllm_rotquant.collector import Collector
 
 # What `weight_packed` holds until it is loaded: eight irregular codes that no whole row of weights repeats.
@@ -24,13 +24,17 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     """Weights, loading and forward of one quantized linear layer, lm_head included.
 
     The layer keeps `weight_packed` (LoRA finds the layer's device through this name), `weight_scale`,
-    `low_rank_down` and `low_rank_up` (or None), the tensors of its transforms (`rotation.stages`) and
-    `shift_correction`, float32 [N] or None, which is added like a bias.
+    `low_rank_down` and `low_rank_up` (or None), `key_feedback` where it makes keys that are rounded so, the tensors of
+    its transforms (`rotation.stages`) and `shift_correction`, float32 [N] or None, which is added like a bias.
     """
 
-    def __init__(self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1) -> None:
-        """`pieces`: layers of the checkpoint that vLLM runs as this one."""
+    def __init__(
+        self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1, key_dim: int = 0
+    ) -> None:
+        """`pieces`: layers of the checkpoint that vLLM runs as this one; `key_dim`: size of the heads of the keys that
+        it makes, where these are rounded with error feedback."""
         self.format, self.prefix, self.collector, self.pieces = linear, prefix, collector, pieces
+        self.key_dim = key_dim
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
         self.ready, self.biased = False, False  # loaded, and in the form that serves; whether the layer has a bias
 
@@ -97,6 +101,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         )
         factors = self.prefix, rank, self.all_inputs, self.span, self.parts, self.pieces, dtype, self.format.subtracts
         low_rank.expect_factors(layer, *factors)
+        key_feedback.expect(layer, self.prefix, self.key_dim, self.parts)
 
     def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
         if self.format.rank and outputs < all_outputs:
@@ -152,6 +157,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
                 f"{self.prefix}: weight_shape is {shape}, config.json asks for {self.all_inputs} inputs"
             )
         low_rank.check_loaded(layer, self.prefix)
+        key_feedback.check_loaded(layer, self.prefix)
         rotation.check_loaded(layer, self.prefix, self.format.transforms, self.dummy)
 
     def prepare(self, layer: Any) -> None:

@@ -234,13 +234,15 @@ def attention_row(layer: Any, count: int) -> Row:
     if layer.impl.dense:
         ways.append(torch.cat(served_attention(layer, query, key, value, dense=1)))
         kernels.add(f"{layer.impl.dense[0]} for prefills")
+    scale, cap = layer.impl.scale, layer.impl.cap
     expected = torch.cat(
         [
-            float_attention(placed(layer, q), placed(layer, k), v, layer.impl.scale, kv, window, layer.impl.cap)
+            float_attention(placed(layer, q), placed(layer, k), v, scale, kv, window, cap, layer.impl.feedback)
             for q, k, v in zip(query, key, value, strict=True)
         ]
     )
-    name = f"R3 hadamard {kv.rotate}" if kv.rotate else "none"
+    turns = [f"R3 hadamard {kv.rotate}"] if kv.rotate else []
+    name = " + ".join(turns + (["key feedback"] if kv.feedback else [])) or "none"
     errors = [*(distance(way, expected) for way in ways), *([window_distance(layer, KV4Metadata)] if window else [])]
     error, most = float(torch.tensor(errors, dtype=torch.float64).max()), limit(layer.dtype, 4)
     kind, front = f"attention, window {window}" if window else "attention", "rope" if layer.impl.rope else "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from rotquant_kernels.cuda import scaled_mm
 from vllm_rotquant import agreement, compat
@@ -26,6 +27,7 @@ class Startup:
         self.collector = Collector(self._finish)
         self.ranks: agreement.Ranks | None = None
         self.identity: Callable[[], dict[str, str]] = dict
+        self.key_makers: WeakValueDictionary[str, Any] = WeakValueDictionary()  # linears, by their attention modules
         self.strict, self.model = True, ""
         self.when_loaded: Callable[[Any], None] | None = None  # gets the whole model
 

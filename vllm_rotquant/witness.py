@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from rotquant.checkpoint.format import LinearFormat
+from rotquant.errors import RotQuantError
 from rotquant_kernels import KINDS, Stage, reference
-from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.formats import KVFormat, RowFormat
+from rotquant_kernels.formats.feedback import LARGEST_ERROR
 
 STRETCH = 1 << 24  # weights of a layer that are float64 at a time
 
@@ -212,20 +214,40 @@ def r3(kv: KVFormat) -> list[Stage]:
     return [Stage("hadamard", kv.rotate)] if kv.rotate else []
 
 
+def fed_back(x: Tensor, rows: RowFormat, feedback: Tensor) -> Tensor:
+    """Keys [T, heads, d] as they come back where each channel's error is taken from those behind it, in float64."""
+    scale, zero = (exact(t).squeeze(-1) for t in rows.qparams(x))
+    passed, most = exact(feedback), LARGEST_ERROR * scale
+    back: list[Tensor] = []
+    errors: list[Tensor] = []
+    for j, channel in enumerate(x.unbind(-1)):
+        value = channel.clone()
+        for i, error in enumerate(errors):
+            value -= error * passed[:, i, j]
+        code = (value / scale + zero).round().clamp(*rows.bounds)
+        back.append((code - zero) * scale)
+        errors.append((value - back[j]).clamp(-most, most))
+    return torch.stack(back, -1)
+
+
 def float_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None, cap: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None, cap: float | None = None,
+    key_feedback: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention in float64 over K and V as 4 bits give them back.
 
     Args:
         query: [T, heads, d]; key, value: [T, KV heads, d]; window: positions that a query sees at most, None for all;
-            cap: on scores.
+            cap: on scores; key_feedback: F [KV heads, d, d] of keys that are rounded with error feedback.
     Returns:
         [T, heads, d].
     """
     rotation = r3(kv)
     group = query.shape[1] // key.shape[1]
-    k = exact(kv.key.fake_quantize(transformed(key, rotation)))
+    turned = transformed(key, rotation)
+    if kv.feedback != (key_feedback is not None):
+        raise RotQuantError("the format of the 4-bit KV cache and its layers differ in key_feedback")
+    k = exact(kv.key.fake_quantize(turned) if key_feedback is None else fed_back(turned, kv.key, key_feedback))
     v = exact(kv.value.fake_quantize(exact(value)))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     scores = product(transformed(query, rotation).transpose(0, 1), k.mT) * scale

@@ -38,6 +38,19 @@ inline void kv_codes(const float* x, int64_t n, Coded q, int32_t* codes) {
   }
 }
 
+// `kv_codes` of a key with error feedback: what channel j loses is taken from those behind it, see formats/feedback.py.
+// The row is used up; numbers before channel j may become anything.
+inline void kv_codes_fed_back(float* x, int64_t n, Coded q, const float* feedback, int32_t* codes) {
+  if (q.scale == 0x7e00) return kv_codes(x, n, q, codes);
+  const float scale = f16_to_float(q.scale), zero = float(q.zero), most = 8.0f * scale;
+  for (int64_t j = 0; j < n; j++) {
+    const float code = round_half_even(clamp(x[j] / scale + zero, -8.0f, 7.0f));
+    const F error = set1(clamp(x[j] - (code - zero) * scale, -most, most));
+    codes[j] = int32_t(code) + 8;
+    for (int64_t k = (j + 1) / W * W; k < n; k += W) store(x + k, load(x + k) - error * load(feedback + j * n + k));
+  }
+}
+
 inline void store_key(uint8_t* subtile, int64_t token, const int32_t* codes, int64_t n) {
   for (int64_t i = 0; i < n; i += 8) {
     uint32_t word = 0;
@@ -73,7 +86,10 @@ void kv4_write(const KVWrite& w, int64_t head, int64_t part, int64_t parts) {
     load_row((const char*)w.key + (t * w.key_token + head * w.key_head) * size, w.dtype, dim, row);
     if (w.rotate) transform_row(row, dim, rotation, scratch);
     const Coded key = kv_qparams(row, dim, pages.symmetric, w.key_clip);
-    kv_codes(row, dim, key, codes);
+    if (w.feedback)
+      kv_codes_fed_back(row, dim, key, w.feedback + head * dim * dim, codes);
+    else
+      kv_codes(row, dim, key, codes);
     store_key(to.keys, token, codes, dim);
     memcpy(to.key_scale + 2 * token, &key.scale, 2);
 

@@ -35,6 +35,13 @@ int64_t check_rotate(int64_t rotate, int64_t head_dim) {
   return rotate;
 }
 
+const float* check_feedback(const Tensor& x, int64_t heads, int64_t head_dim) {
+  const bool fits = x.is_cpu() && x.dim() == 3 && x.size(0) == heads && x.size(1) == head_dim && x.size(2) == head_dim;
+  REQUIRE(fits && x.scalar_type() == ScalarType::Float && x.is_contiguous(), "key_feedback must be float32 [", heads, ", ",
+          head_dim, ", ", head_dim, "], contiguous, on the CPU");
+  return (const float*)x.const_data_ptr();
+}
+
 template <class T>
 const T* check_indices(const Tensor& x, int64_t dims, const char* name) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Long : ScalarType::Int;
@@ -45,7 +52,7 @@ const T* check_indices(const Tensor& x, int64_t dims, const char* name) {
 }
 
 void kv4_write(const Tensor& key, const Tensor& value, const Tensor& cache, const Tensor& slots, int64_t rotate,
-               bool symmetric, double k_clip, double v_clip) {
+               bool symmetric, double k_clip, double v_clip, const std::optional<Tensor>& key_feedback) {
   REQUIRE(key.dim() == 3, "key must be [tokens, heads, d]");
   const int64_t dim = key.size(2);
   KVWrite w{};
@@ -64,6 +71,7 @@ void kv4_write(const Tensor& key, const Tensor& value, const Tensor& cache, cons
   w.value_token = value.stride(0), w.value_head = value.stride(1);
   w.rotate = check_rotate(rotate, dim);
   w.key_clip = float(k_clip), w.value_clip = float(v_clip);
+  if (key_feedback) w.feedback = check_feedback(*key_feedback, heads, dim);
   const int64_t parts = std::clamp<int64_t>(w.tokens / 64, 1, torch::stable::get_num_threads());
   parallel(heads * parts, w.tokens * heads >= 64, [&](int64_t i) { tier().kv4_write(w, i / parts, i % parts, parts); });
 }

@@ -108,6 +108,7 @@ struct KVWrite {
   int64_t tokens;
   int64_t rotate;  // block of R3, 0 for none
   float key_clip, value_clip;
+  const float* feedback;  // of keys, [heads, d, d], read above the diagonal; null for none
 };
 
 // What all work items of one attention call share.

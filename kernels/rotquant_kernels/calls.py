@@ -61,9 +61,12 @@ def experts(
     return ops.moe_experts(x, chosen, shares, expert_map, up, up_scale, down, down_scale, *settings)
 
 
-def kv_write(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, kv: KVFormat) -> None:
-    """`kv4_write`."""
-    ops.kv4_write(key, value, cache, slots, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip)
+def kv_write(
+    key: Tensor, value: Tensor, cache: Tensor, slots: Tensor, kv: KVFormat, feedback: Tensor | None = None
+) -> None:
+    """`kv4_write`; feedback: F of keys, where the format has it."""
+    assert kv.feedback == (feedback is not None), "key_feedback, and a format without it, or the other way round"
+    ops.kv4_write(key, value, cache, slots, kv.rotate, kv.symmetric, kv.k_clip, kv.v_clip, feedback)
 
 
 def kv_attention(

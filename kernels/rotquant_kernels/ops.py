@@ -33,7 +33,7 @@ OPS = {
     " Tensor down, Tensor down_scale, int weight_bits, int block, int act_bits, bool act_symmetric, float up_clip,"
     " float down_clip) -> Tensor",
     "kv4_write": "(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, int rotate, bool symmetric,"
-    " float k_clip, float v_clip) -> ()",
+    " float k_clip, float v_clip, Tensor? key_feedback=None) -> ()",
     "kv4_attention": "(Tensor query, Tensor cache, Tensor query_start, Tensor seq_lens, Tensor block_table,"
     " Tensor(a!) out, float scale, int rotate, bool symmetric, int window=0, float cap=0.0) -> ()",
 }

@@ -191,13 +191,23 @@ class KVCache(Part):
     symmetric: bool = False
     key_clip: Ratio = 0.95
     value_clip: Ratio = 0.95
+    key_feedback: bool = Field(
+        default=False,
+        description="what a channel of a key loses in rounding is taken from those behind it, by the queries' moments",
+    )
 
     def form(self, rotate: int = 0, clips: Mapping[str, float] | None = None) -> KVFormat | None:
         """The 4-bit cache of a layer that has its own `clips` of "key" and "value"; None where it is not quantized."""
         if self.bits == 16:
             return None
         ratios = {"key": self.key_clip, "value": self.value_clip} | dict(clips or {})
-        return KVFormat(self.symmetric, ratios["key"], ratios["value"], rotate)
+        return KVFormat(self.symmetric, ratios["key"], ratios["value"], rotate, self.key_feedback)
+
+    @model_validator(mode="after")
+    def _fits(self) -> KVCache:
+        if self.key_feedback and self.bits == 16:
+            raise ValueError("key_feedback is of keys that are rounded, and bits is 16; take bits 4, or no feedback")
+        return self
 
     @property
     def values(self) -> RowFormat:
@@ -249,7 +259,7 @@ class Recipe(Part):
     @property
     def needs_calibration(self) -> bool:
         learns = self.needs_learning or self.chooses or self.tune is not None
-        return learns or self.weights.needs_inputs or self.activations.mixed
+        return learns or self.weights.needs_inputs or self.activations.mixed or self.kv.key_feedback
 
     @property
     def chooses(self) -> bool:

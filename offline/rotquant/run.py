@@ -93,7 +93,7 @@ def prepare(model: str, asked: Settings) -> Run:
     recipe = fitted(recipe, arch).for_profile(asked.profile).check_learning()
     check_shapes(recipe, arch)
     check_windows(recipe, arch)
-    recipe = for_mixture(for_head(recipe, arch), arch)
+    recipe = for_cache(for_mixture(for_head(recipe, arch), arch), arch)
     transforms = with_gains_in_linears(initial_transforms(recipe, arch, asked.tp_max, asked.seed), arch, source)
     calibrated = None
     if recipe.needs_calibration:
@@ -199,6 +199,13 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
     return recipe.model_copy(
         update={"choose": choose.model_copy(update={"candidates": choose.candidates | choose.mixtures})}
     )
+
+
+def for_cache(recipe: Recipe, arch: Architecture) -> Recipe:
+    """Without candidates of keys that are not rounded."""
+    if recipe.choose is None or (recipe.kv.bits == 4 and arch.attentions):
+        return recipe
+    return recipe.model_copy(update={"choose": recipe.choose.those(lambda changes: "kv.key_feedback" not in changes)})
 
 
 def fingerprint(run: Run, digest: str) -> dict[str, Any]:

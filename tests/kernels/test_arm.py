@@ -10,7 +10,7 @@ import torch
 
 from emulated_tier import Calls, numbers, program, rows
 from rotquant_kernels import KINDS, build, ops, reference
-from test_kv4_native import make_batch, new_cache, rows_to_write
+from test_kv4_native import feedback_of, make_batch, new_cache, rows_to_write
 from test_linear_native import activations, gate_up, linear_case, same
 
 # Processors of the emulator and the tier that each must choose.
@@ -131,15 +131,22 @@ def directions(calls: Calls):
 
 
 def pages(calls: Calls):
-    for seed, ((d, rotate), dtype, symmetric) in enumerate(itertools.product(HEADS, DTYPES, (False, True))):
+    for seed, ((d, rotate), dtype, symmetric, fed_back) in enumerate(
+        itertools.product(HEADS, DTYPES, (False, True), (0, 1))
+    ):
         key, value = (rows_to_write(21, 2, d, seed + i).to(dtype) for i in range(2))
         slots = torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:21]
         slots[::5] = -1
         cache = new_cache(2, 2, 48, d, symmetric)
         expected = cache.clone()
-        reference.kv4_write(key, value, expected, slots, rotate, symmetric, 0.95, 0.9)
-        shape = (2, 48, d, int(symmetric), cache)
-        call = calls.add("kv_write", cache.numel(), *shape, DTYPES.index(dtype), rotate, 0.95, 0.9, key, value, slots)
+        feedback = feedback_of(2, d, seed)
+        rest = slots, rotate, symmetric, 0.95, 0.9, feedback if fed_back else None
+        reference.kv4_write(key, value, expected, *rest)
+        shape, settings = (
+            (2, 48, d, int(symmetric), cache),
+            (DTYPES.index(dtype), rotate, 0.95, 0.9, fed_back, feedback),
+        )
+        call = calls.add("kv_write", cache.numel(), *shape, *settings, key, value, slots)
         yield call, lambda data, e=expected: torch.equal(numbers(data, torch.uint8).view(e.shape), e)
 
 

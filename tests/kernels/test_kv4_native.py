@@ -159,10 +159,17 @@ def rows_to_write(tokens: int, heads: int, d: int, seed: int) -> torch.Tensor:
     return x
 
 
-@some(150)
+def feedback_of(heads: int, d: int, seed: int) -> torch.Tensor:
+    """F of keys with error feedback; what lies on and below the diagonal is not read."""
+    return randn(heads, d, d, seed=seed + 7) * 0.3
+
+
+@some(200)
 @given(SEEDS, st.integers(1, 40), st.integers(1, 3), HEADS, PAGES, DTYPES, st.booleans(),
-       st.sampled_from([1.0, 0.95, 0.4]), st.booleans())  # fmt: skip
-def test_pages_are_the_references_bit_for_bit(tier, seed, tokens, heads, head, page, dtype, symmetric, clip, signed):  # noqa: F811
+       st.sampled_from([1.0, 0.95, 0.4]), st.booleans(), st.booleans())  # fmt: skip
+def test_pages_are_the_references_bit_for_bit(
+    tier, seed, tokens, heads, head, page, dtype, symmetric, clip, signed, fed_back,  # noqa: F811
+):  # fmt: skip
     d, rotate = head
     key, value = (strided(rows_to_write(tokens + 1, heads, d, seed + i), dtype) for i in range(2))
     generator = torch.Generator().manual_seed(seed)
@@ -171,8 +178,9 @@ def test_pages_are_the_references_bit_for_bit(tier, seed, tokens, heads, head, p
     token = reference.kv_token_bytes(d, symmetric)
     room = torch.randint(0, 256, (3, heads + 1, page, token), generator=generator).to(torch.uint8)
     expected, actual = room.clone(), room.view(torch.int8) if signed else room
-    reference.kv4_write(key, value, expected[:, 1:], slots, rotate, symmetric, clip, 0.9)
-    ops.kv4_write(key, value, actual[:, 1:], slots, rotate, symmetric, clip, 0.9)
+    rest = slots, rotate, symmetric, clip, 0.9, feedback_of(heads, d, seed) if fed_back else None
+    reference.kv4_write(key, value, expected[:, 1:], *rest)
+    ops.kv4_write(key, value, actual[:, 1:], *rest)
     assert torch.equal(room, expected)
 
 
@@ -286,6 +294,10 @@ def bad_calls():
         ("cache", {"cache": torch.zeros(4, 2, 8, 69, dtype=torch.uint8)}),
         ("cache", {"cache": torch.zeros(4, 16, 2, 69, dtype=torch.uint8).transpose(1, 2)}),
         ("rotate", {"rotate": 48}),
+        ("key_feedback", {"key_feedback": torch.zeros(2, 64, 32), "k_clip": 1.0}),
+        ("key_feedback", {"key_feedback": torch.zeros(1, 64, 64), "k_clip": 1.0}),
+        ("key_feedback", {"key_feedback": torch.zeros(2, 64, 64, dtype=torch.float64), "k_clip": 1.0}),
+        ("key_feedback", {"key_feedback": torch.zeros(2, 64, 64).mT, "k_clip": 1.0}),
         ("block_table", {"block_table": torch.tensor([[0, 4]], dtype=torch.int32)}),
         ("block_table", {"block_table": torch.tensor([[-1, 0]], dtype=torch.int32)}),
         ("block_table", {"block_table": torch.tensor([[0, 1]])}),

@@ -137,14 +137,16 @@ def rope_of(dim: int, rope: bool, dtype: torch.dtype = torch.bfloat16) -> Rope |
 
 
 def write(
-    tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmetric: bool = False, rope: bool = False
-) -> None:
+    tokens: int, heads: int, dim: int, rotate: int, page: int = 16, symmetric: bool = False, rope: bool = False,
+    fed_back: bool = False,
+) -> None:  # fmt: skip
     qkv = torch.empty(tokens, 3 * heads * dim, dtype=torch.bfloat16)  # K and V are views, as in a model
     key, value = qkv.view(tokens, 3 * heads, dim).split(heads, 1)[1:]
     pages = torch.empty(4, heads, page, kv_token_bytes(dim, symmetric), dtype=torch.uint8)
     step = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     slots = torch.zeros(tokens, dtype=torch.int64)
-    kv4.write(key, value, pages, slots, rotate, symmetric, 1.0, 1.0, rope_of(dim, rope), *step)
+    feedback = torch.empty(heads, dim, dim) if fed_back else None
+    kv4.write(key, value, pages, slots, rotate, symmetric, 1.0, 1.0, feedback, rope_of(dim, rope), *step)
 
 
 def attend(
@@ -181,6 +183,7 @@ def core() -> Iterator[Launch]:
     """One of each kernel in the form that is hardest to compile: a few seconds an architecture."""
     yield "decode, 1 sequence", lambda: attend(1, 1, rope=True)
     yield "KV write, 1 token", lambda: write(1, 8, 128, 128, rope=True)
+    yield "KV write with feedback, 1 token", lambda: write(1, 8, 128, 128, rope=True, fed_back=True)
     yield "silu, Hadamard 512, 18944 inputs", lambda: quantize(2, 18944, 512, silu=True)
     yield "silu, Hadamard 2048, 14336 inputs", lambda: quantize(1, 14336, 2048, silu=True)
     yield "Hadamard 512 before a layer", lambda: turn(1, 18944, "hadamard", 512)
@@ -222,7 +225,9 @@ def of_model(name: str, model: Model, ranks: int) -> Iterator[Launch]:
             yield f"{where} down, R4 {block}", lambda b=block, s=symmetric: quantize(3, inner, b, True, symmetric=s)
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": model.head_dim, "rotate": model.head_dim, "rope": True}
     for m in BATCHES:
-        yield f"{where} KV write, {m} tokens", lambda m=m: write(m, kv_heads, model.head_dim, model.head_dim, rope=True)
+        for by in (False, True):
+            head = kv_heads, model.head_dim, model.head_dim
+            yield f"{where} KV write, {m} tokens", lambda m=m, h=head, b=by: write(m, *h, rope=True, fed_back=b)
         for longest in (16, 16384):
             yield f"{where} decode, {m} x {longest}", lambda m=m, n=longest: attend(m, m, **shape, longest=n)
     for tokens, sequences in ((6, 2), (8, 1), (700, 1), (4096, 16)):
@@ -279,7 +284,8 @@ def odd() -> Iterator[Launch]:
     for tokens, window in ((1, 128), (1, 4096), (700, 128), (700, 4096)):
         yield f"attention of {tokens}, window {window}", lambda t=tokens, w=window: attend(t, 1, window=w)
     for dim in (16, 64, 80, 96, 256):
-        yield f"KV write, heads of {dim}", lambda d=dim: write(1, 1, d, d & -d, 48, True)
+        for by in (False, True):
+            yield f"KV write, heads of {dim}", lambda d=dim, b=by: write(1, 1, d, d & -d, 48, True, fed_back=b)
 
 
 def full() -> Iterator[Launch]:

@@ -141,6 +141,9 @@ void kv_write(const Tier& t) {
   w.rotate = number();
   w.key_clip = real();
   w.value_clip = real();
+  const bool fed_back = number();
+  Array<float> feedback = array<float>();
+  w.feedback = fed_back ? feedback.get() : nullptr;
   Array<char> key = array<char>(), value = array<char>();
   Array<int64_t> slots = array<int64_t>();
   w.key = key.get(), w.value = value.get(), w.slots = slots.get();

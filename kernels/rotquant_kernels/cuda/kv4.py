@@ -91,6 +91,7 @@ def write(
     symmetric: bool,
     k_clip: float,
     v_clip: float,
+    key_feedback: Tensor | None = None,
     rope: Rope | None = None,
     query_start: Tensor | None = None,
     seq_lens: Tensor | None = None,
@@ -113,11 +114,15 @@ def write(
         return
     cos_sin, sequences = table_of(rope, key), 0 if seq_lens is None else seq_lens.shape[0]
     check(rope is None or sequences > 0, "rotary positions need query_start and seq_lens")
+    if key_feedback is not None:
+        fits = key_feedback.shape == (heads, dim, dim) and key_feedback.is_contiguous()
+        check(fits and key_feedback.dtype == torch.float32, f"key_feedback must be float32 [{heads}, {dim}, {dim}]")
     kv4_write.write[triton.cdiv(slots.shape[0], WRITE_TOKENS), heads](
-        key, value, pages, slots, query_start, seq_lens, cos_sin, *strides(key), *strides(value), *strides(pages),
-        slots.shape[0], sequences, k_clip, v_clip,
+        key, value, pages, slots, query_start, seq_lens, cos_sin, key_feedback, *strides(key), *strides(value),
+        *strides(pages), slots.shape[0], sequences, k_clip, v_clip,
         **common(dim, cache.shape[2], rotate, symmetric, WRITE_TOKENS, WRITE_WARPS), **constants(rope),
-        TOKENS=WRITE_TOKENS, ASSEMBLER=not INTERPRETED, num_warps=WRITE_WARPS, enable_fp_fusion=False,
+        FEEDBACK=key_feedback is not None, TOKENS=WRITE_TOKENS, ASSEMBLER=not INTERPRETED, num_warps=WRITE_WARPS,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ becomes them. A family is a file here:
 
     integers    codes of b bits: `RowFormat` for activations, `WeightFormat` for weights
     kv          `KVFormat`, the 4-bit cache: two row formats and a layout
+    feedback    how keys are rounded where one channel's error is made good by the others
 
 Pure torch: importing this loads no kernel.
 """

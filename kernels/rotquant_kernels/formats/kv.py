@@ -16,12 +16,18 @@ BITS = 4
 
 @dataclass(frozen=True)
 class KVFormat:
-    """4-bit KV cache, one scale per (token, head). `rotate` is R3's Hadamard block, 0 for none."""
+    """4-bit KV cache, one scale per (token, head).
+
+    Args:
+        rotate: R3's Hadamard block, 0 for none; feedback: whether keys are rounded with error feedback (`feedback`),
+            by a tensor F that each layer has.
+    """
 
     symmetric: bool
     k_clip: float
     v_clip: float
     rotate: int
+    feedback: bool = False
 
     @property
     def key(self) -> RowFormat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.formats import KVFormat, feedback
 from rotquant_kernels.stages.hadamard import hadamard
 
 
@@ -73,6 +73,7 @@ def kv4_write(
     symmetric: bool,
     k_clip: float,
     v_clip: float,
+    key_feedback: Tensor | None = None,
 ) -> None:
     """Rotates K, quantizes K and V per (token, head) and stores them in their pages.
 
@@ -83,6 +84,7 @@ def kv4_write(
         cache: pages, see `kv_planes`; changed in place.
         slots: int64 [T']; token t goes to block slots[t] // N, position slots[t] % N; -1 skips it.
         rotate: block of the Hadamard applied to K (R3), 0 for none.
+        key_feedback: F float32 [heads, d, d] of keys that are rounded with error feedback (`formats.feedback`).
     """
     planes, form = kv_planes(cache, key.shape[-1], symmetric), KVFormat(symmetric, k_clip, v_clip, rotate)
     stored = slots >= 0
@@ -92,9 +94,13 @@ def kv4_write(
     for name, x, row, block in (("k", key, form.key, rotate), ("v", value, form.value, 0)):
         rows = x[: slots.shape[0]][stored].float()
         rows = hadamard(rows, block) if block else rows
-        scale, zero = row.qparams(rows)
+        if name == "k" and key_feedback is not None:
+            rounded, scale, zero = feedback.quantize(rows, row, key_feedback)
+        else:
+            scale, zero = row.qparams(rows)
+            rounded = row.quantize(rows, scale, zero)
         codes = unpack_codes(planes[name][touched], name, key.shape[-1])
-        codes[where, :, offsets] = (row.quantize(rows, scale, zero) + 8).to(torch.uint8)
+        codes[where, :, offsets] = (rounded + 8).to(torch.uint8)
         planes[name][touched] = pack_codes(codes, name)
         planes[f"{name}_scale"][blocks, :, offsets] = scale[..., 0].nan_to_num(torch.nan).half()  # one kind of NaN
         zeros[name] = (zero[..., 0].nan_to_num(0) + 8).to(torch.uint8)

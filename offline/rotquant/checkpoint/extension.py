@@ -4,6 +4,8 @@ format_version    1
 profile           "full" or "portable"
 activation_clip   {"default": 0.9, "<linear module>": 0.85, ...}
 kv_clip           {"key": 0.95, "value": 0.95, "layers": {"<attention module>": {"key": 0.9, "value": 0.9}, ...}}
+key_feedback      true: keys are rounded with error feedback (`rotquant_kernels.formats.feedback`) in every attention
+                  layer, by `<linear that makes keys>.key_feedback`, F float32 [KV heads * d, d]
 input_transforms  [{"name": "T0", "kind": "kronecker", "block": 32, "targets": ["re:.*down_proj$"]}, ...]
                   online transforms of linear inputs, run in list order after those of `transform_config`; kinds
                   and tensors as in `rotquant_kernels.stages`
@@ -113,6 +115,7 @@ class Extension(Part):
     profile: Literal["full", "portable"] = "full"
     activation_clip: dict[str, Ratio] = {}
     kv_clip: KVClip = KVClip()
+    key_feedback: bool = False
     input_transforms: list[InputTransform] = []
     low_rank: list[LowRank] = []
     basis: BasisFile | None = None

@@ -116,11 +116,13 @@ class CheckpointFormat:
         if scheme is None:
             if rotate:
                 refuse("quantization_config.transform_config", "q_attn/k_cache without a kv_cache_scheme")
+            if self.extension.key_feedback:
+                refuse("rotquant.key_feedback", "it without a kv_cache_scheme")
             return None
         where = "quantization_config.kv_cache_scheme"
         check_kv(where, scheme, head_dim)
         clip = self.extension.kv_clip
-        return KVFormat(bool(scheme.symmetric), clip.key, clip.value, rotate)
+        return KVFormat(bool(scheme.symmetric), clip.key, clip.value, rotate, self.extension.key_feedback)
 
     def attention(self, name: str) -> KVFormat | None:
         """Format of the KV cache of the attention module with this full name, None where it is not quantized."""

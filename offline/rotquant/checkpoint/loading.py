@@ -65,6 +65,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     source = Source(folder)
     arch = check_sizes(config, source)
     model, checkpoint = _build(folder, arch, dtype)
+    makers = _key_makers(model, arch) if checkpoint.kv and checkpoint.kv.feedback else {}
     _fill(model, arch, source, torch.device(device))
     for together in [module for module in model.modules() if isinstance(module, QuantExperts)]:
         together.prepare()
@@ -74,6 +75,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     for name, own in arch.attentions.items():
         attention: Any = model.get_submodule(name)
         attention.rotquant_kv, attention.rotquant_own = checkpoint.attention(name), own
+        attention.rotquant_feedback = makers[name].key_feedback.unflatten(0, (own.kv_heads, -1)) if makers else None
     if (folder / "generation_config.json").exists():
         with _one_line(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -127,6 +129,7 @@ def kv4_attention(
     """
     kv: KVFormat = module.rotquant_kv  # type: ignore[assignment]
     own: Attention = module.rotquant_own  # type: ignore[assignment]
+    feedback: Tensor | None = module.rotquant_feedback  # type: ignore[assignment]
     if softcap != own.cap or s_aux is not None:
         raise RotQuantError("attention with sinks, or another soft cap than config.json's, has no 4-bit KV cache")
     window = own.window
@@ -138,7 +141,7 @@ def kv4_attention(
         skipped = max(0, first - (key.shape[2] - steps))  # queries of padding on the left
         rows = slice(skipped, skipped + min(steps - skipped, last - max(first, key.shape[2] - steps)))
         q, k, v = (x.transpose(0, 1) for x in (query[b, :, rows], key[b, :, first:last], value[b, :, first:last]))
-        out[b, rows] = attend_pages(q, k, v, scale, kv, window, own.cap)
+        out[b, rows] = attend_pages(q, k, v, scale, kv, window, own.cap, feedback)
     return out, None
 
 
@@ -167,7 +170,7 @@ def visible_range(mask: Tensor | None, b: int, steps: int, length: int, window: 
 
 def attend_pages(
     query: Tensor, key: Tensor, value: Tensor, scale: float, kv: KVFormat, window: int | None = None,
-    cap: float | None = None,
+    cap: float | None = None, key_feedback: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of one sequence by the served ops.
 
@@ -180,7 +183,7 @@ def attend_pages(
     blocks = -(-length // PAGE)
     shape = (blocks, kv_heads, PAGE, kv.token_bytes(dim))
     pages = torch.zeros(shape, dtype=torch.uint8, device=device)
-    calls.kv_write(key, value, pages, torch.arange(length, device=device), kv)
+    calls.kv_write(key, value, pages, torch.arange(length, device=device), kv, key_feedback)
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(query)], [length]))
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
@@ -218,6 +221,19 @@ def _build(folder: Path, arch: Architecture, dtype: torch.dtype | None) -> tuple
         model.set_submodule(f"{prefix}{block.module}.experts", made)
         model.set_submodule(f"{prefix}{block.module}.gate", Router(block, router.weight))
     return model, checkpoint
+
+
+def _key_makers(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
+    """The linears that make keys, by their attention modules, each with room for F of its keys' error feedback."""
+    found: dict[str, Any] = {}
+    for name, linear in arch.key_makers.items():
+        own, maker = arch.attentions[name], model.get_submodule(linear)
+        if not isinstance(maker, QuantLinear):
+            raise RotQuantError(f"config.json: rotquant.key_feedback: {linear}, which makes keys, is not quantized")
+        size = own.kv_heads * own.head_dim, own.head_dim
+        maker.register_buffer("key_feedback", torch.empty(size, dtype=torch.float32, device="meta"))
+        found[name] = maker
+    return found
 
 
 @contextmanager

@@ -145,6 +145,7 @@ def extension(
     out: dict[str, Any] = {"format_version": FORMAT_VERSION, "profile": profile, "activation_clip": clip}
     if recipe.kv.bits == 4:
         out["kv_clip"] = kv_clip(recipe, arch, transforms)
+        out |= {"key_feedback": True} if recipe.kv.key_feedback else {}
     if stages := input_transforms(arch, transforms):
         out["input_transforms"] = stages
     if recipe.weights.rank:

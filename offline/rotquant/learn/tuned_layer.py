@@ -3,6 +3,7 @@
     scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
     gains    of the norms, the ones on queries and keys among them
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
+             (not those of keys with error feedback, which is for the one that they have)
     branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others; a D that
              is taken off the inputs stays
 
@@ -35,6 +36,7 @@ from rotquant.transforms.hadamard import hadamard_rows
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import RowFormat
+from rotquant_kernels.formats.feedback import fake_quantize as fed_back
 
 LARGEST_CLIP = 0.98  # where a clip ratio of 1 starts: a sigmoid never reaches 1
 
@@ -59,6 +61,10 @@ class TunedLayer(nn.Module):
         kind, form = decoder.kind, recipe.weights.form
         self.kv = recipe.kv.form(r3, transforms.clips) if kind.attends else None
         self.stages, self.start = transforms.inputs, transforms.clips
+        self.key_feedback: Tensor | None = None
+        if self.kv and self.kv.feedback and (attention := kind.attends):
+            passed = tensors[f"{kind.holder(attention.key)}.key_feedback"]
+            self.key_feedback = passed.unflatten(0, (attention.kv_heads, -1))
         self.form = form
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products; those of routed experts as they are packed
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
@@ -91,7 +97,10 @@ class TunedLayer(nn.Module):
 
     def _ratios(self) -> dict[str, float]:
         known = {site: rows.clip for site, rows in self.rows.items()}
-        return known | ({"key": self.kv.k_clip, "value": self.kv.v_clip} if self.kv else {})
+        cached = {"key": self.kv.k_clip, "value": self.kv.v_clip} if self.kv else {}
+        if self.key_feedback is not None:
+            del cached["key"]
+        return known | cached
 
     def _clipped(self, name: str, rows: RowFormat) -> tuple[RowFormat, Tensor | None]:
         """The format of a site, of "key" or of "value", and the clip ratio that has a gradient."""
@@ -158,9 +167,17 @@ class TunedLayer(nn.Module):
     def _cache(self) -> Cache:
         kv = self.kv
         assert kv is not None
+
+        def of_key(k: Tensor) -> Tensor:
+            if self.key_feedback is None:
+                made: Tensor = Rounded.apply(k, *self._clipped("key", kv.key))
+                return made
+            rounded: Tensor = StraightThrough.apply(k, fed_back(k.detach(), kv.key, self.key_feedback))
+            return rounded
+
         return kv4_cache(
             kv,
-            lambda k: Rounded.apply(k, *self._clipped("key", kv.key)),
+            of_key,
             lambda v: Rounded.apply(v, *self._clipped("value", kv.value)),
             hadamard_rows,
         )

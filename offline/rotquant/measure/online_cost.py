@@ -64,6 +64,8 @@ def online_cost(folder: Path) -> OnlineCost:
             subtracted.add((index, site))
             place = name if site == "down" else site  # each expert has its own input there
             served[f"{index}.{place}", tuple(stages(linear, width))] = share if site == "down" else Fraction(1)
+        if checkpoint.kv and checkpoint.kv.feedback and (attention := kind.attends):
+            total += attention.kv_heads * attention.head_dim * (attention.head_dim - 1) // 2
         if checkpoint.kv and checkpoint.kv.rotate and (attention := kind.attends):
             numbers = (attention.heads + attention.kv_heads) * attention.head_dim
             total += multiply_adds([("hadamard", checkpoint.kv.rotate, numbers)])

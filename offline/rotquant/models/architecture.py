@@ -94,6 +94,14 @@ class Architecture:
         return {prefix + attention.module: attention for prefix, attention in own if attention}
 
     @property
+    def key_makers(self) -> dict[str, str]:
+        """By these names the linears, as a checkpoint holds them, that make keys."""
+        own = ((self.layer_prefix(index), kind) for index, kind in enumerate(self.kinds))
+        return {
+            prefix + kind.attends.module: prefix + kind.holder(kind.attends.key) for prefix, kind in own if kind.attends
+        }
+
+    @property
     def rotates(self) -> bool:
         """Whether R1 folds."""
         return not any(kind.output_norms for kind in self.kinds)

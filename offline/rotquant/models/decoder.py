@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from rotquant.models.mixture import inner, mixture
 from rotquant.models.mlp import Experts
 from rotquant.models.reading import rotary
 from rotquant_kernels import Stage, reference
-from rotquant_kernels.formats import KVFormat
+from rotquant_kernels.formats import KVFormat, feedback
 
 Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
@@ -235,10 +236,14 @@ def bias_of(tensors: Tensors, linear: str) -> Tensor | None:
 
 def kv4_cache(
     kv: KVFormat, key: Rounding | None = None, value: Rounding | None = None,
-    turned: Callable[[Tensor, int], Tensor] = reference.hadamard,
+    turned: Callable[[Tensor, int], Tensor] = reference.hadamard, key_feedback: Tensor | None = None,
 ) -> Cache:  # fmt: skip
-    """A 4-bit cache by its format; key, value, turned: rounding and Hadamards with gradients, where they are wanted."""
-    of_key, of_value = key or kv.key.fake_quantize, value or kv.value.fake_quantize
+    """A 4-bit cache by its format; key, value, turned: rounding and Hadamards with gradients, where they are wanted.
+
+    key_feedback: F float32 [kv_heads, d, d], where keys are rounded with error feedback.
+    """
+    fed_back = key_feedback is not None and partial(feedback.fake_quantize, rows=kv.key, feedback=key_feedback)
+    of_key, of_value = key or fed_back or kv.key.fake_quantize, value or kv.value.fake_quantize
 
     def cache(query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if kv.rotate:

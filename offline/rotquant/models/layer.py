@@ -159,6 +159,10 @@ class Layer:
             holder.get(linear, linear): self.fused.get(holder.get(linear, ""), (linear,)) for linear in self.linears
         }
 
+    def holder(self, linear: str) -> str:
+        """The linear of a checkpoint that holds one of these."""
+        return next(name for name, parts in self.stored.items() if linear in parts)
+
     def stored_shape(self, name: str) -> Shape:
         parts = self.stored[name]
         return sum(self.shapes[part][0] for part in parts), self.shapes[parts[0]][1]

@@ -7,6 +7,7 @@ it*, so the Hessians of GPTQ, and the chain handed to the next layer, are those 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, reduce
 
 import torch
@@ -18,7 +19,7 @@ from rotquant.common.devices import Devices, Share
 from rotquant.models.decoder import Decoder, kv4_cache
 from rotquant.recipe import Recipe
 from rotquant.transforms.space import Transforms
-from rotquant.weights import gptq, low_rank, rtn
+from rotquant.weights import gptq, key_feedback, low_rank, rtn
 from rotquant.weights.served import ServedLayer
 from rotquant_kernels import Stage, calls
 from rotquant_kernels.formats import RowFormat
@@ -40,6 +41,7 @@ class LayerQuantizer:
         self.recipe, self.transforms, self.decoders = recipe, transforms, decoders
         self.dtype, self.devices, self.device = dtype, devices, devices.first
         self.errors: list[float] = []  # relative rounding error of each weight matrix
+        self.key_feedback: Tensor | None = None  # of the layer's keys, [kv_heads, d, d]
 
     def __call__(
         self, index: int, folded: dict[str, Tensor], chain: Tensor | None
@@ -52,7 +54,7 @@ class LayerQuantizer:
         Returns:
             the layer's tensors by the names of its kind (`packed.joined` stores them), and the chain after the layer.
         """
-        self.errors = []
+        self.errors, self.key_feedback = [], None
         self.layer, decoder = self.transforms.layers[index], self.decoders[index]
         self.kind = decoder.kind
         held = {n: t for n, t in folded.items() if n.removesuffix(".weight") not in self.kind.linears}
@@ -73,6 +75,8 @@ class LayerQuantizer:
             chain = self._calibrate(weights, chain)
         for name, packed in self.served[0].done.items():
             others |= packed.tensors(name, self.dtype)
+        if self.key_feedback is not None and self.kind.attends:
+            others[f"{self.kind.holder(self.kind.attends.key)}.key_feedback"] = self.key_feedback.flatten(0, 1)
         return others, chain
 
     def _without_inputs(self, weights: dict[str, Tensor]) -> None:
@@ -99,12 +103,33 @@ class LayerQuantizer:
         served, attention = self.served, self.kind.attention
         self.importance = self._importance(weights, chain)
         self._step(weights, "attn", chain, attention.norm)
+        served = self._feed_back(chain)
         mixed = torch.empty(*chain.shape[:2], weights[attention.output].shape[1], dtype=chain.dtype)
         self.devices.map(lambda on, _, h: served[on].attention(h), chain, out=mixed)
         self._step(weights, "o", mixed)
         self._write(chain, mixed, attention.output)
         del mixed
         return self._mlp(weights, chain)
+
+    def _feed_back(self, chain: Tensor) -> list[ServedLayer]:
+        """The served layers with F of their keys, where these are rounded with error feedback: from the queries as the
+        quantized linears make them."""
+        attention, form = self.kind.attends, self.recipe.kv.form(self.transforms.r3, self.layer.clips)
+        if attention is None or form is None or not form.feedback:
+            return self.served
+
+        def sums(on: int, share: Share) -> Tensor:
+            served = self.served[on]
+            parts = (served.normed(attention.norm, h) for _, (h,) in share)
+            given = served.decoder, attention, served.tensors
+            return reduce(torch.add, (key_feedback.moments(*given, x, served.linear, form.rotate) for x in parts))
+
+        self.key_feedback = key_feedback.factor(self._total(self.devices.each(sums, chain)))
+        self.served = [
+            replace(served, cache=kv4_cache(form, key_feedback=self.key_feedback.to(place)))
+            for served, place in zip(self.served, self.devices.places, strict=True)
+        ]
+        return self.served
 
     def _mlp(self, weights: dict[str, Tensor], chain: Tensor) -> Tensor:
         """The last two of these steps, of a gated MLP; the chain is that behind attention."""

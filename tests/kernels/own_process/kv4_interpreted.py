@@ -10,7 +10,7 @@ import empty_steps
 from rotquant_kernels import reference
 from rotquant_kernels.cuda import kv4, kv4_dense, workspace
 from rotquant_kernels.cuda.rope import Rope, turned
-from test_kv4_native import Batch, make_batch, randn, rows_to_write, strided
+from test_kv4_native import Batch, feedback_of, make_batch, randn, rows_to_write, strided
 from test_linear_native import same
 
 SEEDS = st.integers(0, 2**31)
@@ -42,10 +42,10 @@ def planned(monkeypatch):
     return lambda rows, splits: monkeypatch.setattr(kv4, "plan", lambda *numbers: kv4.Plan(rows, splits))
 
 
-@few(15)
+@few(20)
 @given(SEEDS, st.integers(1, 20), st.integers(1, 2), HEADS, PAGES, DTYPES, st.booleans(),
-       st.sampled_from([1.0, 0.95, 0.4]))  # fmt: skip
-def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, dtype, symmetric, clip):
+       st.sampled_from([1.0, 0.95, 0.4]), st.booleans())  # fmt: skip
+def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, dtype, symmetric, clip, fed_back):
     d, rotate = head
     key, value = (strided(rows_to_write(tokens + 1, heads, d, seed + i), dtype) for i in range(2))
     if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
@@ -56,8 +56,9 @@ def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, d
     token = reference.kv_token_bytes(d, symmetric)
     room = torch.randint(0, 256, (3, heads + 1, page, token), generator=generator).to(torch.uint8)
     expected, actual = room.clone(), room.view(torch.int8)
-    reference.kv4_write(key, value, expected[:, 1:], slots, rotate, symmetric, clip, 0.9)
-    kv4.write(key, value, actual[:, 1:], slots, rotate, symmetric, clip, 0.9)
+    rest = slots, rotate, symmetric, clip, 0.9, feedback_of(heads, d, seed) if fed_back else None
+    reference.kv4_write(key, value, expected[:, 1:], *rest)
+    kv4.write(key, value, actual[:, 1:], *rest)
     assert torch.equal(room, expected)
 
 
@@ -99,7 +100,7 @@ def test_rotary_positions_are_the_same_inside_a_launch(
     key = key.nan_to_num(0, 0, 0)  # a product of infinity may be NaN in one order and not in the other
     slots = torch.randperm(-(-count // page) * page + page, generator=torch.Generator().manual_seed(seed))[:count]
     pages = torch.zeros(-(-count // page) + 1, 2, page, reference.kv_token_bytes(head[0], symmetric), dtype=torch.uint8)
-    expected, rest = pages.clone(), (head[1], symmetric, 0.95, 0.9)
+    expected, rest = pages.clone(), (head[1], symmetric, 0.95, 0.9, feedback_of(2, head[0], seed) if part else None)
     reference.kv4_write(turned(key[:count], positions, rope), value[:count], expected, slots, *rest)
     kv4.write(key, value, pages, slots, *rest, rope, batch.starts, batch.lens)
     assert torch.equal(pages, expected)
