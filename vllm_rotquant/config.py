@@ -25,6 +25,7 @@ from vllm_rotquant.collector import Collector
 from vllm_rotquant.environment import refuse_batch_invariance
 from vllm_rotquant.experts import RotQuantExpertsMethod
 from vllm_rotquant.features import Checkpoint, check
+from vllm_rotquant.key_feedback import Keys
 from vllm_rotquant.kv_cache import KVCacheMethod
 from vllm_rotquant.linear import RotQuantLinearMethod
 from vllm_rotquant.names import Names, parts_of
@@ -179,8 +180,8 @@ class RotQuantConfig(QuantizationConfig):
         if isinstance(layer, compat.LinearBase | compat.ParallelLMHead):
             linear = self.linear_format(prefix)
             if linear is not None:
-                key_dim = self._key_dim(layer, prefix)
-                return RotQuantLinearMethod(linear, prefix, collector, len(self._parts(prefix)), key_dim)
+                keys = self._keys(layer, prefix)
+                return RotQuantLinearMethod(linear, prefix, collector, len(self._parts(prefix)), keys)
             collector.unquantized.add(prefix)
             return compat.UnquantizedLinearMethod() if isinstance(layer, compat.LinearBase) else Embedding(collector)
         if isinstance(layer, compat.VocabParallelEmbedding):
@@ -230,15 +231,15 @@ class RotQuantConfig(QuantizationConfig):
             self.windows = Windows(self.arch, compat.model_settings().max_model_len)
         return self.windows
 
-    def _key_dim(self, layer: torch.nn.Module, prefix: str) -> int:
-        """Size of the heads of the keys that a linear makes, 0 where it makes none that are rounded with feedback.
+    def _keys(self, layer: torch.nn.Module, prefix: str) -> Keys | None:
+        """The keys that a linear makes, None where it makes none that are rounded with error feedback.
 
         Raises:
             RotQuantError: an architecture that rotquant does not know.
         """
         assert self.format is not None
         if not (self.format.kv and self.format.kv.feedback):
-            return 0
+            return None
         config = self._read()
         if self.arch is None:
             classes = ", ".join(config.architectures or ["this model"])
@@ -246,8 +247,9 @@ class RotQuantConfig(QuantizationConfig):
         for name, maker in self.arch.key_makers.items():
             if maker in self._parts(prefix):
                 self.startup.key_makers[name] = layer
-                return self.arch.attentions[name].head_dim
-        return 0
+                own = self.arch.attentions[name]
+                return Keys(own.kv_heads, own.head_dim)
+        return None
 
     def _begin(self) -> None:
         """Before the first layer of a model: refuses what cannot be served, and notes what to do once it is loaded."""

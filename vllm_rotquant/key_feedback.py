@@ -8,7 +8,7 @@ there, so that new weights for the linear (`reload`) are new feedback for its ke
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,27 +20,33 @@ from vllm_rotquant.low_rank import QKV, expect_shape, output_shard
 NAME = "key_feedback"
 
 
-def expect(layer: torch.nn.Module, prefix: str, head_dim: int, parts: list[int]) -> None:
+class Keys(NamedTuple):
+    """What a linear makes: heads of the whole model, and channels of each."""
+
+    heads: int
+    size: int
+
+
+def expect(layer: torch.nn.Module, prefix: str, keys: Keys | None, parts: list[int]) -> None:
     """Makes `layer` accept F from the checkpoint, if it makes keys.
 
     Args:
-        head_dim: d, 0 where it makes none; parts: outputs on this rank of the linears that this one holds, q, k and v
-            or k alone.
+        keys: None where it makes none; parts: outputs on this rank of the linears that this one holds, q, k and v or k
+            alone.
     """
-    if not head_dim:
+    if keys is None:
         return
     rows = parts[QKV["k"] % len(parts)]
-    data = torch.full((rows, head_dim), torch.nan, dtype=torch.float32)  # NaN shows what the checkpoint did not fill
+    data = torch.full((rows, keys.size), torch.nan, dtype=torch.float32)  # NaN shows what the checkpoint did not fill
     layer.register_parameter(NAME, Parameter(data, requires_grad=False))
-    loader = partial(_load, f"{prefix}.{NAME}")
+    loader = partial(_load, f"{prefix}.{NAME}", keys)
     layer.get_parameter(NAME).weight_loader = loader  # type: ignore[attr-defined]
 
 
-def _load(where: str, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
+def _load(where: str, keys: Keys, parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
     """vLLM's weight loader; `shard` is "k", or None of a linear that the checkpoint holds in one piece."""
-    rows, head_dim = parameter.shape
-    own, total = output_shard(loaded.shape[0], rows)
-    expect_shape(where, loaded, [total, head_dim])
+    expect_shape(where, loaded, [keys.heads * keys.size, keys.size])
+    own, _ = output_shard(len(loaded), len(parameter))
     parameter.data.copy_(loaded[own])
 
 

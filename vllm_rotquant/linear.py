@@ -29,12 +29,13 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
     """
 
     def __init__(
-        self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1, key_dim: int = 0
-    ) -> None:
-        """`pieces`: layers of the checkpoint that vLLM runs as this one; `key_dim`: size of the heads of the keys that
-        it makes, where these are rounded with error feedback."""
+        self, linear: LinearFormat, prefix: str, collector: Collector, pieces: int = 1,
+        keys: key_feedback.Keys | None = None,
+    ) -> None:  # fmt: skip
+        """`pieces`: layers of the checkpoint that vLLM runs as this one; `keys`: that it makes, where these are rounded
+        with error feedback."""
         self.format, self.prefix, self.collector, self.pieces = linear, prefix, collector, pieces
-        self.key_dim = key_dim
+        self.keys = keys
         self.silu_mul, self.norm = False, None  # what runs in front inside the same op: `fusion`
         self.ready, self.biased = False, False  # loaded, and in the form that serves; whether the layer has a bias
 
@@ -101,7 +102,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
         )
         factors = self.prefix, rank, self.all_inputs, self.span, self.parts, self.pieces, dtype, self.format.subtracts
         low_rank.expect_factors(layer, *factors)
-        key_feedback.expect(layer, self.prefix, self.key_dim, self.parts)
+        key_feedback.expect(layer, self.prefix, self.keys, self.parts)
 
     def _check_one_piece(self, outputs: int, all_outputs: int) -> None:
         if self.format.rank and outputs < all_outputs:

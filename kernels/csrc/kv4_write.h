@@ -38,16 +38,38 @@ inline void kv_codes(const float* x, int64_t n, Coded q, int32_t* codes) {
   }
 }
 
-// `kv_codes` of a key with error feedback: what channel j loses is taken from those behind it, see formats/feedback.py.
-// The row is used up; numbers before channel j may become anything.
-inline void kv_codes_fed_back(float* x, int64_t n, Coded q, const float* feedback, int32_t* codes) {
-  if (q.scale == 0x7e00) return kv_codes(x, n, q, codes);
-  const float scale = f16_to_float(q.scale), zero = float(q.zero), most = 8.0f * scale;
+// A key on its way to a page: its row behind R3, which error feedback uses up.
+struct Key {
+  alignas(64) float row[kv_max_dim];
+  Coded coded;
+  Subtile to;
+  int64_t token;
+};
+
+constexpr int64_t key_rows = 4;  // whose steps of error feedback, each of which waits for the one before, overlap
+
+// `kv_codes` of `count` keys with error feedback: what channel j loses is taken from those behind it, see
+// formats/feedback.py. Numbers of a row before channel j may become anything.
+template <int64_t count>
+void kv_codes_fed_back(Key* keys, int64_t n, const float* feedback, int32_t (*codes)[kv_max_dim]) {
+  float scale[count], zero[count];
+  for (int64_t r = 0; r < count; r++) {
+    const bool finite = keys[r].coded.scale != 0x7e00;
+    if (!finite) memset(keys[r].row, 0, size_t(n) * 4);
+    scale[r] = finite ? f16_to_float(keys[r].coded.scale) : 1.0f, zero[r] = float(keys[r].coded.zero);
+  }
   for (int64_t j = 0; j < n; j++) {
-    const float code = round_half_even(clamp(x[j] / scale + zero, -8.0f, 7.0f));
-    const F error = set1(clamp(x[j] - (code - zero) * scale, -most, most));
-    codes[j] = int32_t(code) + 8;
-    for (int64_t k = (j + 1) / W * W; k < n; k += W) store(x + k, load(x + k) - error * load(feedback + j * n + k));
+    F error[count];
+    for (int64_t r = 0; r < count; r++) {
+      const float x = keys[r].row[j], most = 8.0f * scale[r];
+      const float code = round_half_even(clamp(x / scale[r] + zero[r], -8.0f, 7.0f));
+      error[r] = set1(clamp(x - (code - zero[r]) * scale[r], -most, most));
+      codes[r][j] = int32_t(code) + 8;
+    }
+    for (int64_t k = (j + 1) / W * W; k < n; k += W) {
+      const F passed = load(feedback + j * n + k);
+      for (int64_t r = 0; r < count; r++) store(keys[r].row + k, load(keys[r].row + k) - error[r] * passed);
+    }
   }
 }
 
@@ -69,37 +91,54 @@ inline void store_value(uint8_t* subtile, int64_t token, const int32_t* codes, i
   }
 }
 
+// The codes of keys of one head, and these and their scales to the pages; feedback: the head's, null for none.
+inline void store_keys(Key* keys, int64_t count, int64_t n, const float* feedback) {
+  alignas(64) int32_t codes[key_rows][kv_max_dim];
+  if (feedback && count == key_rows)
+    kv_codes_fed_back<key_rows>(keys, n, feedback, codes);
+  else
+    for (int64_t r = 0; r < count; r++)
+      feedback ? kv_codes_fed_back<1>(keys + r, n, feedback, codes + r)
+               : kv_codes(keys[r].row, n, keys[r].coded, codes[r]);
+  for (int64_t r = 0; r < count; r++) {
+    store_key(keys[r].to.keys, keys[r].token, codes[r], n);
+    memcpy(keys[r].to.key_scale + 2 * keys[r].token, &keys[r].coded.scale, 2);
+  }
+}
+
 // Tokens of one head whose 16-token subtile has a number that is `part` modulo `parts`: two threads never
 // share a byte, and the pages do not depend on the number of threads.
 void kv4_write(const KVWrite& w, int64_t head, int64_t part, int64_t parts) {
   const KVPages& pages = w.pages;
   const int64_t dim = pages.head_dim, size = size_of(w.dtype);
   const Transform rotation{Transform::hadamard, w.rotate, nullptr};
+  const float* feedback = w.feedback ? w.feedback + head * dim * dim : nullptr;
   alignas(64) float row[kv_max_dim], scratch[kv_max_dim];
   alignas(64) int32_t codes[kv_max_dim];
+  Key keys[key_rows];
+  int64_t waiting = 0;
   for (int64_t t = 0; t < w.tokens; t++) {
     const int64_t slot = w.slots[t];
     if (slot < 0 || (parts > 1 && slot / 16 % parts != part)) continue;
     const int64_t place = slot % pages.tokens, token = place % 16;
     const Subtile to = subtile_of(pages, slot / pages.tokens, head, place - token);
 
-    load_row((const char*)w.key + (t * w.key_token + head * w.key_head) * size, w.dtype, dim, row);
-    if (w.rotate) transform_row(row, dim, rotation, scratch);
-    const Coded key = kv_qparams(row, dim, pages.symmetric, w.key_clip);
-    if (w.feedback)
-      kv_codes_fed_back(row, dim, key, w.feedback + head * dim * dim, codes);
-    else
-      kv_codes(row, dim, key, codes);
-    store_key(to.keys, token, codes, dim);
-    memcpy(to.key_scale + 2 * token, &key.scale, 2);
+    Key& key = keys[waiting++];
+    key.to = to, key.token = token;
+    load_row((const char*)w.key + (t * w.key_token + head * w.key_head) * size, w.dtype, dim, key.row);
+    if (w.rotate) transform_row(key.row, dim, rotation, scratch);
+    key.coded = kv_qparams(key.row, dim, pages.symmetric, w.key_clip);
 
     load_row((const char*)w.value + (t * w.value_token + head * w.value_head) * size, w.dtype, dim, row);
     const Coded value = kv_qparams(row, dim, pages.symmetric, w.value_clip);
     kv_codes(row, dim, value, codes);
     store_value(to.values, token, codes, dim);
     memcpy(to.value_scale + 2 * token, &value.scale, 2);
-    if (!pages.symmetric) to.zeros[token] = uint8_t((key.zero + 8) | (value.zero + 8) << 4);
+    if (!pages.symmetric) to.zeros[token] = uint8_t((key.coded.zero + 8) | (value.zero + 8) << 4);
+
+    if (waiting == key_rows) store_keys(keys, waiting, dim, feedback), waiting = 0;
   }
+  store_keys(keys, waiting, dim, feedback);
 }
 
 }  // namespace

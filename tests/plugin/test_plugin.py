@@ -273,6 +273,7 @@ def test_proof_catches_a_wrong_kernel(child: Child, base: Path, tmp_path: Path, 
         ("no subtraction", "gate_up_proj"),
         ("no shift", "gate_up_proj"),
         ("no bias", "o_proj"),
+        ("no key feedback", "attn"),
     ],
 )
 def test_proof_catches_what_is_left_out(child: Child, extended: Path, swap: str, where: str) -> None:
@@ -499,6 +500,21 @@ def test_directions_are_shared_by_parts_and_no_rank_crosses_them(child: Child) -
         RotQuantError, match=r"layer.low_rank_down: a direction that .* crosses.*or quantize .* --tp-max"
     ):
         child(serving.factors_of_rank, 0, 2, slice(0, 3), [8], {"": (down, up)}, True)
+
+
+def test_feedback_of_ranks_is_that_of_their_keys(child: Child) -> None:
+    """Two KV heads of 3 channels: whole, one a rank, and each shared by two ranks; q, k and v as one layer, or k."""
+    whole = torch.randn(6, 3)
+    for ranks, heads in ((1, [0, 1]), (2, [0]), (2, [1]), (4, [0]), (4, [1])):
+        rank = 0 if ranks == 1 else heads[0] * ranks // 2 + ranks // 4
+        width = 3 * len(heads)
+        got = [child(serving.feedback_of_rank, rank, ranks, parts, whole) for parts in ([6, width, width], [width])]
+        for found in got:
+            assert torch.equal(found, whole.view(2, 3, 3)[heads])
+    with pytest.raises(RotQuantError, match=r"layer.key_feedback has shape \[3, 3\], config.json asks for \[6, 3\]"):
+        child(serving.feedback_of_rank, 0, 2, [6, 3, 3], torch.randn(3, 3))
+    with pytest.raises(RotQuantError, match=r"layer.key_feedback is missing from the checkpoint"):
+        child(serving.feedback_of_rank, 0, 1, [6, 6, 6], torch.full((6, 3), torch.nan))
 
 
 @pytest.mark.parametrize("transform", [Transform("permutation", 4, "T0"), Transform("shift", 0, "T0")])

@@ -67,7 +67,8 @@ def linear(stages: list[Stage]) -> Tensor:
 
 def attention(stages: list[Stage]) -> Tensor:
     q, k, v = (witness.trial(7, h, BLOCK, dtype=torch.float32, device=torch.device("cpu"), seed=h) for h in (4, 2, 2))
-    return witness.float_attention(q, k, v, 0.25, KVFormat(symmetric=False, k_clip=0.9, v_clip=0.9, rotate=BLOCK), 3)
+    form = KVFormat(symmetric=False, k_clip=0.9, v_clip=0.9, rotate=BLOCK, feedback=True)
+    return witness.float_attention(q, k, v, 0.25, form, 3, key_feedback=numbers(2, BLOCK, BLOCK) / BLOCK)
 
 
 def in_front(stages: list[Stage]) -> Tensor:

@@ -66,6 +66,25 @@ def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float, half_scale
     return ((x / scale + zero).round().clamp(low, high) - zero) * scale
 
 
+def fed_back(x: Tensor, symmetric: bool, clip: float, feedback: Tensor) -> Tensor:
+    """Keys [B, heads, T, d] likewise, where what a channel loses is taken from all that are still to come.
+
+    Args:
+        feedback: [heads * d, d].
+    """
+    size = x.shape[-1]
+    passed = feedback.double().view(-1, size, size)
+    scale = (x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)) * clip / 15
+    scale = (x.abs().amax(-1) * clip / 7.5 if symmetric else scale).half().double()
+    zero = 0 if symmetric else (-8 - x.amin(-1).clamp(max=0) * clip / scale).clamp(-8, 7).round()
+    left, back = x.clone(), torch.empty_like(x)
+    for j in range(size):
+        back[..., j] = ((left[..., j] / scale + zero).round().clamp(-8, 7) - zero) * scale
+        error = (left[..., j] - back[..., j]).clamp(-8 * scale, 8 * scale)
+        left[..., j + 1 :] -= error[..., None] * passed[:, None, j, j + 1 :]
+    return back
+
+
 def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Iterator[Tensor]:
     """For each prompt the log-probabilities of every next token, float64 [T, vocabulary]."""
 
@@ -76,10 +95,14 @@ def expected_logprobs(folder: Path, spec: Spec, prompts: list[list[int]]) -> Ite
         if spec.kv:
             clip = extras_of(folder)["kv_clip"]
             clip = {"key": clip["key"], "value": clip["value"]} | layer_of(clip.get("layers", {}), module.layer_idx)
+            exact_k = k
             k, v = (
                 fake_quantize(x, 4, bool(spec.kv_symmetric), clip[name], half_scale=True)
                 for name, x in (("key", k), ("value", v))
             )
+            if extras_of(folder).get("key_feedback"):
+                own = tensors[f"model.layers.{module.layer_idx}.self_attn.k_proj.key_feedback"]
+                k = fed_back(exact_k, bool(spec.kv_symmetric), clip["key"], own)
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for x in (k, v))
         scores = q @ k.mT * settings["scaling"]
         seen = torch.ones_like(scores, dtype=torch.bool).tril()

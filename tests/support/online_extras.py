@@ -1,4 +1,5 @@
-"""What only the key `rotquant` of a checkpoint can say: input transforms, low-rank branches, clip ratios by layer.
+"""What only the key `rotquant` of a checkpoint can say: input transforms, low-rank branches, keys with error feedback,
+clip ratios by layer.
 
 `add_extras` writes random ones into a checkpoint; its quantized weights stay, so the model computes something else,
 which `affine` says in dense float64 matrices of the whole layer.
@@ -23,12 +24,13 @@ QKV, GATE_UP, DOWN, O = r"re:.*[qkv]_proj$", r"re:.*(gate|up)_proj$", r"re:.*dow
 @dataclass
 class Extras:
     """(name, kind, block, target) of each transform, (rank, target, whether it subtracts) of each branch, clip ratios
-    of single modules."""
+    of single modules, whether keys are rounded with error feedback."""
 
     transforms: list[tuple[str, str, int, str]] = field(default_factory=list)
     low_rank: list[tuple[int, str, bool]] = field(default_factory=list)
     activation_clip: dict[str, float] = field(default_factory=dict)
     kv_layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    key_feedback: bool = False
 
 
 def everything() -> Extras:
@@ -43,6 +45,7 @@ def everything() -> Extras:
         [(3, QKV, False), (5, DOWN, False), (3, GATE_UP, True)],
         {f"model.layers.1.mlp.{part}_proj": 0.7 for part in ("gate", "up")} | {"model.layers.0.self_attn.o_proj": 0.8},
         {"model.layers.1.self_attn": {"key": 0.7}, "model.layers.0.self_attn": {"key": 0.9, "value": 0.8}},
+        key_feedback=True,
     )  # fmt: skip
 
 
@@ -54,6 +57,7 @@ def add_extras(folder: Path, extras: Extras, dtype: torch.dtype = torch.float32)
     ours["activation_clip"] |= extras.activation_clip
     if extras.kv_layers:
         ours["kv_clip"]["layers"] = extras.kv_layers
+    ours |= {"key_feedback": True} if extras.key_feedback else {}
     keys = ("name", "kind", "block", "targets")
     ours["input_transforms"] = [dict(zip(keys, (*entry[:3], [entry[3]]), strict=True)) for entry in extras.transforms]
     ours["low_rank"] = [
@@ -67,6 +71,9 @@ def add_extras(folder: Path, extras: Extras, dtype: torch.dtype = torch.float32)
     tensors = load_file(folder / "model.safetensors")
     for name in [n.removesuffix(".weight_shape") for n in tensors if n.endswith(".weight_shape")]:
         outputs, inputs = tensors[f"{name}.weight_shape"].tolist()
+        if extras.key_feedback and name.endswith("k_proj"):
+            size = config["head_dim"]
+            tensors[f"{name}.key_feedback"] = normal(outputs, size, seed=f"{name} keys") * 3 / size
         for transform, kind, block, target in extras.transforms:
             if re.match(target[3:], name):
                 shared = f"{name.rpartition('.')[0]}.{transform}.{inputs}"

@@ -208,6 +208,7 @@ def swapped(how: str) -> Iterator[None]:
         "no subtraction": {(calls, "int_linear"): changed(linear, low_rank_subtracts=False)},
         "no silu": {(calls, "int_linear"): no_silu},
         "no shift": {(online, "online_stage"): no_shift},
+        "no key feedback": {(ops, "kv4_write"): changed(reference.kv4_write, key_feedback=None)},
         "unrotated query": {(calls, "kv_attention"): unrotated_query},
         "a window too long": {(calls, "kv_attention"): window_changed(1)},
         "a window too short": {(calls, "kv_attention"): window_changed(-1)},
@@ -377,3 +378,20 @@ def factors_of_rank(
                 parameter.weight_loader(parameter, factor, *([part] if part else []))
     low_rank.check_loaded(layer, "layer")
     return layer.low_rank_down.detach(), layer.low_rank_up.detach()
+
+
+def feedback_of_rank(rank: int, ranks: int, parts: list[int], loaded: Tensor) -> Tensor:
+    """F, of two KV heads of 3 channels, of one rank of a layer of so many outputs there, after vLLM's loader has passed
+    the checkpoint's."""
+    from vllm_rotquant import compat, key_feedback
+
+    layer = torch.nn.Module()
+    with (
+        mock.patch.object(compat, "get_tensor_model_parallel_rank", return_value=rank),
+        mock.patch.object(compat, "get_tensor_model_parallel_world_size", return_value=ranks),
+    ):
+        key_feedback.expect(layer, "layer", key_feedback.Keys(2, 3), parts)
+        parameter = layer.get_parameter(key_feedback.NAME)
+        parameter.weight_loader(parameter, loaded, *(["k"] if len(parts) > 1 else []))
+    key_feedback.check_loaded(layer, "layer")
+    return key_feedback.of(layer)

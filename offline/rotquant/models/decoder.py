@@ -51,11 +51,13 @@ class Decoder:
 
     Args:
         kind: the layer; cos, sin: float32 [positions, channels that RoPE turns], from `models.rotary`.
+        longest: positions that the model is made for.
     """
 
     kind: Layer
     cos: Tensor
     sin: Tensor
+    longest: int
 
     def on(self, device: torch.device) -> Decoder:
         """The same on another device."""
@@ -220,7 +222,9 @@ def decoders(arch: Architecture, positions: int, device: torch.device | str = "c
         entry: tuple(table[0].to(device) for table in rotary(arch.config, positions, entry) or none)
         for entry in set(entries)
     }
-    return [Decoder(kind, *tables[entry]) for kind, entry in zip(arch.kinds, entries, strict=True)]
+    longest = arch.config.max_position_embeddings
+    found = ((kind, *tables[entry]) for kind, entry in zip(arch.kinds, entries, strict=True))
+    return [Decoder(kind, cos, sin, longest) for kind, cos, sin in found]
 
 
 def position_scale(scale: PositionScale, steps: int) -> Tensor:

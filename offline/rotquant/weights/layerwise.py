@@ -122,9 +122,11 @@ class LayerQuantizer:
             served = self.served[on]
             parts = (served.normed(attention.norm, h) for _, (h,) in share)
             given = served.decoder, attention, served.tensors
-            return reduce(torch.add, (key_feedback.moments(*given, x, served.linear, form.rotate) for x in parts))
+            return reduce(torch.add, (key_feedback.moments(*given, x, served.linear) for x in parts))
 
-        self.key_feedback = key_feedback.factor(self._total(self.devices.each(sums, chain)))
+        total = self._total(self.devices.each(sums, chain))
+        queries = key_feedback.turned(total, self.served[0].decoder, attention)
+        self.key_feedback = key_feedback.factor(queries, form.rotate)
         self.served = [
             replace(served, cache=kv4_cache(form, key_feedback=self.key_feedback.to(place)))
             for served, place in zip(self.served, self.devices.places, strict=True)

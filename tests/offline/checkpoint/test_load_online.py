@@ -52,6 +52,7 @@ CASES = {
     "shift": Extras([("T0", "shift", 0, DOWN)]),
     "low rank": Extras(low_rank=[(4, QKV, False), (1, DOWN, False)]),
     "low rank of the inputs": Extras(low_rank=[(4, QKV, True), (1, DOWN, True)]),
+    "key feedback": Extras(key_feedback=True),
     "clips": Extras(activation_clip={"model.layers.1.mlp.down_proj": 0.6}, kv_layers=everything().kv_layers),
 }
 
@@ -75,7 +76,7 @@ def test_everything_together(architecture: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    extras = replace(everything(), kv_layers={})
+    extras = replace(everything(), kv_layers={}, key_feedback=False)
     spec = Spec(**WIDER, extras=extras, act_bits=8, kv=False, r3=False)
     folder = write_checkpoint(tmp_path / "out", spec)
     ids = torch.tensor(PROMPTS[1:])
