@@ -128,7 +128,9 @@ def kv4_write(quick: bool) -> Iterator[Case]:
         slots = torch.randperm(16 * page)[: tokens - 1]
         slots[::5] = -1
         cache = torch.randint(0, 256, (16, kv_heads, page, reference.kv_token_bytes(d, symmetric))).to(torch.uint8)
-        yield words, (key, value, cache, slots, rotate, symmetric, 0.95, 1.0)
+        given = key, value, cache, slots, rotate, symmetric, 0.95, 1.0
+        yield words, given
+        yield f"{words}, key feedback", (*given, randn(kv_heads, d, d, seed=3).float() / d)
 
 
 def kv4_attention(quick: bool) -> Iterator[Case]:

@@ -145,5 +145,5 @@ def cache_line(kv: KVFormat | None, arch: Architecture) -> str:
         return "not quantized"
     ours = sum(own.kv_heads * kv.token_bytes(own.head_dim) for own in arch.attentions.values())
     theirs = sum(own.kv_heads * own.head_dim * 4 for own in arch.attentions.values())
-    what = f"{kv.key} per token and head, {kv.key.symmetry}"
+    what = f"{kv.key} per token and head, {kv.key.symmetry}{', keys with error feedback' if kv.feedback else ''}"
     return f"{what}; {ours} bytes a token, {theirs} in bf16 ({theirs / ours:.2f}x)"

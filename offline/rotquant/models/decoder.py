@@ -223,8 +223,8 @@ def decoders(arch: Architecture, positions: int, device: torch.device | str = "c
         for entry in set(entries)
     }
     longest = arch.config.max_position_embeddings
-    found = ((kind, *tables[entry]) for kind, entry in zip(arch.kinds, entries, strict=True))
-    return [Decoder(kind, cos, sin, longest) for kind, cos, sin in found]
+    pairs = zip(arch.kinds, entries, strict=True)
+    return [Decoder(kind, tables[entry][0], tables[entry][1], longest) for kind, entry in pairs]
 
 
 def position_scale(scale: PositionScale, steps: int) -> Tensor:
