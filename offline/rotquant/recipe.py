@@ -54,10 +54,8 @@ class Scales(Part):
 
     norms: Literal["none", "smooth"] = "none"
     values: Literal["none", "smooth"] = "none"
-    keys: Literal["none", "smooth", "flat"] = Field(
-        default="none",
-        description="smooth: keys against queries, for the least error of a score with a rotated cache; flat: keys of"
-        " one energy in all channels, for the least with kv.key_feedback",
+    keys: Literal["none", "smooth"] = Field(
+        default="none", description="smooth: keys against queries, for the least error of a score with a rotated cache"
     )
     up: Literal["none", "smooth"] = "none"
     alpha: float | Literal["search"] = Field(
@@ -319,8 +317,7 @@ class Recipe(Part):
             self.learn.blockwise is not None
             or self.rotations.r2 == "klt"
             or self._by_surrogate("r2")
-            or "smooth" in (scales.norms, scales.values, scales.up)
-            or scales.keys != "none"
+            or "smooth" in (scales.norms, scales.values, scales.keys, scales.up)
             or scales.order
             or any(self.online.learned(site) for site in SITES)
         )

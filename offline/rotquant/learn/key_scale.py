@@ -7,13 +7,6 @@ s on keys and 1 / s on queries, the error of a score is therefore, up to a const
 
 which is least, (Σ sqrt(K_i Q_i))² by Cauchy and Schwarz, for s_i² = sqrt(Q_i / K_i). RoPE moves energy between the two
 channels of a pair, and keeps their sum: K_i and Q_i are of pairs.
-
-Where a key's channels make good each other's errors (`rotquant_kernels.formats.feedback`), of the queries' moments H
-only their determinant counts, and with it the error of a score is
-
-    (Σ s_i² K_i) det(S⁻¹ H S⁻¹)^(1/d)  ~  (Σ s_i² K_i) / Π s_i^(2/d)
-
-which is least for s_i² = 1 / K_i: keys of one energy in all channels, whatever that makes of the queries ("flat").
 """
 
 from __future__ import annotations
@@ -28,7 +21,7 @@ from rotquant.models.decoder import bias_of, rms_norm
 FLOOR = 1e-6  # of the mean energy: channels with less count as this
 
 
-def key_scale(kind: Layer, attention: Attention, tensors: Tensors, x: Tensor, flat: bool = False) -> Tensor:
+def key_scale(kind: Layer, attention: Attention, tensors: Tensors, x: Tensor) -> Tensor:
     """Factors of keys, float64 [kv_heads, qk_factors], geometric mean 1; one row where norms of queries and keys take
     them.
 
@@ -39,7 +32,7 @@ def key_scale(kind: Layer, attention: Attention, tensors: Tensors, x: Tensor, fl
     heads = 1 if attention.key_norm and attention.query_norm else attention.kv_heads
     energies = (_energies(y, attention).view(heads, -1, attention.qk_factors).mean(1) for y in (query, key))
     q, k = (e.clamp(min=FLOOR * e.mean().item()).clamp(min=torch.finfo(torch.float64).tiny) for e in energies)
-    log = -k.log() / 2 if flat else (q.log() - k.log()) / 4
+    log = (q.log() - k.log()) / 4
     return (log - log.mean(-1, keepdim=True)).exp()
 
 

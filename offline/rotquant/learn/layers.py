@@ -96,8 +96,8 @@ class SampleLearner:
     def smooth(self) -> None:
         """The scales that the recipe asks for, into the layer, and what the sites see behind them."""
         scales, layer, x = self.recipe.scales, self.layer, self.x
-        if scales.keys != "none" and (attention := self.kind.attends):
-            layer.s_qk = key_scale(self.kind, attention, self.tensors, x["attn"], flat=scales.keys == "flat")
+        if scales.keys == "smooth" and (attention := self.kind.attends):
+            layer.s_qk = key_scale(self.kind, attention, self.tensors, x["attn"])
         if scales.norms == "smooth":
             layer.s_attn, layer.s_mlp = 1 / self.scale("attn"), 1 / self.scale("mlp")
         for site in ("attn", "mlp"):

@@ -14,8 +14,6 @@ from rotquant.learn.key_scale import key_scale
 from rotquant.models.decoder import decoders, kv4_cache
 from rotquant.transforms.fold import fold_layer
 from rotquant.transforms.space import LayerTransforms
-from rotquant.weights import key_feedback
-from rotquant_kernels import reference
 from rotquant_kernels.formats import KVFormat
 from source_models import source_model
 
@@ -57,35 +55,3 @@ def test_scores_of_a_cache_in_4_bits_are_nearer(tmp_path: Path, name: str) -> No
     assert (scores(folded, False) - exact).norm() < 1e-5 * exact.norm()
     plain, smooth = ((scores(held, True) - exact).norm() for held in (tensors, folded))
     assert smooth < 0.7 * plain
-
-
-def test_keys_of_one_energy_have_the_nearest_scores_with_feedback(tmp_path: Path) -> None:
-    arch, source = read_original(source_model(tmp_path / "llama", "llama"))
-    kind, attention = arch.kinds[0], arch.kinds[0].attends
-    assert attention
-    tensors = {n: t.double() for n, t in read_layer(source, arch, 0).items()}
-    wide = torch.logspace(0, 1, attention.head_dim // 2, dtype=torch.float64).repeat(2 * attention.kv_heads)
-    tensors[f"{attention.key}.weight"] *= wide[:, None]
-    x = torch.randn(TOKENS, kind.hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    decoder = decoders(arch, TOKENS)[0]
-    form = KVFormat(False, 0.95, 0.95, attention.head_dim, feedback=True)
-
-    def error(s: Tensor | None) -> Tensor:
-        """Of scores, and energies of the channels of keys."""
-        held = fold_layer(tensors, LayerTransforms(s_qk=s), kind)
-        linear = decoder.float_linear(held)
-        query, _ = decoder.query_and_gate(linear(attention.query, x), attention)
-        q, k = decoder.behind_rope(held, query, linear(attention.key, x), attention)
-        moments = key_feedback.turned(key_feedback.moments(decoder, attention, held, x, linear), decoder, attention)
-        _, cached, _ = kv4_cache(form, key_feedback=key_feedback.factor(moments, form.rotate))(q, k, k)
-        difference = reference.hadamard(cached, form.rotate) - k
-        group = attention.heads // attention.kv_heads
-        return torch.einsum("qhd,khd->hqk", q, difference.repeat_interleave(group, dim=1)).square().mean()
-
-    flat = key_scale(kind, attention, tensors, x, flat=True)
-    keys = torch.nn.functional.linear(
-        x, fold_layer(tensors, LayerTransforms(s_qk=flat), kind)[f"{attention.key}.weight"]
-    )
-    energies = keys.square().mean(0).view(attention.kv_heads, 2, -1).mean(1)
-    assert torch.allclose(energies, energies.mean(1, keepdim=True).expand_as(energies), rtol=1e-4)
-    assert error(flat) < 0.7 * error(None)
