@@ -48,6 +48,16 @@ struct Key {
 
 constexpr int64_t key_rows = 4;  // whose steps of error feedback, each of which waits for the one before, overlap
 
+// x[k] -= errors[i] passed[i, k], one i after the other, for k from `first` to `last`.
+inline void pass_on(float* x, const float* errors, const float* passed, int64_t rows, int64_t n, int64_t first,
+                    int64_t last) {
+  for (int64_t k = first; k < last; k += W) {
+    F left = load(x + k);
+    for (int64_t i = 0; i < rows; i++) left = left - set1(errors[i]) * load(passed + i * n + k);
+    store(x + k, left);
+  }
+}
+
 // `kv_codes` of `count` keys with error feedback: what channel j loses is taken from those behind it, see
 // formats/feedback.py. Numbers of a row before channel j may become anything.
 template <int64_t count>
@@ -58,18 +68,19 @@ void kv_codes_fed_back(Key* keys, int64_t n, const float* feedback, int32_t (*co
     if (!finite) memset(keys[r].row, 0, size_t(n) * 4);
     scale[r] = finite ? f16_to_float(keys[r].coded.scale) : 1.0f, zero[r] = float(keys[r].coded.zero);
   }
-  for (int64_t j = 0; j < n; j++) {
-    F error[count];
-    for (int64_t r = 0; r < count; r++) {
-      const float x = keys[r].row[j], most = 8.0f * scale[r];
-      const float code = round_half_even(clamp(x / scale[r] + zero[r], -8.0f, 7.0f));
-      error[r] = set1(clamp(x - (code - zero[r]) * scale[r], -most, most));
-      codes[r][j] = int32_t(code) + 8;
+  for (int64_t start = 0; start < n; start += 16) {  // what 16 channels lose reaches those behind them all at once
+    float errors[count][16];
+    for (int64_t j = start; j < start + 16; j++) {
+      const float* passed = feedback + j * n;
+      for (int64_t r = 0; r < count; r++) {
+        const float x = keys[r].row[j], most = 8.0f * scale[r];
+        const float code = (clamp(x / scale[r] + zero[r], -8.0f, 7.0f) + 12582912.0f) - 12582912.0f;  // half to even
+        const float error = clamp(x - (code - zero[r]) * scale[r], -most, most);
+        codes[r][j] = int32_t(code) + 8, errors[r][j - start] = error;
+        pass_on(keys[r].row, &error, passed, 1, n, (j + 1) / W * W, start + 16);
+      }
     }
-    for (int64_t k = (j + 1) / W * W; k < n; k += W) {
-      const F passed = load(feedback + j * n + k);
-      for (int64_t r = 0; r < count; r++) store(keys[r].row + k, load(keys[r].row + k) - error[r] * passed);
-    }
+    for (int64_t r = 0; r < count; r++) pass_on(keys[r].row, errors[r], feedback + start * n, 16, n, start + 16, n);
   }
 }
 
