@@ -201,7 +201,7 @@ def write_embedding(run: Run, journal: Journal) -> None:
         return
     name = run.arch.names.embedding
     weight = by_rows(run.source.get(name), lambda rows: run.fold.embedding(rows).to(run.dtype))
-    if run.calibrated and run.recipe.weights.needs_inputs:
+    if run.calibrated and run.recipe.needs_inputs:
         chain = weight[run.calibrated.tokens] * run.arch.embedding_factor(run.dtype)
         journal.save_chain(0, chain, chain[:1].to(torch.float32, copy=True) if run.arch.mixtures else None)
     journal.finish("embedding", run.shard(1), {name: weight})
@@ -217,7 +217,7 @@ def write_layers(run: Run, journal: Journal) -> None:
         say(f"resuming at layer {first}")
     computed = decoders(arch, run.calibrated.tokens.shape[1] if run.calibrated else 1)
     quantizer = ExpertsQuantizer(run.recipe, run.transforms, computed, run.dtype, run.devices)
-    chain, quantizer.exact = journal.load_chain(first) if run.recipe.weights.needs_inputs else (None, None)
+    chain, quantizer.exact = journal.load_chain(first) if run.recipe.needs_inputs else (None, None)
     with Progress(f"{run.recipe.name}: layer", arch.layers, first) as progress, torch.no_grad():
         for index in range(first, arch.layers):
             quantizer.spool = None  # tuning has all layers in memory at once

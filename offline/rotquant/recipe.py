@@ -257,9 +257,14 @@ class Recipe(Part):
     target: Target = "none"
 
     @property
+    def needs_inputs(self) -> bool:
+        """True where quantizing a layer needs what enters it."""
+        return self.weights.needs_inputs or self.kv.key_feedback
+
+    @property
     def needs_calibration(self) -> bool:
         learns = self.needs_learning or self.chooses or self.tune is not None
-        return learns or self.weights.needs_inputs or self.activations.mixed or self.kv.key_feedback
+        return learns or self.needs_inputs or self.activations.mixed
 
     @property
     def chooses(self) -> bool:

@@ -8,6 +8,10 @@ from typing import Any
 from rotquant.choose.options import TUNE, Changes
 from rotquant.recipe import Recipe
 
+CACHE = (
+    "What changes the KV cache alone was tried, with and without it, on all layers, whose weights and activations have"
+    " 8 bits then.\n\n"
+)
 BASE, AGAIN, TUNING = "base", "all of it on other windows", "tuning"
 
 
@@ -94,6 +98,7 @@ class Choice:
             " before it, and taken where it lowers the mean KL and that of a typical token. All of it together then had"
             " to win against the base once more, on other windows, by more than twice the error of the relative"
             " difference, or the base would stand.\n\n"
+            f"{CACHE if any(of_cache(t.changes) for t in self.trials) else ''}"
             "| candidate | KL | difference | of a token, relative | its error | |\n|---|---|---|---|---|---|\n"
             + "\n".join(rows)
             + f"\n{self._tuning()}"
@@ -108,6 +113,11 @@ class Choice:
         return (
             f"\nTuning, judged on the whole model and all of these windows: KL {t.kl:.4f}, {t.change}: {t.verdict}.\n"
         )
+
+
+def of_cache(changes: Changes) -> bool:
+    """Whether a candidate changes the KV cache and nothing else."""
+    return bool(changes) and all(key.startswith("kv.") for key in changes)
 
 
 def number(value: float | None, form: str) -> str:

@@ -9,6 +9,9 @@ tokens an input, what fits weights to text looks worse than it will be. The judg
     KL of a token = sum p (log p - log q),  p of the full-precision model, q of this one
 
 A small model is one stretch, all of it. What enters the stretches in full precision is computed once for all recipes.
+
+What changes nothing but the KV cache is judged on *all* layers, whose weights and activations have 8 bits then, rounded
+to nearest (`cache_alone`): in a few layers at 4 bits, what the cache does is lost in what everything else does.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
 from rotquant.learn.stream import Job
 from rotquant.models import Architecture
+from rotquant.recipe import Activations, OnlineStages, Recipe
 from rotquant.transforms.fold import Fold
 from rotquant.weights.experts import ExpertsQuantizer
 
@@ -117,8 +121,10 @@ class Judge:
                 progress.step()
         return found | self.full.wanted(judged)
 
-    def __call__(self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress) -> Tensor:
-        """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized.
+    def __call__(
+        self, job: Job, turn: int, slots: Callable[[str], Slot], progress: Progress, whole: bool = False
+    ) -> Tensor:
+        """KL float32 [n (T' - 1)] of each predicted token, the layers of the stretches quantized, or the whole model.
 
         Args:
             turn: 0 or 1, on every other window from this one on.
@@ -129,7 +135,7 @@ class Judge:
         matrix = basis(job, self.arch.hidden_size)
         done, following = self.judged("judged 0", turn), 0
         with torch.no_grad():
-            for stretch in self.stretches:
+            for stretch in [range(self.arch.layers)] if whole else self.stretches:
                 for index in range(following, stretch.start):
                     done = self.full.layer(index, done)
                 done = self._served(job, stretch, matrix, done, slots, progress)
@@ -153,7 +159,7 @@ class Judge:
         learner = None
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
-        chain = entering.to(job.dtype, copy=True) if recipe.weights.needs_inputs else None  # which moves in place
+        chain = entering.to(job.dtype, copy=True) if recipe.needs_inputs else None  # which moves in place
         quantizer = ExpertsQuantizer(recipe, job.transforms, self.full.decoders, job.dtype, job.devices)
         fold, h = Fold(self.arch, job.transforms), turned(judged).to(job.dtype)
         for index in stretch:
@@ -165,6 +171,20 @@ class Judge:
             h = quantizer.passed(h)
             progress.step()
         return h.float() if matrix is None else h.float() @ matrix.T
+
+
+def cache_alone(recipe: Recipe) -> Recipe:
+    """The recipe with 8 bits for all but the cache; what it does to queries, keys and values stays."""
+    weights = recipe.weights.model_copy(
+        update={"bits": 8, "group_size": 0, "method": "rtn", "clip_search": False, "rank": 0}
+    )
+    scales = recipe.scales.model_copy(update={"norms": "none", "up": "none", "order": False})
+    return recipe.model_copy(
+        update={
+            "weights": weights, "scales": scales, "online": OnlineStages(), "activations": Activations(bits=8),
+            "learn": recipe.learn.model_copy(update={"surrogate": None}),
+        }
+    )  # fmt: skip
 
 
 def basis(job: Job, size: int) -> Tensor | None:

@@ -118,7 +118,7 @@ class BudgetMeter:
 
     @property
     def _needs_inputs(self) -> bool:
-        return self.job.recipe.weights.needs_inputs
+        return self.job.recipe.needs_inputs
 
     def _rows(self, layer: LayerTransforms) -> Callable[[str], RowFormat]:
         return lambda site: layer.rows(site, self.job.recipe.activations.rows)

@@ -23,8 +23,8 @@ from functools import partial
 from torch import Tensor
 
 from rotquant.checkpoint.journal import Journal, Scope, Slot
-from rotquant.choose.choice import AGAIN, BASE, Choice, Trial
-from rotquant.choose.judge import WINDOW, Judge, Model, calibration, error_of, relative
+from rotquant.choose.choice import AGAIN, BASE, Choice, Trial, of_cache
+from rotquant.choose.judge import WINDOW, Judge, Model, cache_alone, calibration, error_of, relative
 from rotquant.choose.options import Changes
 from rotquant.common.progress import Progress, clock, say
 from rotquant.errors import RotQuantError
@@ -93,22 +93,27 @@ class Search:
             job = self.begin(recipe.with_changes(changes))
             if job.recipe == recipe:
                 return left(*NONE, note="changes nothing here"), recipe, before
-            kl = self._kl(name, job)
+            if of_cache(changes):
+                own, other = (self._kl(name, self.begin(cache_alone(one)), whole=True) for one in (job.recipe, recipe))
+                trial = compared(name, changes, own, other)
+                kl = self._kl(name, job) if trial.taken else before
+            else:
+                kl = self._kl(name, job)
+                trial = compared(name, changes, kl, before)
         except RotQuantError as error:
             return left(*NONE, note=f"cannot be: {error}"), recipe, before
-        trial = compared(name, changes, kl, before)
         return (trial, job.recipe, kl) if trial.taken else (trial, recipe, before)
 
-    def _kl(self, name: str, job: Job, turn: int = 0) -> Tensor:
-        """KL float32 [judged tokens] with a recipe, from the journal where it is known."""
-        step = f"trial {turn} {digest(job.recipe.model_dump(exclude=UNSEEN))}"
+    def _kl(self, name: str, job: Job, turn: int = 0, whole: bool = False) -> Tensor:
+        """KL float32 [judged tokens] with a recipe, from the journal where it is known; whole: of all layers."""
+        step = f"trial {turn}{' whole' if whole else ''} {digest(job.recipe.model_dump(exclude=UNSEEN))}"
         if known := self.journal.kept(step):
             return known["kl"]
         plan.learn_whole(job, learned(self.journal, job.recipe))
         slot = partial(Slot, Scope(self.journal, step))
         title = f"choosing {self.number}/{self.total}, {name}: layer"
-        with Progress(title, self.judge.layers, short=True) as progress:
-            kl = self.judge(job, turn, slot, progress)
+        with Progress(title, job.arch.layers if whole else self.judge.layers, short=True) as progress:
+            kl = self.judge(job, turn, slot, progress, whole)
         self.journal.keep(step, {"kl": kl})
         return kl
 

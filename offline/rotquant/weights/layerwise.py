@@ -70,6 +70,7 @@ class LayerQuantizer:
         weights = {n: folded[f"{n}.weight"].float().to(self.device) for n in there}
         folded.clear()
         if chain is None:
+            assert not self.recipe.kv.key_feedback, "keys with error feedback need a chain"
             self._without_inputs(weights)
         else:
             chain = self._calibrate(weights, chain)

@@ -98,8 +98,9 @@ class DamageMeter:
         """The chain behind a layer, and the damage of its sites."""
         kind, layer = self.arch.kinds[index], self.transforms.layers[index]
         folded = self.fold.layer(read_layer(self.source, self.arch, index), index)
-        # A branch of the inputs needs some; weights rounded to nearest do not.
-        self.quantizer(index, folded, chain.clone() if self.recipe.weights.subtracts else None)
+        # A branch of the inputs, or of keys' feedback, needs some; weights rounded to nearest do not.
+        needed = self.recipe.weights.subtracts or self.recipe.kv.key_feedback
+        self.quantizer(index, folded, chain.clone() if needed else None)
         served, wide = self.quantizer.served, layer.widened(kind.sites)
         exact = [replace(one, rows=self._rows(wide)) for one in served]
         alone = {
