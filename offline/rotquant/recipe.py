@@ -203,12 +203,6 @@ class KVCache(Part):
         ratios = {"key": self.key_clip, "value": self.value_clip} | dict(clips or {})
         return KVFormat(self.symmetric, ratios["key"], ratios["value"], rotate, self.key_feedback)
 
-    @model_validator(mode="after")
-    def _fits(self) -> KVCache:
-        if self.key_feedback and self.bits == 16:
-            raise ValueError("key_feedback is of keys that are rounded, and bits is 16; take bits 4, or no feedback")
-        return self
-
     @property
     def values(self) -> RowFormat:
         """Rows of V whose scales are not rounded: what R2 is learned from."""

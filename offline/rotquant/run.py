@@ -202,8 +202,15 @@ def for_mixture(recipe: Recipe, arch: Architecture) -> Recipe:
 
 
 def for_cache(recipe: Recipe, arch: Architecture) -> Recipe:
-    """Without candidates of keys that are not rounded."""
-    if recipe.choose is None or (recipe.kv.bits == 4 and arch.attentions):
+    """Refuses feedback of keys that are not rounded; without the candidates that would ask for it."""
+    if recipe.kv.bits == 4 and arch.attentions:
+        return recipe
+    if recipe.kv.key_feedback:
+        raise RotQuantError(
+            f"recipe {recipe.name}: kv.key_feedback is of keys that are rounded to 4 bits, and here none is: set"
+            " kv.bits=4, or kv.key_feedback=false"
+        )
+    if recipe.choose is None:
         return recipe
     return recipe.model_copy(update={"choose": recipe.choose.those(lambda changes: "kv.key_feedback" not in changes)})
 

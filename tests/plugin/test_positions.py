@@ -43,15 +43,18 @@ def rotary(kind=RotaryEmbedding, **changes):
     return bare(kind, **known | changes)
 
 
-def attention(turn, kind=LlamaAttention, window=None, **changes):
+def attention(turn, kind=LlamaAttention, window=None, fed_back=False, **changes):
+    """fed_back: keys are rounded with error feedback."""
+    maker = SimpleNamespace(key_feedback=torch.randn(KV_HEADS * DIM, DIM, generator=torch.Generator().manual_seed(4)))
+    maker.key_feedback *= 0.1
     layer = SimpleNamespace(
         num_heads=HEAD_COUNT, num_kv_heads=KV_HEADS, head_size=DIM, kv_cache_dtype="auto", dtype=torch.bfloat16,
         impl=SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=None), sliding_window=window,
         attn_backend=AsymmetricKV4Backend,
         buffers=lambda: [torch.zeros(1)],
-        quant_method=SimpleNamespace(format=KVFormat(False, 1.0, 1.0, DIM), prefix="layers.0.attn"),
+        quant_method=SimpleNamespace(format=KVFormat(False, 1.0, 1.0, DIM, fed_back), prefix="layers.0.attn"),
     )  # fmt: skip
-    layer.impl = KV4Impl(layer, layer.quant_method.format)
+    layer.impl = KV4Impl(layer, layer.quant_method.format, maker if fed_back else None)
     return layer, bare(kind, attn=layer, rotary_emb=turn, **changes)
 
 
@@ -107,9 +110,9 @@ def stand_in(monkeypatch, turned=rope.turned):
     def places(starts, lens):
         return torch.cat([torch.arange(n - int(b - a), n) for a, b, n in zip(starts, starts[1:], lens, strict=False)])
 
-    def write(key, value, cache, slots, rotate, symmetric, k_clip, v_clip, given, starts, lens):
+    def write(key, value, cache, slots, rotate, symmetric, k_clip, v_clip, feedback, given, starts, lens):
         key = turned(key, places(starts, lens.tolist()), given)
-        reference.kv4_write(key, value, cache, slots, rotate, symmetric, k_clip, v_clip)
+        reference.kv4_write(key, value, cache, slots, rotate, symmetric, k_clip, v_clip, feedback)
 
     def attend(query, cache, starts, lens, table, out, scale, rotate, symmetric, window, cap, given):
         query = turned(query, places(starts, lens.tolist()), given)
@@ -128,8 +131,8 @@ def test_steps_are_as_if_the_model_had_turned_q_and_k(join, monkeypatch, pairs):
         [torch.randn(n, h, DIM, generator=generator).bfloat16() for n in lengths]
         for h in (HEAD_COUNT, KV_HEADS, KV_HEADS)
     )
-    layer, holder = attention(rotary(is_neox_style=not pairs))
-    plain, _ = attention(rotary())
+    layer, holder = attention(rotary(is_neox_style=not pairs), fed_back=pairs)
+    plain, _ = attention(rotary(), fed_back=pairs)
     join(layer, holder)
     stand_in(monkeypatch)
     in_torch = {name: getattr(reference, name) for name in ("kv4_write", "kv4_attention")}

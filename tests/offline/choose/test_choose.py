@@ -75,6 +75,28 @@ def test_what_helps_is_taken_and_what_hurts_is_left(model: Path, tmp_path: Path)
         assert card.split(trial["name"])[1].split("\n")[0].endswith(f"| {verdict} |")
 
 
+def test_what_changes_the_cache_alone_is_judged_on_all_layers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all else at 8 bits, where a cache that is too coarse shows; what is taken stands in the next trial."""
+    monkeypatch.setattr(judge, "LEAST", 1)
+    seen, judged = [], Judge.__call__
+
+    def kept(self: Judge, job: Any, turn: int, slots: Any, progress: Any, whole: bool) -> torch.Tensor:
+        seen.append((whole, job.recipe.weights.bits, job.recipe.kv.key_clip))
+        return judged(self, job, turn, slots, progress, whole)
+
+    monkeypatch.setattr(Judge, "__call__", kept)
+    tried = {"finer keys": {"kv.key_clip": 0.95}, "coarse values": {"kv.value_clip": 0.2}} | HURTS
+    coarse = load_recipe("quarot").kv.model_dump() | {"key_clip": 0.2}
+    out = quantize(str(model), tmp_path / "out", recipe=recipe(tmp_path, tried, kv=coarse), **QUICK)
+    _, finer, values, hurts = provenance(out)["choice"]["trials"]
+    assert (finer["taken"], values["taken"], hurts["taken"]) == (True, False, False)
+    alone = [(True, 8, 0.95), (True, 8, 0.2)]  # with the candidate, and without
+    assert seen[:6] == [(False, 4, 0.2), *alone, (False, 4, 0.95), (True, 8, 0.95), (False, 4, 0.95)]
+    assert "on all layers, whose weights and activations have 8 bits" in (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize("candidates", [HURTS, HELPS])
 def test_where_nothing_helps_it_is_the_base(
     model: Path, tmp_path: Path, candidates: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from rotquant.errors import RotQuantError
 from rotquant.models import read_architecture
 from rotquant.models.decoder import decoders
 from rotquant.pipeline import quantize
-from rotquant.recipes import load_recipe
+from rotquant.run import Settings, prepare
 from rotquant.weights import key_feedback
 from rotquant_kernels import reference
 from rotquant_kernels.formats import RowFormat, feedback
@@ -108,7 +108,18 @@ def test_a_model_is_served_as_it_was_calibrated(kind: str, tmp_path: Path, monke
         assert not torch.equal(other, seen[0])
 
 
-def test_keys_that_are_not_rounded_have_no_feedback() -> None:
-    with pytest.raises(RotQuantError, match=r"kv.*key_feedback is of keys that are rounded, and bits is 16"):
-        load_recipe("quarot", ["kv.bits=16", "kv.key_feedback=true"])
-    assert "kv.key_feedback" in str(load_recipe("best", []).choose)
+def test_keys_that_are_not_rounded_have_no_feedback(tmp_path: Path) -> None:
+    source = str(source_model(tmp_path / "model", "llama"))
+    with pytest.raises(RotQuantError, match=r"kv.key_feedback is of keys that are rounded .* set kv.bits=4, or"):
+        prepare(source, Settings("quarot", ("kv.bits=16", "kv.key_feedback=true"), **WINDOWS))
+    for changes, tried in ((("kv.bits=16",), False), ((), True)):
+        recipe = prepare(source, Settings("best", changes, **WINDOWS)).recipe
+        assert ("kv.key_feedback" in str(recipe.choose)) is tried
+
+
+def test_weights_rounded_to_nearest_have_it_too(tmp_path: Path) -> None:
+    """These need no inputs, F does."""
+    source = source_model(tmp_path / "model", "llama")
+    out = quantize(str(source), tmp_path / "out", recipe="rtn", settings=["kv.key_feedback=true"], **WINDOWS)
+    model = rotquant.load(out)
+    assert model.model.layers[1].self_attn.rotquant_feedback.triu(1).abs().max() > 0.01
