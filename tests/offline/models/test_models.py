@@ -101,7 +101,7 @@ def test_the_linears_of_a_site_share_one_rounding_only_of_one_input(sources: dic
     decoder = decoders(read_architecture(sources["smollm3"]), len(TOKENS))[0]
     recipe = load_recipe("quarot", ["kv.bits=16"])
     parameters = LayerParameters(LayerTransforms(), [], recipe, decoder.kind)
-    experts = Experts(decoder.kind, decoder.cos, decoder.sin)
+    experts = Experts(decoder.kind, decoder.cos, decoder.sin, decoder.longest)
     layer = QuantizedLayer(parameters, recipe, experts, 0, 16, torch.float32)
     tensors = Source(sources["smollm3"]).layer("model.layers.0.")
     h = torch.randn(5, decoder.kind.hidden, generator=torch.Generator().manual_seed(1))
