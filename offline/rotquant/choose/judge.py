@@ -11,7 +11,8 @@ tokens an input, what fits weights to text looks worse than it will be. The judg
 A small model is one stretch, all of it. What enters the stretches in full precision is computed once for all recipes.
 
 What changes nothing but the KV cache is judged on *all* layers, whose weights and activations have 8 bits then, rounded
-to nearest (`cache_alone`): in a few layers at 4 bits, what the cache does is lost in what everything else does.
+to nearest (`cache_alone`), and calibrated on as many tokens as are judged: in a few layers at 4 bits, what the cache
+does is lost in what everything else does.
 """
 
 from __future__ import annotations
@@ -138,7 +139,9 @@ class Judge:
             for stretch in [range(self.arch.layers)] if whole else self.stretches:
                 for index in range(following, stretch.start):
                     done = self.full.layer(index, done)
-                done = self._served(job, stretch, matrix, done, slots, progress)
+                tokens = self.known[f"tokens {stretch.start}"]
+                tokens = tokens[: math.ceil(JUDGED / tokens.shape[1])] if whole else tokens
+                done = self._served(job, stretch, matrix, tokens, done, slots, progress)
                 following = stretch.stop
             for index in range(following, self.arch.layers):
                 done = self.full.layer(index, done)
@@ -150,12 +153,13 @@ class Judge:
         return every if len(every) == 1 else every[turn::2]
 
     def _served(
-        self, job: Job, stretch: range, matrix: Tensor | None, judged: Tensor, slots: Callable[[str], Slot],
-        progress: Progress,
+        self, job: Job, stretch: range, matrix: Tensor | None, tokens: Tensor, judged: Tensor,
+        slots: Callable[[str], Slot], progress: Progress,
     ) -> Tensor:  # fmt: skip
-        """The judged windows float32 [n, T', hidden] behind a stretch whose layers are quantized for it."""
+        """The judged windows float32 [n, T', hidden] behind a stretch whose layers are quantized for it; tokens: what
+        enters it of the calibration."""
         turned = lambda h: h if matrix is None else h @ matrix  # noqa: E731
-        recipe, entering = job.recipe, turned(self.known[f"tokens {stretch.start}"])
+        recipe, entering = job.recipe, turned(tokens)
         learner = None
         if recipe.learns_layers and not recipe.learn.end_to_end:
             learner = LayerLearner(job, entering)
