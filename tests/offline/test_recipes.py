@@ -28,7 +28,7 @@ from source_models import HELDOUT, KINDS, all_candidates, file_hashes, source_mo
 QUICK = {"samples": 4, "seq_len": 64}
 SHORT = ("learn.blockwise.epochs=1", "learn.end_to_end.steps=2", "learn.end_to_end.batch=1", "learn.surrogate.steps=5")
 # 8-bit weights and activations: what is left to differ is a wrong fold, stage, shift or branch.
-FINE = ("weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16")
+FINE = ("weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16", "kv.key_feedback=false")
 OBJECTIVES = get_args(Surrogate.model_fields["objective"].annotation)
 RECIPES = [name for name, _ in shipped()]
 

@@ -128,6 +128,7 @@ OWN = {
     "KV4Impl.__init__",
     "KV4Impl.attend",
     "KV4Impl.attend_part",
+    "KV4Impl.feedback",
     "KV4Impl.limits",
     "KV4Impl.store",
     "KVCacheMethod.__init__",

@@ -42,7 +42,7 @@ vllm_rotquant.compat
 vllm_rotquant.environment     vllm_rotquant.names    vllm_rotquant.holders    vllm_rotquant.intake
 vllm_rotquant.rotation        vllm_rotquant.low_rank vllm_rotquant.adapters   vllm_rotquant.boundary
 vllm_rotquant.windows         vllm_rotquant.steps    vllm_rotquant.recurrent vllm_rotquant.large_pages
-vllm_rotquant.pages
+vllm_rotquant.pages           vllm_rotquant.key_feedback
 vllm_rotquant.warmup          vllm_rotquant.witness  vllm_rotquant.reading    vllm_rotquant.agreement
 vllm_rotquant.fusion          vllm_rotquant.collector vllm_rotquant.positions
 vllm_rotquant.window_proof

@@ -32,7 +32,7 @@ from rotquant_kernels import Stage
 from source_models import VOCABULARY, all_candidates, source_model
 
 TOKENS = torch.arange(3, 83)
-FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16"]
+FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16", "kv.key_feedback=false"]
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 64}
 
 
