@@ -164,7 +164,7 @@ def feedback_of(heads: int, d: int, seed: int) -> torch.Tensor:
     return randn(heads, d, d, seed=seed + 7) * 0.3
 
 
-@some(200)
+@some(150)
 @given(SEEDS, st.integers(1, 40), st.integers(1, 3), HEADS, PAGES, DTYPES, st.booleans(),
        st.sampled_from([1.0, 0.95, 0.4]), st.booleans(), st.booleans())  # fmt: skip
 def test_pages_are_the_references_bit_for_bit(

@@ -42,11 +42,12 @@ def planned(monkeypatch):
     return lambda rows, splits: monkeypatch.setattr(kv4, "plan", lambda *numbers: kv4.Plan(rows, splits))
 
 
-@few(20)
+@few(15)
 @given(SEEDS, st.integers(1, 20), st.integers(1, 2), HEADS, PAGES, DTYPES, st.booleans(),
        st.sampled_from([1.0, 0.95, 0.4]), st.booleans())  # fmt: skip
 def test_pages_are_the_references_bit_for_bit(seed, tokens, heads, head, page, dtype, symmetric, clip, fed_back):
     d, rotate = head
+    tokens = min(tokens, 3) if fed_back else tokens  # which takes a step for each channel
     key, value = (strided(rows_to_write(tokens + 1, heads, d, seed + i), dtype) for i in range(2))
     if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
         key, value = (x.masked_fill(x.abs() < torch.finfo(dtype).tiny, 0) for x in (key, value))
@@ -100,7 +101,10 @@ def test_rotary_positions_are_the_same_inside_a_launch(
     key = key.nan_to_num(0, 0, 0)  # a product of infinity may be NaN in one order and not in the other
     slots = torch.randperm(-(-count // page) * page + page, generator=torch.Generator().manual_seed(seed))[:count]
     pages = torch.zeros(-(-count // page) + 1, 2, page, reference.kv_token_bytes(head[0], symmetric), dtype=torch.uint8)
-    expected, rest = pages.clone(), (head[1], symmetric, 0.95, 0.9, feedback_of(2, head[0], seed) if part else None)
+    expected, rest = (
+        pages.clone(),
+        (head[1], symmetric, 0.95, 0.9, feedback_of(2, head[0], seed) if count < 6 else None),
+    )
     reference.kv4_write(turned(key[:count], positions, rope), value[:count], expected, slots, *rest)
     kv4.write(key, value, pages, slots, *rest, rope, batch.starts, batch.lens)
     assert torch.equal(pages, expected)
