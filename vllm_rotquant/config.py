@@ -244,8 +244,9 @@ class RotQuantConfig(QuantizationConfig):
         if self.arch is None:
             classes = ", ".join(config.architectures or ["this model"])
             raise RotQuantError(f"{prefix}: this build of rotquant does not run rotquant.key_feedback of {classes}")
+        parts = self._parts(prefix)
         for name, maker in self.arch.key_makers.items():
-            if maker in self._parts(prefix):
+            if maker in parts:
                 self.startup.key_makers[name] = layer
                 own = self.arch.attentions[name]
                 return Keys(own.kv_heads, own.head_dim)

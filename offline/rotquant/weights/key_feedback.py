@@ -48,8 +48,8 @@ def turned(total: Tensor, decoder: Decoder, attention: Attention) -> Tensor:
     cos, sin = torch.ones(len(angles), size, dtype=angles.dtype), torch.zeros(len(angles), size, dtype=angles.dtype)
     cos[:, : 2 * half], sin[:, : 2 * half] = angles.cos(), angles.sin()
     c = total.double().cpu()
-    left, both = _quarter(c, half), _quarter(_quarter(c, half).mT, half).mT
-    right, n = _quarter(c.mT, half).mT, len(angles)
+    left, right, n = _quarter(c, half), _quarter(c.mT, half).mT, len(angles)
+    both = _quarter(left.mT, half).mT
     parts = ((cos, cos, c), (cos, sin, right), (sin, cos, left), (sin, sin, both))
     return sum((a.T @ b / n * m for a, b, m in parts), torch.zeros(()))
 

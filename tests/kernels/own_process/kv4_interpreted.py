@@ -3,7 +3,7 @@ process of its own, since Triton decides at its import whether it interprets."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import empty_steps
@@ -86,6 +86,7 @@ def rope_of(dims: int, pairs: bool, dtype: torch.dtype) -> Rope:
 @few(4)
 @given(SEEDS, st.lists(st.tuples(st.integers(1, 140), st.integers(1, 9)), min_size=1, max_size=3), HEADS, PAGES,
        st.sampled_from([torch.float32, torch.float16]), st.booleans(), st.booleans(), st.booleans())  # fmt: skip
+@example(0, [(20, 3), (5, 1)], (64, 64), 16, torch.float32, False, False, True)  # few rows: keys with error feedback
 def test_rotary_positions_are_the_same_inside_a_launch(
     planned, seed, sequences, head, page, dtype, symmetric, pairs, part
 ):
