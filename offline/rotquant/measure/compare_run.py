@@ -40,6 +40,7 @@ from rotquant.errors import RotQuantError
 from rotquant.measure.evaluate import BATCH_TOKENS, LOGIT_ROWS, load_any, safe_exp, text_windows
 from rotquant.measure.inspection.routing import choices_watched, routing_facts
 from rotquant.measure.online_cost import online_cost
+from rotquant.measure.products import FastProducts
 from rotquant.models import read_architecture
 from rotquant.pipeline import quantize
 
@@ -138,14 +139,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     batch = text_windows(Path(job["text"]), folder, job["seq_len"], job["tokens"])
     full = load_any(folder)
     quantized, arch = load(checkpoint, device=full.device), read_architecture(folder)
-    with (
-        Progress(f"{job['label']}: window", len(batch)) as progress,
-        choices_watched(full, arch) as before,
-        choices_watched(quantized, arch) as after,
-    ):
-        distance = measure(full, quantized, batch, progress.step)
+    with FastProducts():
+        with (
+            Progress(f"{job['label']}: window", len(batch)) as progress,
+            choices_watched(full, arch) as before,
+            choices_watched(quantized, arch) as after,
+        ):
+            distance = measure(full, quantized, batch, progress.step)
+        greedy = greedy_tokens(full, quantized, batch)
     routing = [layer["agreement"] for layer in routing_facts(arch, after, before)]
-    greedy, cost = greedy_tokens(full, quantized, batch), online_cost(checkpoint)
+    cost = online_cost(checkpoint)
     return asdict(distance) | {
         "perplexity": safe_exp(distance.nll),
         "full_perplexity": safe_exp(distance.full_nll),

@@ -29,6 +29,7 @@ from rotquant.checkpoint.original import load_transformers
 from rotquant.common.json_files import short
 from rotquant.common.progress import Progress
 from rotquant.errors import RotQuantError
+from rotquant.measure.products import FastProducts
 from rotquant.models import read_config
 from rotquant.text import check_tokens, read_tokenizer, windows
 
@@ -187,7 +188,8 @@ def model_losses(model: PreTrainedModel, batch: Tensor, step: Step | None = None
     losses = []
     for ids in batch.split(max(1, BATCH_TOKENS // batch.shape[1])):
         ids = ids.to(model.device)
-        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        with FastProducts():
+            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         pairs = zip(logits.split(LOGIT_ROWS), ids[:, 1:].flatten().split(LOGIT_ROWS), strict=True)
         part = [torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in pairs]
         losses.append(torch.cat(part).view(len(ids), -1).cpu())
