@@ -23,8 +23,10 @@ class FastProducts(TorchFunctionMode):
     """While it is entered, bfloat16 linears of many rows on such a CPU are float32 products, rounded once."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and slow(args[0]):
-            return func(*(x if x is None else x.float() for x in args)).to(args[0].dtype)
+        linear = func is torch.nn.functional.linear and not kwargs
+        if linear and slow(args[0]):
+            args = [x if x is None else x.float() for x in args]
+            return func(*args).bfloat16()
         return func(*args, **(kwargs or {}))
 
 

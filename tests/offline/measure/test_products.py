@@ -30,7 +30,7 @@ def test_a_product_is_the_same_up_to_the_order_of_its_sum(emulating: None, bias:
 
 
 def test_one_rounding_only(emulating: None) -> None:
-    """257 ones and a bias of one: bfloat16 has 258, but steps of two before it, where a sum rounded one by one stays."""
+    """257 ones and a bias of one are 258; a sum rounded one by one stays at 256, where steps of two begin."""
     layer = torch.nn.Linear(257, 1).bfloat16()
     with torch.no_grad(), FastProducts():
         layer.weight.fill_(1)
