@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 
 from docs_results import RESULTS
 
@@ -27,8 +28,7 @@ def demo() -> str:
     asked = next(i for i, line in enumerate(found) if line.startswith("chat: "))
     answer = found[asked : found.index("", asked)]
     table = next(i for i, line in enumerate(found) if "perplexity on" in line)
-    scores = found[table : found.index("", table)]
-    return FENCE.format("\n".join([*answer, *scores]))
+    return FENCE.format("\n".join([*answer, *takewhile(str.strip, found[table:])]))
 
 
 def quickstart() -> str:

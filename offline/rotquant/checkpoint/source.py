@@ -39,6 +39,7 @@ class Source:
         self.stored: dict[str, str] = {}  # tensor -> what the file calls it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self.finite: set[str] = set()  # tensors that were read whole, once: a search reads them in each trial
         index = folder / INDEX
         present = [file.name for file in folder.glob("*.safetensors") if file.is_file()]
         weight_map = read_weight_map(index) if index.is_file() else None
@@ -107,8 +108,11 @@ class Source:
                 tensor = opened.get_tensor(stored) if part is None else opened.get_slice(stored)[part]
         except (SafetensorError, OSError, ValueError) as error:
             raise RotQuantError(f"{self.files[name]}: {name} cannot be read: {short(error)}") from error
-        if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # not defined for 8-bit numbers
-            raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
+        if name not in self.finite and tensor.dtype.itemsize > 1:  # not defined for 8-bit numbers
+            if not torch.isfinite(tensor).all():
+                raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
+            if part is None:
+                self.finite.add(name)
         return tensor
 
     def beginning(self, prefixes: tuple[str, ...]) -> list[str]:

@@ -64,12 +64,11 @@ def demo(*, once: bool = False, port: int = 0, keep: Path | None = None, offline
         folder.mkdir(exist_ok=True)
         served = quantized(folder, subject, source, SERVED)
         with Server(served, port, folder / "server.log") as server:
-            scores = perplexities(folder, subject, source)  # while the server starts
             server.wait()
             show_answers(server, subject)
             print(kv_report(served) + "\n" + "\n".join(server.proof()))
-            print("\n" + table(scores, subject))
             print("\n" + how_to_ask(server, subject), flush=True)
+            print("\n" + table(perplexities(folder, subject, source), subject), flush=True)
             if not once:
                 say("serving until Ctrl-C")
                 with suppress(KeyboardInterrupt):
@@ -145,6 +144,8 @@ def perplexities(folder: Path, subject: Subject, source: Path) -> dict[str, floa
     """Perplexity on held-out text of the original, as "full precision", and of each recipe."""
     kept = folder / "perplexity.json"
     scores: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    if len(scores) <= len(RECIPES):
+        say(f"demo: measuring the original and {', '.join(RECIPES)}, while the server runs")
     for name in (FULL, *RECIPES):
         if name in scores:
             continue
