@@ -108,11 +108,11 @@ class Source:
                 tensor = opened.get_tensor(stored) if part is None else opened.get_slice(stored)[part]
         except (SafetensorError, OSError, ValueError) as error:
             raise RotQuantError(f"{self.files[name]}: {name} cannot be read: {short(error)}") from error
-        if name not in self.finite and tensor.dtype.itemsize > 1:  # not defined for 8-bit numbers
-            if not torch.isfinite(tensor).all():
-                raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
-            if part is None:
-                self.finite.add(name)
+        known = name in self.finite or tensor.dtype.itemsize == 1  # 8-bit numbers: not defined
+        if not known and not torch.isfinite(tensor).all():
+            raise RotQuantError(f"{self.files[name]}: {name} holds NaN or infinite values")
+        if part is None:
+            self.finite.add(name)
         return tensor
 
     def beginning(self, prefixes: tuple[str, ...]) -> list[str]:
