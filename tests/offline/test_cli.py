@@ -98,7 +98,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert given == {
         "model": "model", "output": "out", "recipe": "rtn", "calibration": "c.txt", "samples": 3, "seq_len": 9,
         "device": "cpu", "profile": "portable", "tp_max": 2, "seed": 7, "resume": True, "max_memory": 1.5,
-        "settings": ["kv.bits=16", "weights.bits=8", "choose.effort=2"], "scheme": "w4a8kv4", "budget": None,
+        "settings": ["kv.bits=16", "weights.bits=8", "choose.effort=2.0"], "scheme": "w4a8kv4", "budget": None,
         "target": "sm_86",
     }  # fmt: skip
     assert "vllm serve out --quantization rotquant" in capsys.readouterr().out

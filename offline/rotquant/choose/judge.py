@@ -49,12 +49,12 @@ RUNS = 8
 NOTHING = 0.01  # of the mean KL: differences below are rounding
 
 
-def judged_windows(seq_len: int, effort: int) -> int:
+def judged_windows(seq_len: int, effort: float) -> int:
     """How many windows to set aside, for two judges."""
     return 2 * math.ceil(JUDGED * effort / min(seq_len, WINDOW))
 
 
-def stretches(layers: int, effort: int) -> list[range]:
+def stretches(layers: int, effort: float) -> list[range]:
     """Which layers a trial quantizes: the first ones, and stretches at equal distances behind them."""
     wanted = min(layers, max(LEAST, math.ceil(layers * effort / SHARE)))
     count = math.ceil(wanted / STRETCH)
@@ -64,7 +64,7 @@ def stretches(layers: int, effort: int) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def calibration(tokens: Tensor, arch: Architecture, effort: int) -> Tensor:
+def calibration(tokens: Tensor, arch: Architecture, effort: float) -> Tensor:
     """The windows that calibrate a trial, spread over the run's int64 [samples, T]."""
     widest = max(inputs for _, (_, inputs) in arch.linears())
     enough = max(len(tokens) * effort / CALIBRATED, TOKENS * effort * widest / tokens.shape[1])
@@ -87,12 +87,13 @@ class Judge:
     """KL of recipes on one model.
 
     Args:
-        effort: how many times the layers; journal: keeps what full precision makes of the windows.
+        effort: how many times the layers, at least LEAST, and the tokens.
+        journal: keeps what full precision makes of the windows.
     """
 
-    def __init__(self, model: Model, effort: int, journal: Journal | Scope) -> None:
+    def __init__(self, model: Model, effort: float, journal: Journal | Scope) -> None:
         self.model, self.arch, self.journal = model, model.arch, journal
-        self.stretches = stretches(self.arch.layers, effort)
+        self.effort, self.stretches = effort, stretches(self.arch.layers, effort)
         longest = max(model.tokens.shape[1], model.judged.shape[1])
         self.full = FullPrecision(model.source, self.arch, model.devices, longest)
         known = journal.kept("full precision")
@@ -140,7 +141,7 @@ class Judge:
                 for index in range(following, stretch.start):
                     done = self.full.layer(index, done)
                 tokens = self.known[f"tokens {stretch.start}"]
-                tokens = tokens[: math.ceil(JUDGED / tokens.shape[1])] if whole else tokens
+                tokens = tokens[: math.ceil(JUDGED * self.effort / tokens.shape[1])] if whole else tokens
                 done = self._served(job, stretch, matrix, tokens, done, slots, progress)
                 following = stretch.stop
             for index in range(following, self.arch.layers):

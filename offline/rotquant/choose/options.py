@@ -20,6 +20,7 @@ change it are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -35,11 +36,12 @@ Model = TypeVar("Model", bound=BaseModel)
 class Choose(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    effort: int = Field(
+    effort: float = Field(
         default=1,
         ge=0,
-        description="0: the base as it is; more: that many times the layers, tokens and steps of tuning, and from 2 on"
-        " the thorough candidates",
+        le=100,
+        description="0: the base as it is; else: that many times the layers, tokens and steps of tuning, 0.5 half of"
+        " them, and from 2 on the thorough candidates",
     )
     candidates: dict[str, Changes]
     mixtures: dict[str, Changes] = {}
@@ -59,14 +61,14 @@ class Choose(BaseModel):
         """The candidates that this effort tries, in their order."""
         if not self.effort:
             return {}
-        return self.candidates | (self.thorough if self.effort > 1 else {})
+        return self.candidates | (self.thorough if self.effort >= 2 else {})
 
     @property
     def tuning(self) -> Tuning | None:
         """What this effort tunes by."""
         if not self.effort or not self.tune:
             return None
-        return self.tune.model_copy(update={"steps": self.tune.steps * self.effort})
+        return self.tune.model_copy(update={"steps": math.ceil(self.tune.steps * self.effort)})
 
     def without(self, keys: Iterable[str]) -> Choose:
         """What is still open where these keys are set by hand."""

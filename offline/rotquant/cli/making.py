@@ -49,8 +49,8 @@ def add_quantize(verbs: Verbs) -> None:
         help="full: online rotations and 4-bit KV cache; portable: what plain transformers loads too")  # fmt: skip
     add("--tp-max", type=positive, default=1, metavar="N", help="largest tensor parallel size to serve with")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same files")
-    add("--effort", type=int, metavar="N", help="of recipes that choose by measuring (best, best-online): 0 none,"
-        " 1 usual, more: that many times the layers and tokens, more candidates")  # fmt: skip
+    add("--effort", type=float, metavar="N", help="of recipes that choose by measuring (best, best-online): 0 none,"
+        " 1 usual, 0.5 half the tokens and steps, 2 twice the layers too and more candidates")  # fmt: skip
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     add("--max-memory", type=float, metavar="GB", help="refuse a run that is estimated to need more")
     add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",

@@ -28,7 +28,7 @@ from rotquant.service.smollm2 import NAME, smollm2
 SERVED = "best"
 RECIPES = ("rtn", "quarot", SERVED)
 SCORED_TOKENS, WINDOW, SAMPLES = 4096, 512, 16  # little text and few steps of tuning, to be quick
-QUICK = {SERVED: ["choose.tune.steps=8"]}
+QUICK = {SERVED: ["choose.effort=0.5", "choose.tune.steps=16"]}  # half of which are taken
 ANSWER_TOKENS = 48
 FULL = "full precision"
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}

@@ -14,7 +14,7 @@ import yaml
 from rotquant import load
 from rotquant.checkpoint.journal import Journal
 from rotquant.choose import judge
-from rotquant.choose.judge import Judge, error_of, relative, stretches
+from rotquant.choose.judge import Judge, calibration, error_of, judged_windows, relative, stretches
 from rotquant.choose.search import Search, compared, learned
 from rotquant.errors import RotQuantError
 from rotquant.learn.options import Surrogate
@@ -22,6 +22,7 @@ from rotquant.learn.rotations import residual_rows
 from rotquant.learn.starts import usual_mean
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
+from rotquant.models import read_architecture
 from rotquant.pipeline import quantize
 from rotquant.recipes import load_recipe, shipped
 from rotquant.run import Settings, begin, prepare, tuner
@@ -304,13 +305,19 @@ def test_what_is_set_by_hand_is_not_chosen() -> None:
 
 
 def test_effort_adds_the_thorough_ones() -> None:
-    none, usual, thorough = (load_recipe("best", [f"choose.effort={effort}"]) for effort in (0, 1, 2))
+    none, half, usual, thorough = (load_recipe("best", [f"choose.effort={effort}"]) for effort in (0, 0.5, 1, 2))
     assert not none.chooses
     assert none.possible == [none]
     assert usual.chooses
-    assert len(thorough.possible) > len(usual.possible) > 1
-    tunings = [found.choose.tuning for found in (none, usual, thorough) if found.choose]
-    assert [tuning and tuning.steps for tuning in tunings] == [None, 32, 64]
+    assert len(thorough.possible) > len(usual.possible) == len(half.possible) > 1
+    tunings = [found.choose.tuning for found in (none, half, usual, thorough) if found.choose]
+    assert [tuning and tuning.steps for tuning in tunings] == [None, 16, 32, 64]
+
+
+def test_half_the_effort_is_half_the_tokens(model: Path) -> None:
+    arch, tokens = read_architecture(model), torch.arange(1000 * 64).view(1000, 64)
+    assert [judged_windows(512, effort) for effort in (0.1, 0.5, 1, 2)] == [2, 4, 8, 16]
+    assert [len(calibration(tokens, arch, effort)) for effort in (0.5, 1, 2, 9)] == [125, 250, 500, 1000]
 
 
 @pytest.mark.parametrize(
@@ -399,8 +406,8 @@ def test_one_window_of_text_leaves_the_base(model: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5, 6, 30, 80])
-@pytest.mark.parametrize("effort", [1, 2, 9])
-def test_stretches(layers: int, effort: int) -> None:
+@pytest.mark.parametrize("effort", [0.1, 0.5, 1, 2, 9])
+def test_stretches(layers: int, effort: float) -> None:
     found = [index for stretch in stretches(layers, effort) for index in stretch]
     assert found == sorted(set(found))
     assert found[0] == 0
