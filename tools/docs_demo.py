@@ -1,11 +1,12 @@
-"""What `rotquant demo --once` printed (benchmarks/results/demo.txt), shortened for the pages."""
+"""What `rotquant demo --once` printed (benchmarks/results/demo.txt), and what served models answer, for the
+pages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import takewhile
 
-from docs_results import RESULTS
+from docs_results import RESULTS, read, table
 
 FENCE = "```\n{}\n```"
 
@@ -23,9 +24,10 @@ def proof() -> str:
 
 
 def demo() -> str:
-    """The first answer and the table of perplexities."""
+    """The first answer of what is served and the table of perplexities."""
     found = lines()
-    asked = next(i for i, line in enumerate(found) if line.startswith("chat: "))
+    best = next(i for i, line in enumerate(found) if line.startswith("answers") and line.endswith("best:"))
+    asked = next(i for i in range(best, len(found)) if found[i].startswith("chat: "))
     answer = found[asked : found.index("", asked)]
     table = next(i for i, line in enumerate(found) if "perplexity on" in line)
     return FENCE.format("\n".join([*answer, *takewhile(str.strip, found[table:])]))
@@ -36,4 +38,17 @@ def quickstart() -> str:
     return FENCE.format((RESULTS / "quickstart.txt").read_text(encoding="utf-8").rstrip())
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof, "quickstart": quickstart}
+def answers() -> str:
+    """What the original and its checkpoints said when they were served (benchmarks/answers.py)."""
+    found = read("answers-smollm2")
+    said = [[f"`{label}`" if label != "original" else label for label in found["answers"]], *zip(*found["answers"].values())]
+    rows = [[question, *map(cell, each)] for question, each in zip(found["questions"], said[1:], strict=True)]
+    return table(["question", *said[0]], rows)
+
+
+def cell(text: str) -> str:
+    """Text of several lines in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "proof": proof, "quickstart": quickstart, "answers": answers}
