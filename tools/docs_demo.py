@@ -41,9 +41,10 @@ def quickstart() -> str:
 def answers() -> str:
     """What the original and its checkpoints said when they were served (benchmarks/answers.py)."""
     found = read("answers-smollm2")
-    said = [[f"`{label}`" if label != "original" else label for label in found["answers"]], *zip(*found["answers"].values())]
-    rows = [[question, *map(cell, each)] for question, each in zip(found["questions"], said[1:], strict=True)]
-    return table(["question", *said[0]], rows)
+    heads = [label if label == "original" else f"`{label}`" for label in found["answers"]]
+    said = zip(*found["answers"].values(), strict=True)
+    rows = [[question, *map(cell, each)] for question, each in zip(found["questions"], said, strict=True)]
+    return table(["question", *heads], rows)
 
 
 def cell(text: str) -> str:
