@@ -94,7 +94,7 @@ def real_model() -> str:
         "w4a8kv4": "`best --scheme w4a8kv4`",
         "quarot-w4a8kv4": "`quarot --scheme w4a8kv4`",
         "quarot-shifts-pca": "`quarot` with shifts and a branch of the inputs",
-        "quarot-shifts-pca-fed": "the same, keys with error feedback",
+        "quarot-shifts-pca-fed": "`quarot` with shifts, a branch of the inputs, and error feedback of keys",
         "auto-online": "`best-online --scheme auto`, 8-bit activations at a quarter of the sites",
         "w4a8kv4-online": "`best-online --scheme w4a8kv4`",
         "uncalibrated": "to nearest, block Hadamards in front of every linear, 16-bit KV cache; no calibration",
