@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rotquant.checkpoint.source import save_text
+from rotquant.service.demo import ENDPOINTS, request
 from serve_candidate import Candidate
 
 QUESTIONS = (
@@ -25,6 +26,7 @@ QUESTIONS = (
     "Name three fruits.",
 )
 TOKENS = 40
+GREEDY = {"max_tokens": TOKENS, "temperature": 0}
 ORIGINAL = "original"
 QUANTIZED = ("--quantization", "rotquant")
 ALWAYS = ("--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
@@ -52,11 +54,8 @@ def answers(folder: Path, arguments: Sequence[str]) -> list[str]:
         Candidate(folder, Path(logs) / "log", ENVIRONMENT, [*ALWAYS, *arguments]) as server,
     ):
         server.wait()
-        return [server.ask("/v1/chat/completions", request(question), lambda text: None).text for question in QUESTIONS]
-
-
-def request(question: str) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS, "temperature": 0}
+        bodies = [GREEDY | request("chat", question) for question in QUESTIONS]
+        return [server.ask(ENDPOINTS["chat"], body, lambda text: None).text for body in bodies]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What `rotquant demo --once` printed (benchmarks/results/demo.txt), and what served models answer, for the
-pages."""
+"""What `rotquant demo --once` printed (benchmarks/results/demo.txt), and what served models answer, for pages."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ def demo() -> str:
     best = next(i for i, line in enumerate(found) if line.startswith("answers") and line.endswith("best:"))
     asked = next(i for i in range(best, len(found)) if found[i].startswith("chat: "))
     answer = found[asked : found.index("", asked)]
-    table = next(i for i, line in enumerate(found) if "perplexity on" in line)
-    return FENCE.format("\n".join([*answer, *takewhile(str.strip, found[table:])]))
+    scores = next(i for i, line in enumerate(found) if "perplexity on" in line)
+    return FENCE.format("\n".join([*answer, *takewhile(str.strip, found[scores:])]))
 
 
 def quickstart() -> str:

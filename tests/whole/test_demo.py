@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from rotquant.service import demo as module
-from rotquant.service.demo import RECIPES, SERVED, SMOLLM2, SOONEST, TOY, Subject, demo
+from rotquant.service.demo import RECIPES, SERVED, SMOLLM2, SOONEST, TOY, demo
 from rotquant.service.server import Answer, Server
 
 
@@ -50,17 +51,9 @@ def stands_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr("rotquant.measure.evaluate.evaluate", lambda *args, **settings: Score)
     monkeypatch.setattr(module, "Server", StandIn)
     monkeypatch.setattr(StandIn, "up", [])
-    for subject in (SMOLLM2, TOY):
-        monkeypatch.setattr(module, "SMOLLM2" if subject.large else "TOY", made_in(subject, tmp_path))
+    monkeypatch.setattr(module, "SMOLLM2", replace(SMOLLM2, make=lambda _: tmp_path))
+    monkeypatch.setattr(module, "TOY", replace(TOY, make=lambda _: tmp_path))
     return StandIn.up
-
-
-def made_in(subject: Subject, folder: Path) -> Subject:
-    return Subject(
-        subject.name,
-        lambda _: folder,
-        *(getattr(subject, name) for name in ("calibration", "heldout", "questions", "large")),
-    )
 
 
 def test_a_large_model_answers_by_the_soonest_recipe_first(

@@ -153,11 +153,10 @@ def perplexities(folder: Path, subject: Subject, source: Path) -> dict[str, floa
     """Perplexity on held-out text of the original, as "full precision", and of each recipe."""
     kept = folder / "perplexity.json"
     scores: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-    if len(scores) <= len(RECIPES):
-        say(f"demo: measuring the original and {', '.join(RECIPES)}, while the server runs")
-    for name in (FULL, *RECIPES):
-        if name in scores:
-            continue
+    missing = [name for name in (FULL, *RECIPES) if name not in scores]
+    if missing:
+        say(f"demo: measuring {', '.join(missing)}, while the server runs")
+    for name in missing:
         from rotquant.measure.evaluate import evaluate
 
         model = source if name == FULL else quantized(folder, subject, source, name)
