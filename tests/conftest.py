@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def child() -> "Iterator[Child]":
-    """Runs a function in a child process that has imported vLLM, one for all tests of a file."""
+    """Runs a function in a child process that has imported vLLM, one for all tests: importing it takes longest."""
     import vllm_serving
     from child import child_process
 

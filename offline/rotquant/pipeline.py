@@ -243,7 +243,9 @@ def write_layer(
     """The shard of a layer, from its tensors by the names of its kind and those in the spool."""
     kind, prefix = run.arch.kinds[index], run.arch.layer_prefix(index)
     kept = {name: run.source.get(prefix + name) for name in kind.kept}
-    stored = joined(quantized, kind, run.recipe.weights.form, run.recipe.weights.subtracts) | kept
+    weights = run.recipe.weights
+    forms = {site: run.transforms.layers[index].weights(site, weights) for site in kind.sites}
+    stored = joined(quantized, kind, forms, weights.subtracts) | kept
     tensors = writer.layer_tensors(stored, kind, run.transforms, index)
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     journal.finish(step, run.shard(index + 2), named, spool, **facts)

@@ -116,6 +116,9 @@ class OnlineStages(Part):
 
 class Weights(Part):
     bits: Literal[4, 8] = 4
+    wide_bits: Literal[4, 8] | None = Field(
+        default=None, description="at the sites that activations.budget gives 8 bits; null: those of all others"
+    )
     group_size: int = Field(default=0, ge=0, description="inputs that share a scale; 0: one scale per output channel")
     method: Literal["rtn", "gptq"] = "rtn"
     clip_search: bool = Field(default=True, description="shrink each row's range where that lowers its rounding error")
@@ -144,6 +147,16 @@ class Weights(Part):
     @property
     def form(self) -> WeightFormat:
         return WeightFormat(self.bits, self.group_size)
+
+    @property
+    def wide(self) -> WeightFormat:
+        """At sites whose activations have 8 bits by their budget."""
+        return WeightFormat(self.wide_bits or self.bits, self.group_size)
+
+    @property
+    def most_bits(self) -> int:
+        """That any of them may have."""
+        return max(self.bits, self.wide_bits or 0)
 
 
 class Activations(Part):

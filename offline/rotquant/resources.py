@@ -34,9 +34,14 @@ def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     tunes = recipe.tune or (recipe.choose and recipe.choose.tuning)
     copies = 3 if tunes else 1  # of the layers: as GPTQ made them, tuned, and written
-    need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer_weights(arch) * recipe.weights.bits // 8
+    need = (
+        2 * vocabulary(arch) * dtype.itemsize
+        + copies * arch.layers * layer_weights(arch) * recipe.weights.most_bits // 8
+    )
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
-    need += layer_weights(arch) * recipe.weights.bits // 8 if arch.mixtures else 0  # experts that wait for their file
+    need += (
+        layer_weights(arch) * recipe.weights.most_bits // 8 if arch.mixtures else 0
+    )  # experts that wait for their file
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:
@@ -81,7 +86,7 @@ def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     beside = max(max(kind.shapes[name][1] for name in kind.writes) for kind in arch.kinds)  # inputs of o or down
     chains = 2 * chain + chain * beside // arch.hidden_size
     held = arch.mixtures and (recipe.tune or recipe.chooses)  # else experts wait on disk (`checkpoint.spool`)
-    packed = 2 * layer_weights(arch) * recipe.weights.bits // 8 if held else 0  # as stored and as they run
+    packed = 2 * layer_weights(arch) * recipe.weights.most_bits // 8 if held else 0  # as stored and as they run
     return tables + weights_at_once(arch) * (8 + 4 + dtype.itemsize) + packed + hessians + chains
 
 
@@ -112,9 +117,9 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     """Bytes of `learn.tune`; 0 where nothing is tuned."""
     if not recipe.tune:
         return 0
-    tokens, held = recipe.tune.batch * windows[1], TUNED_BYTES * arch.layers * layer_weights(arch)
+    tokens, held = recipe.tune.windows(windows[1]) * windows[1], TUNED_BYTES * arch.layers * layer_weights(arch)
     if arch.mixtures and not recipe.weights.group_size:  # of routed experts one is unpacked at a time
-        packed = recipe.weights.bits * arch.layers * (layer_weights(arch) - weights_at_once(arch)) // 8
+        packed = recipe.weights.most_bits * arch.layers * (layer_weights(arch) - weights_at_once(arch)) // 8
         held = TUNED_BYTES * arch.layers * weights_at_once(arch) + packed
     vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
     each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))

@@ -103,7 +103,7 @@ def prepare(model: str, asked: Settings) -> Run:
         if recipe.activations.most_kl is not None:
             effort = max(1, effort)
         aside = judged_windows(length, effort) if effort else 0
-        more = max(0, tuned_windows(recipe) - count)
+        more = max(0, tuned_windows(recipe, length) - count)
         tokenizer = read_tokenizer(folder)
         calibrated = calibration_tokens(asked.calibration, tokenizer, count, length, asked.seed, aside, more)
         if asked.calibration is None:
@@ -118,10 +118,11 @@ def prepare(model: str, asked: Settings) -> Run:
     )
 
 
-def tuned_windows(recipe: Recipe) -> int:
-    """How many windows tuning takes, if the recipe tunes or may: one as good as new each time, where there are many."""
+def tuned_windows(recipe: Recipe, length: int) -> int:
+    """How many windows of `length` tokens tuning takes, if the recipe tunes or may: each step new ones, where there
+    are as many."""
     tuning = recipe.tune or (recipe.choose and recipe.choose.tuning)
-    return tuning.steps * tuning.batch if tuning else 0
+    return tuning.steps * tuning.windows(length) if tuning else 0
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -268,8 +269,8 @@ def tuner(run: Run) -> Job:
     job, calibrated = learner(run), run.calibrated
     assert calibrated is not None
     every = job.tokens if calibrated.more is None else torch.cat((job.tokens, calibrated.more))
-    drawn = torch.randperm(len(every), generator=generator(run.seed, "tuned windows"))[: tuned_windows(run.recipe)]
-    return replace(job, tokens=every[drawn])
+    drawn = torch.randperm(len(every), generator=generator(run.seed, "tuned windows"))
+    return replace(job, tokens=every[drawn[: tuned_windows(run.recipe, every.shape[1])]])
 
 
 def learner(run: Run) -> Job:

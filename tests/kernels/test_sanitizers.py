@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def runtime(name: str) -> str | None:

@@ -167,7 +167,10 @@ def test_no_model_and_only_pickle(model, tmp_path):
             {"max_memory": 1e-6, "recipe": "spinquant"},
             "learning end to end, .* or take a recipe that works layer by",
         ),
-        ({"max_memory": 1e-6, "settings": ["tune={batch: 256}"]}, "--max-memory 1e-06: tuning, .* or --set tune=null"),
+        (
+            {"max_memory": 1e-6, "settings": ["tune={tokens: 65536}"]},
+            "--max-memory 1e-06: tuning, .* or --set tune=null",
+        ),
         ({"settings": ["weights.group_size=40"]}, "not divisible by weights.group_size 40"),
         ({"calibration": "missing.txt"}, "missing.txt: no such calibration file"),
     ],

@@ -51,6 +51,7 @@ class Spec:
     kv_symmetric: bool | None = None
     act_bits: int = 4
     wide: tuple[str, ...] = ()  # modules whose activations have 8 bits
+    wide_weights: tuple[str, ...] = ()  # those of them whose weights have 8 bits, too
     group: int = 0  # weight group size, 0 for one scale per channel
     int8_head: bool = False
     act_clip: float = 0.9
@@ -135,11 +136,13 @@ def quantization_config(spec: Spec) -> dict[str, Any]:
             "input_activations": inputs | {"num_bits": 8, "symmetric": True},
             "format": "pack-quantized",
         }
+    wide = {"input_activations": inputs | {"num_bits": 8, "symmetric": spec.symmetric}}
     if spec.wide:
-        groups["group_2"] = groups["group_0"] | {
-            "targets": list(spec.wide),
-            "input_activations": inputs | {"num_bits": 8, "symmetric": spec.symmetric},
-        }
+        targets = [name for name in spec.wide if name not in spec.wide_weights]
+        groups["group_2"] = groups["group_0"] | wide | {"targets": targets}
+    if spec.wide_weights:
+        own = {"targets": list(spec.wide_weights), "weights": weights | {"num_bits": 8}}
+        groups["group_3"] = groups["group_0"] | wide | own
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -175,7 +178,7 @@ def write_checkpoint(folder: Path, spec: Spec) -> Path:
         module, _, leaf = name.rpartition(".")
         head = module == "lm_head"
         if leaf == "weight" and tensor.dim() == 2 and "embed" not in name and (spec.int8_head or not head):
-            tensors |= quantized(module, tensor, spec, bits=8 if head else 4)
+            tensors |= quantized(module, tensor, spec, bits=8 if head or module in spec.wide_weights else 4)
         else:
             tensors[name] = tensor.clone()
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class FloatLinear(torch.nn.Module):
         super().__init__()
         self.spec, self.name, self.bias = spec, name, bias
         self.extras = extras_of(folder)
-        self.bits = 8 if name == "lm_head" else 4
+        self.bits = 8 if name == "lm_head" or name in spec.wide_weights else 4
         inputs = tensors[f"{name}.weight_shape"][1].item()
         words = tensors[f"{name}.weight_packed"]
         shifts = torch.arange(0, 32, self.bits)

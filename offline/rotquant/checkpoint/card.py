@@ -68,7 +68,9 @@ def write_card(
     of_inputs = ", of its inputs' leading directions, which are not rounded" if weights.subtracts else ""
     online += [f"rank {weights.rank} branch at {where}{of_inputs}"] if weights.rank else []
     there = " (its experts with 16-bit activations)" if arch.mixtures else ""
-    mixed = " (A8 at some sites)" if wide_row(arch, transforms) else ""
+    also = weights.wide_bits not in (None, weights.bits)
+    wide = wide_row(arch, transforms, also)
+    mixed = f" ({f'W{weights.wide_bits}' if also else ''}A8 at some sites)" if wide else ""
     text = CARD.format(
         name=output.name,
         tag=f"w{weights.bits}a{act.bits}",
@@ -80,7 +82,7 @@ def write_card(
         method=weights.method.upper() + (" with clip search" if weights.clip_search else ""),
         error=sum(errors) / len(errors),
         rows=act.rows,
-        wide=wide_row(arch, transforms),
+        wide=wide,
         target=f"\n| made for | {suited} |" if (suited := suits(recipe)) else "",
         speed=SPEED,
         symmetry=act.rows.symmetry,
@@ -126,8 +128,8 @@ def experts_rows(layers: list[dict[str, Any] | None]) -> str:
     return "".join(f"\n| {row} |" for row in rows)
 
 
-def wide_row(arch: Architecture, transforms: Transforms) -> str:
-    """The table's row of the sites whose activations have other bits than the recipe says; nothing without any."""
+def wide_row(arch: Architecture, transforms: Transforms, weights: bool) -> str:
+    """The table's row of the sites whose activations, and `weights`, have other bits than the recipe says; or ""."""
     found: dict[str, list[int]] = {}
     for index, layer in enumerate(transforms.layers):
         for site in layer.bits:
@@ -136,7 +138,8 @@ def wide_row(arch: Architecture, transforms: Transforms) -> str:
         return ""
     sites, layers = sum(len(kind.sites) for kind in arch.kinds), sum(map(len, found.values()))
     where = "; ".join(f"`{site}` of layers {', '.join(map(str, at))}" for site, at in found.items())
-    return f"\n| 8-bit activations | at {layers} of {sites} sites, where 4 bits did most damage: {where} |"
+    what = "8-bit activations" + (" and weights" if weights else "")
+    return f"\n| {what} | at {layers} of {sites} sites, where 4 bits did most damage: {where} |"
 
 
 def cache_line(kv: KVFormat | None, arch: Architecture) -> str:

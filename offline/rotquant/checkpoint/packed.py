@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -77,13 +78,13 @@ class PackedLinear:
         )  # fmt: skip
 
 
-def joined(tensors: Tensors, kind: Layer, form: WeightFormat, subtracts: bool = False) -> Tensors:
+def joined(tensors: Tensors, kind: Layer, forms: Mapping[str, WeightFormat], subtracts: bool = False) -> Tensors:
     """A quantized layer's tensors as a checkpoint names them: those of fused linears as `PackedLinear.stacked` says.
 
-    Linears that are not among them, such as experts that wait elsewhere, are left out.
+    Linears that are not among them, such as experts that wait elsewhere, are left out; forms: by site.
     """
     there = [name for name in kind.linears if f"{name}.weight_packed" in tensors]
-    parts = {name: PackedLinear.of(tensors, name, form) for name in there}
+    parts = {name: PackedLinear.of(tensors, name, forms[kind.site_of[name]]) for name in there}
     stored = kind.join({name: t for name, t in tensors.items() if not name.endswith(LEAVES)})
     stored |= {name: stored[name].to(parts[kind.linears[0]].scale.dtype) for name in kind.gains if name in stored}
     for name, held in kind.stored.items():

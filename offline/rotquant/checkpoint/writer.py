@@ -25,6 +25,7 @@ from rotquant.recipe import Recipe
 from rotquant.text import Calibrated
 from rotquant.transforms.space import Transforms
 from rotquant_kernels import KINDS
+from rotquant_kernels.formats import WeightFormat
 from rotquant_kernels.reference import hadamard
 
 HADAMARDS = {"attn": "HAttn", "o": "R2", "mlp": "HMlp", "down": "R4"}  # names of those that come first at a site
@@ -65,15 +66,16 @@ def quantization_config(recipe: Recipe, arch: Architecture, transforms: Transfor
 
 def linear_schemes(recipe: Recipe, arch: Architecture, transforms: Transforms) -> list[dict[str, Any]]:
     """The groups of the layers' linears: the class means those of the recipe, names the others."""
-    usual = recipe.activations.rows
-    by_bits: dict[int, list[str]] = {}
+    usual, weights = recipe.activations.rows, recipe.weights
+    named: dict[tuple[WeightFormat, int], list[str]] = {}
     for index, (kind, layer) in enumerate(zip(arch.kinds, transforms.layers, strict=True)):
         for linear, parts in kind.stored.items():
-            bits = layer.rows(kind.site_of[parts[0]], usual).bits
-            by_bits.setdefault(bits, []).append(arch.layer_prefix(index) + linear)
-    most, *others = sorted(by_bits, key=lambda bits: (bits != usual.bits, bits))
-    targets = {most: ["Linear"]} | {bits: by_bits[bits] for bits in others}
-    return [linear_scheme(named, recipe.weights.form, replace(usual, bits=bits)) for bits, named in targets.items()]
+            site = kind.site_of[parts[0]]
+            form = layer.weights(site, weights), layer.rows(site, usual).bits
+            named.setdefault(form, []).append(arch.layer_prefix(index) + linear)
+    most, *others = sorted(named, key=lambda form: form != (weights.form, usual.bits))
+    targets = {most: ["Linear"]} | {form: named[form] for form in others}
+    return [linear_scheme(names, form, replace(usual, bits=bits)) for (form, bits), names in targets.items()]
 
 
 def patterns(modules: Iterable[str]) -> list[str]:

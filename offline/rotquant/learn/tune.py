@@ -57,7 +57,7 @@ class ServedModel:
                 decoder, transforms, job.transforms.r3, placed, job.recipe, learns, job.dtype, self.compute
             )
             self.layers.append(layer.to(job.device))
-        tokens = options.batch * job.tokens.shape[1]
+        tokens = options.windows(job.tokens.shape[1]) * job.tokens.shape[1]
         self.keeps = 4 * tokens * sum(map(tuned_numbers, arch.kinds)) <= KEPT_BYTES
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def tune(job: Job, quantized: list[Tensors], slot: Slot | None = None, aside: Te
     found = {} if judge is None else {BEFORE: judge(ServedModel(job, quantized, AS_STORED))}
     model = ServedModel(job, quantized, options)
     wanted, choices = targets(job, job.tokens, model.compute)
-    windows = order(len(job.tokens), options, generator(job.seed, "tune"))
+    windows = order(job.tokens, options, generator(job.seed, "tune"))
     steps = Steps(options.steps, [model.optimiser(options)], slot)
     with Progress("tuning: step", options.steps, steps.done, short=True) as progress:
         for step in steps:
@@ -189,8 +189,9 @@ def through_mixture(job: Job, index: int, decoder: Decoder, chain: Tensor) -> tu
     return after, torch.cat(said).log_softmax(-1).half().view(*chain.shape[:2], -1)
 
 
-def order(count: int, options: Tuning, random: torch.Generator) -> list[Tensor]:
-    """Indices of the windows of each step: every window once before one comes again."""
-    epochs = -(-options.steps * options.batch // count)
+def order(tokens: Tensor, options: Tuning, random: torch.Generator) -> list[Tensor]:
+    """Indices of the windows of each step, of int64 [n, T]: every window once before one comes again."""
+    count, batch = len(tokens), min(len(tokens), options.windows(tokens.shape[1]))
+    epochs = -(-options.steps * batch // count)
     drawn = torch.cat([torch.randperm(count, generator=random) for _ in range(epochs)])
-    return list(drawn[: options.steps * options.batch].split(options.batch))
+    return list(drawn[: options.steps * batch].split(batch))

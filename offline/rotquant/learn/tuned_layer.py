@@ -58,14 +58,14 @@ class TunedLayer(nn.Module):
         super().__init__()
         self.decoder, self.dtype, self.compute = decoder, dtype, compute
         self.rows = {site: transforms.rows(site, recipe.activations.rows) for site in decoder.kind.sites}
-        kind, form = decoder.kind, recipe.weights.form
+        kind = decoder.kind
         self.kv = recipe.kv.form(r3, transforms.clips) if kind.attends else None
         self.stages, self.start = transforms.inputs, transforms.clips
         self.key_feedback: Tensor | None = None
         if self.kv and self.kv.feedback and (attention := kind.attends):
             passed = tensors[f"{kind.holder(attention.key)}.key_feedback"]
             self.key_feedback = passed.unflatten(0, (attention.kv_heads, -1))
-        self.form = form
+        self.forms = {site: transforms.weights(site, recipe.weights) for site in kind.sites}
         self.codes: Tensors = {}  # [N, G, K / G], of the dtype of products; those of routed experts as they are packed
         self.scales, self.gains = nn.ParameterDict(), nn.ParameterDict()
         self.clips, self.branch = nn.ParameterDict(), nn.ParameterDict()
@@ -151,7 +151,8 @@ class TunedLayer(nn.Module):
 
     def _unpacked(self, name: str, packed: Tensor, groups: int) -> Tensor:
         """Codes [N, G, K / G]."""
-        codes = self.form.unpack(packed, self.decoder.kind.shapes[name][1])
+        kind = self.decoder.kind
+        codes = self.forms[kind.site_of[name]].unpack(packed, kind.shapes[name][1])
         return codes.to(self.compute).unflatten(1, (groups, -1))
 
     def _low(self, name: str) -> Tensor:

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from rotquant_kernels import Stage
-from rotquant_kernels.formats import RowFormat
+from rotquant_kernels.formats import RowFormat, WeightFormat
+
+if TYPE_CHECKING:
+    from rotquant.recipe import Weights
 
 
 class Rotation(Protocol):
@@ -64,6 +67,10 @@ class LayerTransforms:
     def rows(self, site: str, usual: RowFormat) -> RowFormat:
         """What the activations of a site are rounded to, `usual` where nothing is said of it."""
         return replace(usual, bits=self.bits.get(site, usual.bits)).clipped(self.clips.get(site))
+
+    def weights(self, site: str, options: Weights) -> WeightFormat:
+        """How the weights of a site are stored."""
+        return options.wide if site in self.bits else options.form
 
     def widened(self, sites: Iterable[str]) -> LayerTransforms:
         """The same with 8-bit activations at some sites: their ranges are whole, since clips pay at few bits alone."""

@@ -22,7 +22,7 @@ from rotquant.transforms.space import Transforms
 from rotquant.weights import gptq, key_feedback, low_rank, rtn
 from rotquant.weights.served import ServedLayer
 from rotquant_kernels import Stage, calls
-from rotquant_kernels.formats import RowFormat
+from rotquant_kernels.formats import RowFormat, WeightFormat
 
 TRIANGLE = 256  # rows of a Hessian that are summed at a time
 
@@ -82,7 +82,7 @@ class LayerQuantizer:
 
     def _without_inputs(self, weights: dict[str, Tensor]) -> None:
         for name in list(weights):
-            self._quantize(name, weights.pop(name), None, self._rounding(None))
+            self._quantize(name, weights.pop(name), None, self._rounding(None, self._weights(name)))
 
     def passed(self, chain: Tensor) -> Tensor:
         """Other windows [n, T, hidden], on the CPU, behind the layer that was quantized last, as it is served."""
@@ -199,7 +199,7 @@ class LayerQuantizer:
         refit = drift is not None and partial(
             gptq.refit, drift=drift, lower=gptq.factor(hessian, self.recipe.weights.damping)
         )
-        rounded = self._rounding(hessian)
+        rounded = self._rounding(hessian, self._weights(names[0]))
         for name in names:
             weight, beside = weights.pop(name), None
             if self.kind.site_of[name] in self.served[0].directions:
@@ -208,13 +208,13 @@ class LayerQuantizer:
                 weight = refit(weight)
             self._quantize(name, weight, hessian, rounded, beside)
 
-    def _rounding(self, hessian: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def _rounding(self, hessian: Tensor | None, form: WeightFormat) -> Callable[[Tensor, Tensor], Tensor]:
         """Weight and scale -> codes, for the linears of one site."""
         options = self.recipe.weights
         if hessian is None or options.method == "rtn":
-            return options.form.quantize
+            return form.quantize
         prepared = gptq.columns(hessian, options.damping, options.act_order)
-        return partial(gptq.quantize, prepared=prepared, form=options.form)
+        return partial(gptq.quantize, prepared=prepared, form=form)
 
     def _moments(self, site: str, store: Tensor, norm: str) -> tuple[Tensor, Tensor | None]:
         """Means of w x̂ᵀ x̂ and w (x - x̂)ᵀ x̂ over all tokens; x the transformed inputs of a site, x̂ the same quantized.
@@ -257,16 +257,20 @@ class LayerQuantizer:
         """What the rows of a site are rounded to."""
         return self.layer.rows(site, self.recipe.activations.rows)
 
+    def _weights(self, name: str) -> WeightFormat:
+        """How a linear's weights are stored."""
+        return self.layer.weights(self.kind.site_of[name], self.recipe.weights)
+
     def _quantize(
         self, name: str, weight: Tensor, hessian: Tensor | None, rounded: Callable[[Tensor, Tensor], Tensor],
         beside: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Rounds a weight; `beside` are D and U of a branch that is there already."""
-        options, form = self.recipe.weights, self.recipe.weights.form
+        options, form = self.recipe.weights, self._weights(name)
         down, up = beside or (None, None)
         if options.rank and not options.subtracts:
-            down, up, weight = self._branch(weight, hessian)
-        learned = self.layer.weight_clips.get(name)
+            down, up, weight = self._branch(weight, hessian, form)
+        learned = self.layer.weight_clips.get(name) if form == options.form else None  # learned at those bits
         scale = rtn.weight_scale(weight, form, self.dtype, clip_search=options.clip_search, clip=learned)
         codes = rounded(weight, scale)
         self.errors.append(((form.dequantize(codes, scale) - weight).norm() / weight.norm()).item())
@@ -280,9 +284,9 @@ class LayerQuantizer:
         up, rest = low_rank.beside(weight, down)
         return (down, up.to(self.dtype)), rest
 
-    def _branch(self, weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _branch(self, weight: Tensor, hessian: Tensor | None, form: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
         """D, U in the checkpoint's dtype and what is left of the weight."""
-        options, form = self.recipe.weights, self.recipe.weights.form
+        options = self.recipe.weights
 
         def rounded(rest: Tensor) -> Tensor:
             scale = rtn.weight_scale(rest, form, self.dtype)

@@ -27,10 +27,10 @@ from source_models import file_hashes, source_model
 
 EVERYTHING = (
     "tune={steps: 6, gain_lr: 0.02}", "weights.group_size=16", "weights.rank=4", "rotations.r2=hadamard",
-    "activations.budget=2",
+    "activations.budget=2", "weights.wide_bits=8",
     "online={attn: [shift, greedy], o: [heads], mlp: [kronecker], down: [shift], block: 8}",
 )  # fmt: skip
-MIXTURE = ("tune={steps: 6, gain_lr: 0.02, routing: 1}", "scales.up=smooth", "activations.budget=2")
+MIXTURE = ("tune={steps: 6, gain_lr: 0.02, routing: 1}", "scales.up=smooth", *EVERYTHING[4:6])
 WINDOWS = {"samples": 4, "seq_len": 32}
 
 

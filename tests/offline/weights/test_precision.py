@@ -35,6 +35,7 @@ from rotquant.run import Settings, prepare
 from rotquant.transforms.space import LayerTransforms
 from rotquant.weights.layerwise import LayerQuantizer
 from rotquant.weights.precision import DamageMeter
+from rotquant_kernels.formats import WeightFormat
 from source_models import HELDOUT, file_hashes, source_model
 
 QUICK: dict[str, Any] = {"calibration": str(HELDOUT), "samples": 3, "seq_len": 32}
@@ -53,8 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bits(folder: Path) -> dict[str, int]:
-    """Activation bits of every linear, by what comes after `model.layers.`."""
+def bits(folder: Path, of: str = "rows") -> dict[str, int]:
+    """Bits of the activations, or `of` the "weights", of every linear, by what comes after `model.layers.`."""
     config = json.loads((folder / "config.json").read_text())
     form = CheckpointFormat(config["quantization_config"], config["rotquant"], 32)
     parts = {"self_attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
@@ -63,7 +64,7 @@ def bits(folder: Path) -> dict[str, int]:
         for name in (f"{layer}.{block}.{part}_proj" for block, of in parts.items() for part in of):
             linear = form.linear(f"model.layers.{name}")
             assert linear is not None
-            found[name] = linear.rows.bits
+            found[name] = getattr(linear, of).bits
     return found
 
 
@@ -114,6 +115,28 @@ def test_eight_bits_at_the_bad_site_are_worth_something(model: Path, one: Path, 
     assert away[1] < 0.9 * away[0]
 
 
+def test_weights_of_the_widened_sites_may_have_8_bits(model: Path, one: Path, tmp_path: Path) -> None:
+    """They are nearer to the original's by what four more bits are worth; all others are the same bytes."""
+    settings: dict[str, Any] = {"recipe": "rtn", "scheme": "auto", "budget": "1", "target": "sm_86", **QUICK}
+    out = quantize(str(model), tmp_path / "out", settings=["weights.wide_bits=8"], **settings)
+    assert [name for name, width in bits(out, "weights").items() if width == 8] == ["1.mlp.down_proj"]
+    assert "W4A4KV4 (W8A8 at some sites)" in (card := (out / "README.md").read_text())
+    assert f"| 8-bit activations and weights | at 1 of {LAYERS * SITES} sites" in card
+    before, after = (
+        {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+        for folder in (one, out)
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    site = "model.layers.1.mlp.down_proj"
+    assert changed == {f"{site}.weight_packed", f"{site}.weight_scale"}
+    weight, errors = load_file(model / "model.safetensors")[f"{site}.weight"].float(), []
+    for tensors, width in ((before, 4), (after, 8)):
+        form = WeightFormat(width)
+        codes = form.unpack(tensors[f"{site}.weight_packed"], weight.shape[1])
+        errors.append((form.dequantize(codes, tensors[f"{site}.weight_scale"].float()) - weight).norm())
+    assert errors[1] < errors[0] / 8
+
+
 @pytest.mark.parametrize(
     ("budget", "wide"), [("0", 0), ("25%", 3), ("33.4%", 4), ("5", 5), ("100%", 12), ("99", 12), ("0.5%", 0)]
 )
@@ -123,7 +146,10 @@ def test_the_budget_is_kept(budget: str, wide: int) -> None:
     assert activations.mixed is (budget != "0")
 
 
-def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [4, 8])
+def test_stock_compressed_tensors_reads_a_mixed_checkpoint(
+    weights: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A share of the sites, portable: groups of the plain schema alone say it. What shares an input shares its bits,
     and its weights are fitted to inputs of these bits."""
     fitted, moments = [], LayerQuantizer._moments
@@ -135,9 +161,11 @@ def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monke
     monkeypatch.setattr(LayerQuantizer, "_moments", seen)
     source = source_model(tmp_path / "model", "llama", layers=LAYERS, initializer_range=0.02)
     out = quantize(
-        str(source), tmp_path / "out", recipe="quarot", scheme="auto", budget="50%", profile="portable", **QUICK
-    )
+        str(source), tmp_path / "out", recipe="quarot", scheme="auto", budget="50%", profile="portable",
+        settings=[f"weights.wide_bits={weights}"], **QUICK,
+    )  # fmt: skip
     found = bits(out)
+    assert bits(out, "weights") == {name: weights if width == 8 else 4 for name, width in found.items()}
     firsts = [name for name in found if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
     assert fitted == [found[name] for name in firsts]
     assert sum(found[name] == 8 for name in firsts) == LAYERS * SITES // 2
@@ -146,7 +174,8 @@ def test_stock_compressed_tensors_reads_a_mixed_checkpoint(tmp_path: Path, monke
         assert found[f"{layer}.mlp.gate_proj"] == found[f"{layer}.mlp.up_proj"]
     theirs = AutoModelForCausalLM.from_pretrained(out)
     for name, width in found.items():
-        assert theirs.get_submodule(f"model.layers.{name}").quantization_scheme.input_activations.num_bits == width
+        scheme = theirs.get_submodule(f"model.layers.{name}").quantization_scheme
+        assert (scheme.input_activations.num_bits, scheme.weights.num_bits) == (width, weights if width == 8 else 4)
     with torch.inference_mode():
         expected = theirs(IDS).logits
     assert (logits(out) - expected).norm() / expected.norm() < 0.05
