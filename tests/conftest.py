@@ -28,6 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def child() -> "Iterator[Child]":
     """Runs a function in a child process that has imported vLLM, one for all tests: importing it takes longest."""
+    yield from started_child()
+
+
+@pytest.fixture(scope="module")
+def own_child() -> "Iterator[Child]":
+    """The same, for the tests of one file, which need a process as it begins or leave one that others cannot use."""
+    yield from started_child()
+
+
+def started_child() -> "Iterator[Child]":
     import vllm_serving
     from child import child_process
 

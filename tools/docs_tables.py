@@ -96,6 +96,8 @@ def real_model() -> str:
         "quarot-shifts-pca": "`quarot` with shifts and a branch of the inputs",
         "quarot-shifts-pca-fed": "`quarot` with shifts, a branch of the inputs, and error feedback of keys",
         "auto-online": "`best-online --scheme auto`, 8-bit activations at a quarter of the sites",
+        "auto-w8": "`best --scheme auto --set weights.wide_bits=8`, at a quarter of the sites",
+        "auto-w8-online": "`best-online --scheme auto --set weights.wide_bits=8`, at a quarter of the sites",
         "w4a8kv4-online": "`best-online --scheme w4a8kv4`",
         "uncalibrated": "to nearest, block Hadamards in front of every linear, 16-bit KV cache; no calibration",
     }

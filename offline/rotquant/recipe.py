@@ -263,6 +263,13 @@ class Recipe(Part):
     choose: Choose | None = None
     target: Target = "none"
 
+    @model_validator(mode="after")
+    def _widened(self) -> Recipe:
+        """A key that would do nothing is a mistake."""
+        if self.weights.wide_bits and not self.activations.mixed:
+            raise ValueError("weights.wide_bits is of the sites that activations.budget chooses, and it is 0: set both")
+        return self
+
     @property
     def needs_inputs(self) -> bool:
         """True where quantizing a layer needs what enters it."""

@@ -239,6 +239,11 @@ def test_whose_weights_smoothing_looks_at(tmp_path, weights):
         ("baseq", "online.attn=[shift, shift]", "attn has more than one shift"),
         ("baseq", "online.block=24", "online: block 24 is not a power of two"),
         ("best", "learn.surrogate.targets=[]", "learn.surrogate.targets"),
+        (
+            "best",
+            "weights.wide_bits=8",
+            "recipe best: weights.wide_bits is of the sites that activations.budget chooses",
+        ),
         ("best", "weights=[", "--set weights=.: the value is not valid YAML"),
     ],
 )

@@ -5,8 +5,8 @@
     KL of each set  ->  the fewest sites that keep the budget
 
 Between two sets KL is taken to be linear in the damage that is left. Weights are fitted to inputs at the recipe's bits
-here and to those that the sites get in the run itself, which is nearer to full precision, as is tuning: what is found
-errs on the safe side.
+here and to those that the sites get in the run itself, which is nearer to full precision, as are tuning and
+`weights.wide_bits`: what is found errs on the safe side.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def first_error(error: ValidationError, where: str = "", unknown: str = NEWER) -
     if first["type"] == "extra_forbidden":
         return f"{path}: {unknown}"
     found = f" is {short(repr(first['input']), 100)}" if isinstance(first["input"], str | int | float) else ""
-    return f"{path}{found}: {short(first['msg'].removeprefix('Value error, '))}"
+    reason = short(first["msg"].removeprefix("Value error, "))
+    return f"{path}{found}: {reason}" if path else reason
 
 
 def is_disk_full(error: BaseException) -> bool:
