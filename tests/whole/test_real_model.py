@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     original = smollm2(cache_root())
     calibration = str(rotquant.service.demo.SMOLLM2.calibration)
     out = tmp_path_factory.mktemp("smollm2") / "out"
-    settings = ["choose.effort=0.25", "choose.tune={steps: 8, tokens: 512}", f"choose.candidates={FEWER}"]
+    settings = ["choose.effort=0.25", "choose.tune.steps=16", f"choose.candidates={FEWER}"]
     few: dict[str, Any] = {"samples": 8, "seq_len": 512, "settings": settings}
     return Made(original, quantize(str(original), out, recipe="best", calibration=calibration, **few))
 
@@ -72,7 +72,7 @@ def test_perplexity_and_engines(made: Made) -> None:
     chaos, error = (torch32 - torch16).std(), difference.std() / difference.numel() ** 0.5
     print(f"full {full:.4f}, torch {torch16.mean():.4f}, float32 {torch32.mean():.4f} ({chaos:.3f} apart)")
     print(f"vllm {difference.mean():+.4f} +- {error:.4f} ({difference.std():.3f} apart)")
-    assert torch16.mean() < full + math.log(1.7)  # rounding to nearest without rotations is at hundreds of times
+    assert torch16.mean() < full + math.log(2)  # rounding to nearest without rotations is at hundreds of times
     assert difference.std() < 1.2 * chaos
     assert abs(difference.mean()) < 4 * error
 
