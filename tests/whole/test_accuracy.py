@@ -10,7 +10,7 @@ from source_models import HELDOUT, SMALL
 
 def test_rtn_collapses_and_rotations_recover(demo, tmp_path):
     full, batch = load_any(demo.hard), text_windows(HELDOUT, demo.hard, 512, 6000)
-    made = quantize(str(demo.hard), tmp_path / "best", recipe="best", **SMALL)
+    made = quantize(str(demo.hard), tmp_path / "best", recipe="best", settings=["choose.effort=0.5"], **SMALL)
     rtn, quarot, best = (measure(full, load_any(folder), batch) for folder in (demo.rtn, demo.quarot, made))
     for name, one in (("rtn", rtn), ("quarot", quarot), ("best", best)):
         print(f"{name}: perplexity {ratio(one):.3f} times the original's, KL {one.kl:.4f}")
