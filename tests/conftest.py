@@ -25,19 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-@pytest.fixture(scope="session")
-def child() -> "Iterator[Child]":
-    """Runs a function in a child process that has imported vLLM, one for all tests: importing it takes longest."""
-    yield from started_child()
-
-
 @pytest.fixture(scope="module")
-def own_child() -> "Iterator[Child]":
-    """The same, for the tests of one file, which need a process as it begins or leave one that others cannot use."""
-    yield from started_child()
-
-
-def started_child() -> "Iterator[Child]":
+def child() -> "Iterator[Child]":
+    """Runs a function in a child process that has imported vLLM, one for all tests of a file."""
     import vllm_serving
     from child import child_process
 

@@ -29,14 +29,14 @@ def made(folder: Path, kind: str) -> Path:
     return quantize(str(source_model(folder / "m", kind)), folder / "out", recipe="quarot", samples=4, seq_len=128)
 
 
-def served_as_measured(own_child: Child, out: Path) -> serving.Served:
+def served_as_measured(child: Child, out: Path) -> serving.Served:
     """In chunks of 32 tokens, contexts of four windows; all that vLLM reads of config.json as transformers does.
 
     The text is that of the torch engine, which knows no chunks, and again where prefixes come from the cache.
     """
     prompts = [torch.randint(VOCABULARY, (96,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
     options = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "again": True}
-    served = own_child(serving.serve, out, prompts, max_tokens=12, **options)
+    served = child(serving.serve, out, prompts, max_tokens=12, **options)
     check_text(out, prompts, served)
     found = rows(served.log)
     for start in (
@@ -54,20 +54,20 @@ def rows(log: str) -> set[str]:
 
 
 @pytest.mark.release
-def test_gemma3_is_served_as_it_is_measured(own_child: Child, tmp_path: Path) -> None:
-    served_as_measured(own_child, made(tmp_path, "gemma3"))
+def test_gemma3_is_served_as_it_is_measured(child: Child, tmp_path: Path) -> None:
+    served_as_measured(child, made(tmp_path, "gemma3"))
 
 
-def test_gemma4_is_served_as_it_is_measured(own_child: Child, gemma4: Path) -> None:
+def test_gemma4_is_served_as_it_is_measured(child: Child, gemma4: Path) -> None:
     """A token takes 4 x 37 bytes in the layer with a window, 69 in the other: two blocks of it make one page."""
-    served = served_as_measured(own_child, gemma4)
+    served = served_as_measured(child, gemma4)
     assert "pages of one size leave up to 6.8% of one idle" in served.log
     assert "kv cache group sizes (32, 64)" in served.log
 
 
-def test_a_stage_without_one_kind_of_attention(own_child: Child, gemma4: Path) -> None:
+def test_a_stage_without_one_kind_of_attention(child: Child, gemma4: Path) -> None:
     """All layers of the first stage have a window, none of the second."""
-    first, second = map(rows, own_child(ranks.run, ranks.load_stage, gemma4, "1,1", pipeline=True))
+    first, second = map(rows, child(ranks.run, ranks.load_stage, gemma4, "1,1", pipeline=True))
     for found, has, other in ((first, "attention, window 24 1 ", "attention 1 "), (second, "attention 1 ", "window")):
         assert any(row.startswith(has) for row in found)
         assert not any(other in row for row in found)

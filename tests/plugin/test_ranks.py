@@ -39,16 +39,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["of the first process", "not of the worker", "given ones win", "reference"],
 )
-def test_settings_travel(own_child: Any, base: Path, first: Any, worker: Any, given: Any, kernel: str | None) -> None:
-    found, config = own_child(ranks.kernels_in_worker, base, first, worker, given)
-    assert found == (kernel or own_child(ranks.kernels_in_worker, base, {}, {}, None)[0])
+def test_settings_travel(child: Any, base: Path, first: Any, worker: Any, given: Any, kernel: str | None) -> None:
+    found, config = child(ranks.kernels_in_worker, base, first, worker, given)
+    assert found == (kernel or child(ranks.kernels_in_worker, base, {}, {}, None)[0])
     assert config["strict"] is True
     assert set(config["rotquant"]) == {"strict", "cpu_tier", "cuda_linear"}  # compiled graphs are told apart by it
 
 
-def test_strictness_travels(own_child: Any, base: Path) -> None:
+def test_strictness_travels(child: Any, base: Path) -> None:
     for first, given in (({"ROTQUANT_STRICT": "0"}, None), ({}, {"rotquant": {"strict": False}})):
-        _, config = own_child(ranks.kernels_in_worker, base, first, {"ROTQUANT_STRICT": "1"}, given)
+        _, config = child(ranks.kernels_in_worker, base, first, {"ROTQUANT_STRICT": "1"}, given)
         assert config["strict"] is config["rotquant"]["strict"] is False
 
 
@@ -70,35 +70,35 @@ def test_strictness_travels(own_child: Any, base: Path) -> None:
         ),
     ],
 )
-def test_settings_are_checked(own_child: Any, base: Path, first: Any, given: Any, message: str) -> None:
+def test_settings_are_checked(child: Any, base: Path, first: Any, given: Any, message: str) -> None:
     with pytest.raises(RotQuantError, match=message):
-        own_child(ranks.kernels_in_worker, base, first, {}, given)
+        child(ranks.kernels_in_worker, base, first, {}, given)
 
 
-def test_the_config_is_copied_whole(own_child: Any, base: Path) -> None:
-    original, *made = own_child(ranks.copies, base)
+def test_the_config_is_copied_whole(child: Any, base: Path) -> None:
+    original, *made = child(ranks.copies, base)
     assert original.rows.clip == BASE.act_clip
     assert made == [original] * 3
 
 
-def test_a_worker_has_the_same_rotquant(own_child: Any, base: Path) -> None:
+def test_a_worker_has_the_same_rotquant(child: Any, base: Path) -> None:
     with pytest.raises(RotQuantError, match=r"this worker \(.*\) has rotquant 9.9, the server's first process has"):
-        own_child(ranks.unpickled, base, version="9.9")
+        child(ranks.unpickled, base, version="9.9")
     with pytest.raises(RotQuantError, match=r"worker on .*: rotquant's vLLM plugin does not import \(.*: reinstall"):
-        own_child(ranks.unpickled, base, failure="rotquant.checkpoint.format")
+        child(ranks.unpickled, base, failure="rotquant.checkpoint.format")
 
 
 # ---- agreement ------------------------------------------------------------------------------------------
 
 
-def test_a_device_without_kernels_is_refused(own_child: Any) -> None:
-    own_child(ranks.check_device, "cuda")
+def test_a_device_without_kernels_is_refused(child: Any) -> None:
+    child(ranks.check_device, "cuda")
     with pytest.raises(RotQuantError, match="no kernels for the device 'xpu': it runs on cpu and cuda: start vLLM"):
-        own_child(ranks.check_device, "xpu")
+        child(ranks.check_device, "xpu")
 
 
-def test_like_ranks_agree(own_child: Any, base: Path) -> None:
-    assert own_child(ranks.run, ranks.refused, base, {}) == [None, None]
+def test_like_ranks_agree(child: Any, base: Path) -> None:
+    assert child(ranks.run, ranks.refused, base, {}) == [None, None]
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
@@ -110,9 +110,9 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_different_ranks_refuse(own_child: Any, base: Path, what: str) -> None:
+def test_different_ranks_refuse(child: Any, base: Path, what: str) -> None:
     second, message = DIFFERENT[what]
-    for error in own_child(ranks.run, ranks.refused, base, second):
+    for error in child(ranks.run, ranks.refused, base, second):
         assert isinstance(error, RotQuantError)
         with pytest.raises(RotQuantError, match=rf"differ in {message}"):
             raise error
@@ -120,27 +120,27 @@ def test_different_ranks_refuse(own_child: Any, base: Path, what: str) -> None:
         assert "rank 0 (" in str(error)
 
 
-def test_a_different_checkpoint_refuses(own_child: Any, base: Path, tmp_path: Path) -> None:
+def test_a_different_checkpoint_refuses(child: Any, base: Path, tmp_path: Path) -> None:
     """The same shapes, sizes and config.json; other numbers."""
     other = write_checkpoint(tmp_path / "other", replace(BASE, seed=1))
     assert (other / "config.json").read_text() == (base / "config.json").read_text()
-    for error in own_child(ranks.run, ranks.refused, base, {"folder": other}):
+    for error in child(ranks.run, ranks.refused, base, {"folder": other}):
         assert "differ in checkpoint files: rank 1 (" in str(error)
         assert "copy the same checkpoint to every node" in str(error)
 
 
-def test_all_ranks_learn_that_one_cannot_serve(own_child: Any, base: Path) -> None:
-    first, second = own_child(ranks.run, ranks.refused, base, {"swap": "no transform"})
+def test_all_ranks_learn_that_one_cannot_serve(child: Any, base: Path) -> None:
+    first, second = child(ranks.run, ranks.refused, base, {"swap": "no transform"})
     assert "start-up check failed: model.layers.0.mlp.down_proj" in str(second)
     assert "rank 1 (" in str(first)
     assert f"cannot serve, so no rank does: {second}" in str(first)
     tier = {"options": {"additional_config": {"rotquant": {"cpu_tier": "sse9"}}}}
-    first, second = own_child(ranks.run, ranks.refused, base, tier)
+    first, second = child(ranks.run, ranks.refused, base, tier)
     assert str(second) in str(first)
 
 
-def test_a_rank_without_the_plugin_stops_the_others(own_child: Any, base: Path) -> None:
-    first, _ = own_child(ranks.run, ranks.without_plugin, base)
+def test_a_rank_without_the_plugin_stops_the_others(child: Any, base: Path) -> None:
+    first, _ = child(ranks.run, ranks.without_plugin, base)
     assert isinstance(first, RotQuantError)
     assert "rank 0 (" in str(first)
     assert "not all 2 ranks of this server run rotquant" in str(first)
@@ -151,10 +151,10 @@ def test_a_rank_without_the_plugin_stops_the_others(own_child: Any, base: Path) 
 
 
 @pytest.mark.parametrize("swap", ["", "norms quantize"])
-def test_stages_compute_what_the_whole_model_computes(own_child: Any, base: Path, swap: str) -> None:
+def test_stages_compute_what_the_whole_model_computes(child: Any, base: Path, swap: str) -> None:
     """The norms of the second stage read a residual that the first one sent; on GPUs they quantize."""
-    [(whole, _)] = own_child(ranks.run, ranks.hidden_states, base, TOKENS, "", swap, ranks=1)
-    (_, first), (staged, second) = own_child(ranks.run, ranks.hidden_states, base, TOKENS, "1,1", swap, pipeline=True)
+    [(whole, _)] = child(ranks.run, ranks.hidden_states, base, TOKENS, "", swap, ranks=1)
+    (_, first), (staged, second) = child(ranks.run, ranks.hidden_states, base, TOKENS, "1,1", swap, pipeline=True)
     assert torch.equal(staged, whole)
     front = "rms_norm" if swap else "-"
     for stage, log in enumerate((first, second)):
@@ -167,8 +167,8 @@ def test_stages_compute_what_the_whole_model_computes(own_child: Any, base: Path
 
 
 @pytest.mark.parametrize(("partition", "empty"), [("2,0", 1), ("0,2", 0)])
-def test_a_stage_without_layers(own_child: Any, base: Path, partition: str, empty: int) -> None:
+def test_a_stage_without_layers(child: Any, base: Path, partition: str, empty: int) -> None:
     """It holds the embedding, or the last norm and lm_head; the others wait for its word all the same."""
-    logs = own_child(ranks.run, ranks.load_stage, base, partition, pipeline=True)
+    logs = child(ranks.run, ranks.load_stage, base, partition, pipeline=True)
     assert f"pipeline stage {empty} (of 2): no layer of rotquant" in logs[empty]
     assert re.search(r"down_proj +2 ", logs[1 - empty])

@@ -280,8 +280,9 @@ def test_tuning_reads_windows_once_where_the_text_has_them(model: Path) -> None:
     found = prepare(str(model), Settings("quarot", device="cpu", **QUICK)).calibrated
     assert found is not None
     plain = found.tokens
-    assert len(windows().unique(dim=0)) == 16  # and the calibration is what it is without
-    assert len(windows(batch=1, steps=3).unique(dim=0)) == 3
+    length = plain.shape[1]
+    assert len(windows(tokens=2 * length + 1).unique(dim=0)) == 16  # and the calibration is what it is without
+    assert len(windows(tokens=1, steps=3).unique(dim=0)) == 3
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
