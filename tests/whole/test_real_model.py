@@ -72,7 +72,7 @@ def test_perplexity_and_engines(made: Made) -> None:
     chaos, error = (torch32 - torch16).std(), difference.std() / difference.numel() ** 0.5
     print(f"full {full:.4f}, torch {torch16.mean():.4f}, float32 {torch32.mean():.4f} ({chaos:.3f} apart)")
     print(f"vllm {difference.mean():+.4f} +- {error:.4f} ({difference.std():.3f} apart)")
-    assert torch16.mean() < full + math.log(2)  # rounding to nearest without rotations is at hundreds of times
+    assert torch16.mean() < full + math.log(1.7)  # rounding to nearest without rotations is at hundreds of times
     assert difference.std() < 1.2 * chaos
     assert abs(difference.mean()) < 4 * error
 
