@@ -34,14 +34,10 @@ def check_disk(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     chain = windows[0] * windows[1] * arch.hidden_size * dtype.itemsize
     tunes = recipe.tune or (recipe.choose and recipe.choose.tuning)
     copies = 3 if tunes else 1  # of the layers: as GPTQ made them, tuned, and written
-    need = (
-        2 * vocabulary(arch) * dtype.itemsize
-        + copies * arch.layers * layer_weights(arch) * recipe.weights.most_bits // 8
-    )
+    layer = packed_bytes(recipe, layer_weights(arch))
+    need = 2 * vocabulary(arch) * dtype.itemsize + copies * arch.layers * layer
     need += 2 * chain + 4 * arch.hidden_size**2  # and R1, in the basis sidecar
-    need += (
-        layer_weights(arch) * recipe.weights.most_bits // 8 if arch.mixtures else 0
-    )  # experts that wait for their file
+    need += layer if arch.mixtures else 0  # experts that wait for their file
     home = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:
@@ -86,7 +82,7 @@ def quantizing(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torc
     beside = max(max(kind.shapes[name][1] for name in kind.writes) for kind in arch.kinds)  # inputs of o or down
     chains = 2 * chain + chain * beside // arch.hidden_size
     held = arch.mixtures and (recipe.tune or recipe.chooses)  # else experts wait on disk (`checkpoint.spool`)
-    packed = 2 * layer_weights(arch) * recipe.weights.most_bits // 8 if held else 0  # as stored and as they run
+    packed = 2 * packed_bytes(recipe, layer_weights(arch)) if held else 0  # as stored and as they run
     return tables + weights_at_once(arch) * (8 + 4 + dtype.itemsize) + packed + hessians + chains
 
 
@@ -119,7 +115,7 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
         return 0
     tokens, held = recipe.tune.windows(windows[1]) * windows[1], TUNED_BYTES * arch.layers * layer_weights(arch)
     if arch.mixtures and not recipe.weights.group_size:  # of routed experts one is unpacked at a time
-        packed = recipe.weights.most_bits * arch.layers * (layer_weights(arch) - weights_at_once(arch)) // 8
+        packed = arch.layers * packed_bytes(recipe, layer_weights(arch) - weights_at_once(arch))
         held = TUNED_BYTES * arch.layers * weights_at_once(arch) + packed
     vocabularies = 4 * vocabulary(arch) * dtype.itemsize  # as read and folded, embedding and head
     each = 4 * tokens * sum(map(tuned_numbers, arch.kinds))
@@ -128,6 +124,11 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     if arch.mixtures:
         wanted += recipe.tune.steps * tokens * 2 * sum(block.count for block in arch.mixtures.values())
     return held + vocabularies + kept + wanted + 2 * 4 * 512 * arch.vocab_size
+
+
+def packed_bytes(recipe: Recipe, weights: int) -> int:
+    """What so many weights take as they are stored, at the most bits that any may have; without scales."""
+    return weights * recipe.weights.most_bits // 8
 
 
 def gradients(arch: Architecture, tokens: int) -> int:
