@@ -113,7 +113,8 @@ def tuning(recipe: Recipe, arch: Architecture, windows: Windows, dtype: torch.dt
     """Bytes of `learn.tune`; 0 where nothing is tuned."""
     if not recipe.tune:
         return 0
-    tokens, held = recipe.tune.windows(windows[1]) * windows[1], TUNED_BYTES * arch.layers * layer_weights(arch)
+    tokens = recipe.tune.windows(windows[1]) * recipe.tune.length(windows[1])
+    held = TUNED_BYTES * arch.layers * layer_weights(arch)
     if arch.mixtures and not recipe.weights.group_size:  # of routed experts one is unpacked at a time
         packed = arch.layers * packed_bytes(recipe, layer_weights(arch) - weights_at_once(arch))
         held = TUNED_BYTES * arch.layers * weights_at_once(arch) + packed

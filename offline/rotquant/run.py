@@ -270,7 +270,9 @@ def tuner(run: Run) -> Job:
     assert calibrated is not None
     every = job.tokens if calibrated.more is None else torch.cat((job.tokens, calibrated.more))
     drawn = torch.randperm(len(every), generator=generator(run.seed, "tuned windows"))
-    return replace(job, tokens=every[drawn[: tuned_windows(run.recipe, every.shape[1])]])
+    tuning, length = run.recipe.tune, every.shape[1]
+    assert tuning is not None
+    return replace(job, tokens=every[drawn[: tuned_windows(run.recipe, length)], : tuning.length(length)])
 
 
 def learner(run: Run) -> Job:

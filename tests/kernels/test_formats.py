@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rotquant_kernels import calls, reference
-from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat
+from rotquant_kernels.formats import KVFormat, RowFormat, WeightFormat, feedback
 
 
 def rows(n: int = 6, k: int = 64) -> torch.Tensor:
@@ -73,3 +73,9 @@ def test_what_the_ops_are_given_is_the_format(symmetric):
     k, v = reference.kv4_read(pages, torch.tensor([0]), 16, symmetric)
     assert torch.equal(k[:, :3].transpose(0, 1), kv.key.fake_quantize(reference.hadamard(key, 16)))
     assert torch.equal(v[:, :3].transpose(0, 1), kv.value.fake_quantize(value))
+
+
+def test_keys_with_error_feedback_lie_as_fast_attention_wants_them():
+    """Channels side by side: else torch's attention takes its plain path, six times as long."""
+    x, passed = torch.randn(9, 2, 16), torch.eye(16).expand(2, 16, 16)
+    assert feedback.fake_quantize(x, KVFormat(False, 0.9, 1.0, 0).key, passed).stride(-1) == 1

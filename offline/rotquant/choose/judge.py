@@ -31,7 +31,7 @@ from rotquant.choose.full_precision import FullPrecision
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import Job
+from rotquant.learn.stream import SAMPLED, Job
 from rotquant.models import Architecture
 from rotquant.recipe import Activations, OnlineStages, Recipe
 from rotquant.transforms.fold import Fold
@@ -42,7 +42,7 @@ LEAST = 3
 STRETCH = 2  # neighbours quantized one behind the other
 JUDGED = 2048  # tokens, in windows of at most WINDOW: contexts differ more than tokens of one
 WINDOW = 512
-CALIBRATED = 4  # of so many windows one calibrates a trial, but more where they are few:
+CALIBRATED = 8  # windows calibrate a trial, but more where that is little:
 TOKENS = 4  # for each input of the widest linear
 RUN = 32  # neighbouring tokens whose KL is not independent; shorter where there are fewer than RUNS of them
 RUNS = 8
@@ -65,11 +65,11 @@ def stretches(layers: int, effort: float) -> list[range]:
 
 
 def calibration(tokens: Tensor, arch: Architecture, effort: float) -> Tensor:
-    """The windows that calibrate a trial, spread over the run's int64 [samples, T]."""
+    """The windows that calibrate a trial, spread over the run's int64 [samples, T], and cut where they are long."""
     widest = max(inputs for _, (_, inputs) in arch.linears())
-    enough = max(len(tokens) * effort / CALIBRATED, TOKENS * effort * widest / tokens.shape[1])
-    wanted = min(len(tokens), math.ceil(enough))
-    return tokens[torch.arange(wanted) * len(tokens) // wanted]
+    cut = tokens[:, :SAMPLED]
+    wanted = min(len(cut), math.ceil(effort * max(CALIBRATED, TOKENS * widest / cut.shape[1])))
+    return cut[torch.arange(wanted) * len(cut) // wanted]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ alpha is given, or searched: at the norms and at up_proj the one of least output
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,11 +17,10 @@ from rotquant.checkpoint.journal import Slot
 from rotquant.learn.blockwise import learn_blockwise
 from rotquant.learn.initial import generator
 from rotquant.learn.key_scale import key_scale
-from rotquant.learn.options import Blockwise
 from rotquant.learn.rotations import learn_r2
 from rotquant.learn.scale_search import search_scale
 from rotquant.learn.starts import STARTS, Seen
-from rotquant.learn.stream import Capture, Job, forward, product_dtype
+from rotquant.learn.stream import SAMPLED, Capture, Job, forward, product_dtype
 from rotquant.models import Tensors
 from rotquant.models.attention import Attention
 from rotquant.models.mlp import GatedMLP
@@ -31,7 +31,8 @@ from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import reference
 from rotquant_kernels.formats import WeightFormat
 
-ROWS = 4096  # tokens of a site that are kept
+ROWS = 4096  # tokens of a site that are kept,
+SHARE, WINDOWS = 2, 8  # one of so many that are computed, in so many windows at least
 VALUES_ALPHA = 0.5
 
 
@@ -48,8 +49,9 @@ class LayerLearner:
     def __init__(self, job: Job, entering: Tensor | None = None) -> None:
         self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
-        samples = min(len(job.tokens), self.block.samples if self.block else Blockwise().samples)
-        self.chain = job.embedded(samples) if entering is None else entering[:samples]
+        samples, longest = (self.block.samples, None) if self.block else (windows_of_rows(job.tokens.shape[1]), SAMPLED)
+        samples = min(len(job.tokens), samples)
+        self.chain = job.embedded(samples, longest) if entering is None else entering[:samples, :longest]
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]
@@ -67,6 +69,11 @@ class LayerLearner:
             layer = learn_blockwise(job, decoder, tensors, layer, self.chain, after, index, slot, report)
         self.chain = after
         return layer
+
+
+def windows_of_rows(length: int) -> int:
+    """How many windows of so many tokens samples of rows are drawn from, where nothing else learns from them."""
+    return max(WINDOWS, math.ceil(SHARE * ROWS / min(length, SAMPLED)))
 
 
 class SampleLearner:

@@ -19,7 +19,7 @@ from rotquant.learn.initial import generator
 from rotquant.learn.options import Surrogate
 from rotquant.learn.starts import usual_mean
 from rotquant.learn.steps import ALONE, Loop
-from rotquant.learn.stream import Capture, Job, forward, product_dtype
+from rotquant.learn.stream import SAMPLED, Capture, Job, forward, product_dtype
 from rotquant.models.attention import Attention
 from rotquant.models.layer import Layer
 from rotquant.recipe import Recipe
@@ -60,7 +60,8 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found, more = job.arch, [], MORE if job.recipe.weights.subtracts else 1
-    random, chain = generator(job.seed, "rows"), job.embedded(min(len(job.tokens), options.windows or len(job.tokens)))
+    samples = min(len(job.tokens), options.windows or len(job.tokens))
+    random, chain = generator(job.seed, "rows"), job.embedded(samples, SAMPLED)
     with Progress("R1: rows of layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]

@@ -37,6 +37,8 @@ Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
 Rounding = Callable[[Tensor], Tensor]
 
+QUERIES = 256  # whose attention is computed at a time, where all of it is looked at
+
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """RMSNorm in float32, in x's dtype."""
@@ -121,10 +123,12 @@ class Decoder:
         steps, heads = query.shape[:2]
         hidden = ~visible(steps, attention.window, x1.device)
         total = torch.zeros(steps, device=x1.device)
-        for head in range(heads):  # one at a time: T x T numbers
-            scores = query[:, head] @ key[:, head // (heads // key.shape[1])].mT * attention.scale
-            scores = capped(scores, attention.cap)
-            total += scores.masked_fill(hidden, float("-inf")).softmax(-1).sum(0)
+        for start in range(0, steps, QUERIES):  # which later tokens get nothing from
+            some, end = slice(start, start + QUERIES), min(start + QUERIES, steps)
+            for head in range(heads):
+                scores = query[some, head] @ key[:end, head // (heads // key.shape[1])].mT * attention.scale
+                scores = capped(scores, attention.cap).masked_fill_(hidden[some, :end], float("-inf"))
+                total[:end] += scores.softmax(-1).sum(0)
         return total / heads
 
     def rotary(self, x: Tensor, attention: Attention) -> Tensor:

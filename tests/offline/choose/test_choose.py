@@ -20,6 +20,7 @@ from rotquant.errors import RotQuantError
 from rotquant.learn.options import Surrogate
 from rotquant.learn.rotations import residual_rows
 from rotquant.learn.starts import usual_mean
+from rotquant.learn.stream import SAMPLED
 from rotquant.measure.compare_run import measure
 from rotquant.measure.evaluate import load_any
 from rotquant.models import read_architecture
@@ -282,7 +283,7 @@ def test_tuning_reads_windows_once_where_the_text_has_them(model: Path) -> None:
     plain = found.tokens
     length = plain.shape[1]
     assert len(windows(tokens=2 * length + 1).unique(dim=0)) == 16  # and the calibration is what it is without
-    assert len(windows(tokens=1, steps=3).unique(dim=0)) == 3
+    assert len(windows(tokens=length, steps=3).unique(dim=0)) == 3
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -318,7 +319,13 @@ def test_effort_adds_the_thorough_ones() -> None:
 def test_half_the_effort_is_half_the_tokens(model: Path) -> None:
     arch, tokens = read_architecture(model), torch.arange(1000 * 64).view(1000, 64)
     assert [judged_windows(512, effort) for effort in (0.1, 0.5, 1, 2)] == [2, 4, 8, 16]
-    assert [len(calibration(tokens, arch, effort)) for effort in (0.5, 1, 2, 9)] == [125, 250, 500, 1000]
+    assert [len(calibration(tokens, arch, effort)) for effort in (0.5, 1, 2, 9)] == [6, 11, 22, 99]
+    assert [len(calibration(tokens.view(125, 512), arch, effort)) for effort in (0.5, 1, 2)] == [4, 8, 16]
+
+
+def test_a_trial_calibrates_on_the_first_tokens_of_long_windows(model: Path) -> None:
+    tokens = torch.arange(20 * 4096).view(20, 4096)
+    assert torch.equal(calibration(tokens, read_architecture(model), 1), tokens[[0, 2, 5, 7, 10, 12, 15, 17], :SAMPLED])
 
 
 @pytest.mark.parametrize(

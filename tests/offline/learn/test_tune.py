@@ -21,7 +21,7 @@ from rotquant.measure.evaluate import load_any
 from rotquant.models import read_config
 from rotquant.models.decoder import capped
 from rotquant.pipeline import quantize
-from rotquant.run import Settings, prepare
+from rotquant.run import Settings, prepare, tuner
 from rotquant_kernels.formats import RowFormat, WeightFormat
 from source_models import file_hashes, source_model
 
@@ -89,6 +89,14 @@ def test_tuning_brings_the_model_nearer_to_the_original(tmp_path: Path) -> None:
         out = quantize(str(source), tmp_path / name, recipe="quarot", settings=chosen, **WINDOWS)
         found.append(divergence(logits(out, run.calibrated.tokens), exact, torch.eye(exact.shape[1])).item())
     assert found[1] < 0.8 * found[0]
+
+
+def test_a_step_takes_as_many_tokens_of_long_windows(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "model", "qwen3")
+    for tokens, shape in ((64, (12, 32)), (32, (6, 32)), (8, (6, 8))):
+        settings = (f"tune={{steps: 6, tokens: {tokens}}}",)
+        run = prepare(str(source), Settings("quarot", settings, samples=4, seq_len=32))
+        assert tuner(run).tokens.shape == shape
 
 
 def test_adapters_are_turned_for_the_gains_as_they_were_tuned(tmp_path: Path) -> None:

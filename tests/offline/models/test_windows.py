@@ -16,7 +16,7 @@ from rotquant.checkpoint.source import Source
 from rotquant.errors import RotQuantError
 from rotquant.gate import check_equivalence
 from rotquant.models import Architecture, read_architecture
-from rotquant.models.decoder import decoders
+from rotquant.models.decoder import QUERIES, decoders
 from rotquant.pipeline import quantize
 from rotquant.transforms.fold import Fold
 from rotquant.transforms.space import LayerTransforms, Transforms
@@ -104,6 +104,26 @@ def test_attention_that_tokens_get_ends_with_the_window(tmp_path: Path) -> None:
     decoder = decoders(arch, 9)[0]
     received = decoder.attention_received(tensors, torch.randn(9, 96), decoder.float_linear(tensors))
     assert torch.allclose(received, torch.ones(9))
+
+
+@pytest.mark.parametrize("window", [4096, 70])
+def test_attention_that_tokens_get_is_that_of_all_queries(tmp_path: Path, window: int) -> None:
+    """Of more tokens than are looked at together; each row of the matrix of attention sums to 1."""
+    steps = 2 * QUERIES + 9
+    arch = read_architecture(source_model(tmp_path / "model", "mistral", sliding_window=window))
+    tensors, decoder = Source(tmp_path / "model").layer("model.layers.0."), decoders(arch, steps)[0]
+    attention, linear, x = decoder.kind.attends, decoder.float_linear(tensors), torch.randn(steps, 96)
+    assert attention
+    query, key = (linear(name, x) for name in (attention.query, attention.key))
+    query, key = decoder.behind_rope(tensors, query.unflatten(-1, (-1, attention.head_dim)), key, attention)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    distance = torch.arange(steps)[:, None] - torch.arange(steps)
+    seen = (distance >= 0) & (distance < window)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * attention.scale
+    expected = scores.masked_fill(~seen, float("-inf")).softmax(-1).mean(0).sum(0)
+    received = decoder.attention_received(tensors, x, linear)
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
+    assert abs(received.sum().item() / steps - 1) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Ministral", "Qwen2-MoE"])
