@@ -33,12 +33,12 @@ def quantize(x: Tensor, rows: RowFormat, feedback: Tensor) -> tuple[Tensor, Tens
     scale, zero = rows.qparams(x)
     step, offset = (t.movedim(-2, 0).flatten(1) for t in (scale, zero))  # [heads, N]
     left = x.float().movedim(-2, 0).flatten(1, -2).mT.contiguous()  # [heads, d, N], changed in place
-    codes, passed, most = torch.empty_like(left), torch.empty_like(left), LARGEST_ERROR * step
+    codes = torch.empty_like(left)
     for j in range(left.shape[1]):
         codes[:, j] = rows.snap_(left[:, j] / step + offset)
+        most = LARGEST_ERROR * step
         error = (left[:, j] - (codes[:, j] - offset) * step).clamp(-most, most)
-        torch.mul(error[:, None], feedback[:, j, j + 1 :, None], out=passed[:, j + 1 :])
-        left[:, j + 1 :] -= passed[:, j + 1 :]
+        left[:, j + 1 :] -= error[:, None] * feedback[:, j, j + 1 :, None]
     codes = codes.nan_to_num_(0).to(torch.int8).mT.contiguous().unflatten(1, (*x.shape[:-2],)).movedim(0, -2)
     return codes, scale, zero
 

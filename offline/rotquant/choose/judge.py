@@ -31,7 +31,7 @@ from rotquant.choose.full_precision import FullPrecision
 from rotquant.common.devices import Devices
 from rotquant.common.progress import Progress
 from rotquant.learn.layers import LayerLearner
-from rotquant.learn.stream import SAMPLED, Job
+from rotquant.learn.stream import SAMPLED, Job, spread
 from rotquant.models import Architecture
 from rotquant.recipe import Activations, OnlineStages, Recipe
 from rotquant.transforms.fold import Fold
@@ -67,9 +67,8 @@ def stretches(layers: int, effort: float) -> list[range]:
 def calibration(tokens: Tensor, arch: Architecture, effort: float) -> Tensor:
     """The windows that calibrate a trial, spread over the run's int64 [samples, T], and cut where they are long."""
     widest = max(inputs for _, (_, inputs) in arch.linears())
-    cut = tokens[:, :SAMPLED]
-    wanted = min(len(cut), math.ceil(effort * max(CALIBRATED, TOKENS * widest / cut.shape[1])))
-    return cut[torch.arange(wanted) * len(cut) // wanted]
+    length = min(tokens.shape[1], SAMPLED)
+    return spread(tokens, math.ceil(effort * max(CALIBRATED, TOKENS * widest / length)), length)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ class LayerLearner:
         self.job, self.decoders = job, job.decoders()
         self.block = job.recipe.learn.blockwise
         samples, longest = (self.block.samples, None) if self.block else (windows_of_rows(job.tokens.shape[1]), SAMPLED)
-        samples = min(len(job.tokens), samples)
-        self.chain = job.embedded(samples, longest) if entering is None else entering[:samples, :longest]
+        self.chain = job.embedded(samples, longest) if entering is None else entering[:samples]
 
     def __call__(
         self, index: int, known: LayerTransforms | None, slot: Slot, report: Callable[[float, str], object]

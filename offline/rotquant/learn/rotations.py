@@ -60,8 +60,7 @@ def residual_rows(job: Job, options: Surrogate, journal: Journal | Scope) -> Ten
     if kept := journal.kept(ROWS):
         return kept["rows"]
     arch, found, more = job.arch, [], MORE if job.recipe.weights.subtracts else 1
-    samples = min(len(job.tokens), options.windows or len(job.tokens))
-    random, chain = generator(job.seed, "rows"), job.embedded(samples, SAMPLED)
+    random, chain = generator(job.seed, "rows"), job.embedded(options.windows or len(job.tokens), SAMPLED)
     with Progress("R1: rows of layer", arch.layers, short=True) as progress:
         for index, decoder in enumerate(job.decoders()):
             kind = arch.kinds[index]

@@ -44,11 +44,8 @@ class Job:
         return decoders(self.arch, self.tokens.shape[1], self.device)
 
     def embedded(self, samples: int, longest: int | None = None) -> Tensor:
-        """What enters layer 0 of so many windows, spread over all: float32 [samples, T, hidden], R1's basis, CPU.
-
-        longest: tokens after which a window is cut.
-        """
-        tokens = self.tokens[torch.arange(samples) * len(self.tokens) // samples, :longest]
+        """What enters layer 0 of `spread` windows: float32 [samples, T, hidden], in R1's basis, on the CPU."""
+        tokens = spread(self.tokens, samples, longest)
         h = self.source.get(self.arch.names.embedding)[tokens].float() * self.arch.embedding_factor(self.dtype)
         return self.transforms.r1.rows(h) if self.transforms.r1 else h
 
@@ -64,7 +61,13 @@ class Job:
         return each(tensors, lambda tensor: tensor.float().to(self.device))
 
 
-SAMPLED = 1024  # tokens of a window that samples of rows come from, at most
+def spread(tokens: Tensor, samples: int, longest: int | None = None) -> Tensor:
+    """So many windows of int64 [n, T], or all of fewer, spread over all, each cut after so many tokens."""
+    samples = min(len(tokens), samples)
+    return tokens[torch.arange(samples) * len(tokens) // samples, :longest]
+
+
+SAMPLED = 1024  # tokens of a window that samples of rows, and trials (`choose`), look at, at most
 ROWS = 4096  # tokens of an expert computed at a time
 KEPT = 256  # of those that pass through an expert are sampled
 
