@@ -165,6 +165,8 @@ def main() -> int:
         return 0
     set_up()
     os.environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # common in containers; each process would compile vLLM anew
+        os.environ["PYTHONPYCACHEPREFIX"] = str(VENV / "bytecode")
     if arguments[0] != "test":
         command = [str(PYTHON), "-m", "rotquant", *arguments]
         os.execv(command[0], command)  # not a child: Ctrl-C is for the verb to handle, in its own time

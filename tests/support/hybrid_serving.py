@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +13,7 @@ OPTIONS = {"dtype": "bfloat16", "block_size": None}  # its kernels take nothing 
 
 
 def prepare() -> None:
-    """As `vllm_serving.prepare`; vLLM asks another process what a model class can do, so the path is in both."""
+    """As `vllm_serving.prepare`, with stand-ins for what the CPU build leaves out."""
     if find_spec("torchvision") is None:
         sys.path.append(STAND_INS)
-        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), STAND_INS])
     serving.prepare()

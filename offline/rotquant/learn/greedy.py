@@ -81,15 +81,17 @@ def greedy_stages(
 def greedy_rotation(x: Tensor, block: int, step: Step, rounds: int, form: RowFormat) -> Tensor:
     """The product R float64 [B, B] of the first steps, as many of `rounds` as make x (I ⊗ R) easiest to round.
 
+    The tokens turned so far are float32: they only choose the next step, and R does not depend on their rounding.
+
     Args:
-        x: float [n, K]; step: block vectors [m, B] to an orthogonal matrix [B, B].
+        x: float [n, K]; step: block vectors [m, B] to an orthogonal matrix float64 [B, B].
     """
-    rows = x.reshape(-1, block).double()
+    rows = x.reshape(-1, block).float()
     product = best = torch.eye(block, dtype=torch.float64, device=x.device)
     least = gsr_loss(x, form)
     for _ in range(rounds):
         matrix = step(rows)
-        rows, product = rows @ matrix, product @ matrix
+        rows, product = rows @ matrix.to(rows.dtype), product @ matrix
         loss = gsr_loss(rows.view(x.shape), form)
         if loss < least:
             least, best = loss, product
@@ -101,11 +103,11 @@ def ruquant_step(generator: torch.Generator, symmetric: bool, inner: int = 3) ->
 
     def step(rows: Tensor) -> Tensor:
         size = rows.shape[1]
-        eye = torch.eye(size, dtype=rows.dtype, device=rows.device)
+        eye = torch.eye(size, dtype=torch.float64, device=rows.device)
         product = reflect_rows(eye, reflection(_worst(rows), _uniform(rows, generator, symmetric)))
         for _ in range(inner):
             pairing = torch.randperm(size, generator=generator).to(rows.device)
-            turn = givens(_worst(rows @ product), _uniform(rows, generator, symmetric), pairing)
+            turn = givens(_worst(rows @ product.to(rows.dtype)), _uniform(rows, generator, symmetric), pairing)
             product = turn.rows(product)
         return product
 
@@ -116,8 +118,8 @@ def duquant_step(generator: torch.Generator) -> Step:
     """The reflection that sends the largest coordinate's axis to (±1 .. ±1) / sqrt(B)."""
 
     def step(rows: Tensor) -> Tensor:
-        eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        signs = torch.randint(0, 2, (rows.shape[1],), generator=generator).to(rows) * 2 - 1
+        eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
+        signs = torch.randint(0, 2, (rows.shape[1],), generator=generator).to(eye) * 2 - 1
         return reflect_rows(eye, reflection(eye[_worst(rows).abs().argmax()], signs))
 
     return step
@@ -140,10 +142,11 @@ def greedy_reflection(x: Tensor, generator: torch.Generator, form: RowFormat, tr
 
 
 def _worst(rows: Tensor) -> Tensor:
-    """The row that holds the largest |entry|."""
-    return rows[rows.abs().amax(1).argmax()]
+    """The row that holds the largest |entry|, float64."""
+    least, most = rows.aminmax(dim=1)
+    return rows[torch.maximum(most, -least).argmax()].double()
 
 
 def _uniform(rows: Tensor, generator: torch.Generator, symmetric: bool) -> Tensor:
-    u = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64).to(rows)
+    u = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
     return 2 * u - 1 if symmetric else u
