@@ -64,8 +64,10 @@ COMMON: dict[str, Any] = {
 STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
-BRANCH = ("weights.rank=32", "weights.branch=svd")  # what `best-online` may put beside every linear
-FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # and so does the calibration of a branch
+# What `best` took on SmolLM2 and costs time at run time, and `best-online` besides. Learned R1, GPTQ and tuning cost none.
+BEST = ("online.shift_norms=all", "online.shift_o=true", "activations.symmetric=false", "kv.key_feedback=true")
+TAKEN = {"best": BEST, "best-online": (*BEST, "weights.rank=32", "weights.branch=pca")}
+FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # calibration changes values only, too
 EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
 LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -95,7 +97,9 @@ FORMATS = {
     "w4a16": Format("w4a16"),
     "rotquant-w4a4kv4": Format("rotquant-w4a4kv4", ROTQUANT),
     "rotquant-w4a8kv4": Format("rotquant-w4a8kv4", ROTQUANT),
-    "rotquant-w4a4kv4-branch": Format("rotquant-w4a4kv4-branch", ROTQUANT),
+    "rotquant-w4a4kv4-best": Format("rotquant-w4a4kv4-best", ROTQUANT),
+    "rotquant-w4a8kv4-best": Format("rotquant-w4a8kv4-best", ROTQUANT),
+    "rotquant-w4a4kv4-best-online": Format("rotquant-w4a4kv4-best-online", ROTQUANT),
 }
 DEFAULT = ("bf16", "w8a8", "w4a16", "rotquant-w4a4kv4", "rotquant-w4a8kv4")
 
@@ -106,7 +110,7 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
     Args:
         work: folder in which made models are kept, each under its own name once it is complete.
         shape: key of SHAPES for a random model; model: folder or hub id of a real one, which wins over `shape`.
-        variant: bf16, a key of STOCK, rotquant-w4a4kv4 or rotquant-w4a8kv4, or one of these with `-branch`.
+        variant: bf16, a key of STOCK, rotquant-w4a4kv4 or rotquant-w4a8kv4, or one of these with a key of TAKEN behind.
     Returns:
         the folder, and the seconds it took to make it (of an earlier run, where it was there already).
     """
@@ -125,8 +129,7 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
             _renamed(output, lambda partial: write_rounded(base, variant, partial))
         else:
             bits = ("activations.bits=8", "activations.clip=1.0") if "w4a8" in variant else ("activations.bits=4",)
-            branch = BRANCH if variant.endswith("-branch") else ()
-            settings = [*CHEAP, *bits, *branch]
+            settings = [*CHEAP, *bits, *TAKEN.get(variant.partition("kv4-")[2], ())]
             quantize(str(base), output, recipe="quarot", settings=settings, resume=True, **FEW)
         note.write_text(f"{time.monotonic() - started:.1f}\n")
     return output, float(note.read_text()) if note.exists() else 0.0

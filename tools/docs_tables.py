@@ -99,6 +99,7 @@ def real_model() -> str:
         "auto-w8": "`best --scheme auto --set weights.wide_bits=8`, at a quarter of the sites",
         "auto-w8-online": "`best-online --scheme auto --set weights.wide_bits=8`, at a quarter of the sites",
         "w4a8kv4-online": "`best-online --scheme w4a8kv4`",
+        "gsr64": "`gsr` in groups of 64",
         "uncalibrated": "to nearest, block Hadamards in front of every linear, 16-bit KV cache; no calibration",
     }
     rows = [["full precision", perplexity(real.full), "", "", ""]]
