@@ -64,7 +64,7 @@ COMMON: dict[str, Any] = {
 STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
-# What `best` took on SmolLM2 and costs time at run time, and `best-online` besides. Learned R1, GPTQ and tuning cost none.
+# Of what `best` and `best-online` took on SmolLM2 all that costs time when served; learned R1, GPTQ and tuning do not.
 BEST = ("online.shift_norms=all", "online.shift_o=true", "activations.symmetric=false", "kv.key_feedback=true")
 TAKEN = {"best": BEST, "best-online": (*BEST, "weights.rank=32", "weights.branch=pca")}
 FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # calibration changes values only, too

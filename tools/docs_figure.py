@@ -40,7 +40,7 @@ def panels() -> list[tuple[str, tuple[str, str], list[Bar]]]:
             quality.append(Bar(shown, value, f"{value:.2f}", True))
     formats = {
         "bf16": "bf16", "W4A16": "w4a16", "W8A8": "w8a8", "W8A8, int8 head": "w8a8-head8",
-        "W4A4KV4": "rotquant-w4a4kv4", "W4A8KV4": "rotquant-w4a8kv4",
+        "W4A4KV4": "rotquant-w4a4kv4-best", "W4A8KV4": "rotquant-w4a8kv4-best",
     }  # fmt: skip
     speed, pages = [], []
     for label, form in formats.items():

@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 ABSENT = "not measured yet"
 # Formats of serve.py
 BF16, W8A8, HEAD8, W4A4, W4A8 = "bf16", "w8a8", "w8a8-head8", "rotquant-w4a4kv4", "rotquant-w4a8kv4"
-BRANCH = "rotquant-w4a4kv4-branch"
+BEST, BEST8, ONLINE = f"{W4A4}-best", f"{W4A8}-best", f"{W4A4}-best-online"
 Run = dict[str, Any]
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 from docs_results import (
+    BEST,
+    BEST8,
     BF16,
-    BRANCH,
     HEAD8,
+    ONLINE,
     W4A4,
     W4A8,
     W8A8,
@@ -24,7 +26,8 @@ from docs_results import (
 FORMATS = {
     BF16: "bf16", "float32": "float32", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)",
     HEAD8: "W8A8 with int8 lm_head", W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**",
-    BRANCH: "rotquant W4A4KV4 with a low-rank branch",
+    BEST: "**rotquant W4A4KV4, `best`**", BEST8: "**rotquant W4A8KV4, `best`**",
+    ONLINE: "rotquant W4A4KV4, `best-online`",
 }  # fmt: skip
 
 

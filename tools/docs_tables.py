@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from docs_results import (
     ABSENT,
+    BEST,
+    BEST8,
     BF16,
-    BRANCH,
     HEAD8,
+    ONLINE,
     W4A4,
-    W4A8,
     W8A8,
     Compared,
     Served,
@@ -31,9 +32,9 @@ GLANCE = (
     ("full precision, bf16", "full precision", BF16, "you have the memory and the time"),
     ("`rtn`: to nearest, no rotation", "rtn", W4A4, "never: it shows what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in minutes"),
-    ("`best`, the default", "best", W4A4, "4-bit activations: within 2% of `quarot`'s speed, closer to the original"),
-    ("`best-online`", "best-online", BRANCH, "quality counts more than speed: thin 16-bit matrices join linears"),
-    ("`best --scheme w4a8kv4`", "w4a8kv4", W4A8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
+    ("`best`, the default", "best", BEST, "4-bit activations: within 2% of `quarot`'s speed, closer to the original"),
+    ("`best-online`", "best-online", ONLINE, "quality counts more than speed: thin 16-bit matrices join linears"),
+    ("`best --scheme w4a8kv4`", "w4a8kv4", BEST8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
 )  # fmt: skip
 
 
@@ -76,9 +77,9 @@ def headline() -> str:
         return served.run("128/64 all", form, "output_throughput")
 
     eight = [form for form in (W8A8, HEAD8) if form in served.formats]
-    alone = [milliseconds(value) for value in (token(W4A4), min(map(token, eight)), token(BF16))]
-    many = [together(W4A4), max(map(together, eight)), together(BF16)]
-    pages = served.server(W4A4, "kv_tokens") / served.server(BF16, "kv_tokens")
+    alone = [milliseconds(value) for value in (token(BEST), min(map(token, eight)), token(BF16))]
+    many = [together(BEST), max(map(together, eight)), together(BF16)]
+    pages = served.server(BEST, "kv_tokens") / served.server(BF16, "kv_tokens")
     return (
         f"A token takes {alone[0]} in W4A4KV4, {alone[1]} in vLLM's W8A8 and {alone[2]} in bf16."
         f" Sixteen requests at once get\n{many[0]:.0f}, {many[1]:.0f} and {many[2]:.0f} tokens a second."
