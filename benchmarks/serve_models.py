@@ -66,7 +66,10 @@ STANDARD_DEVIATION = 0.02
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
 # Of what `best` and `best-online` took on SmolLM2 all that costs time when served; learned R1, GPTQ and tuning do not.
 BEST = ("online.shift_norms=all", "online.shift_o=true", "activations.symmetric=false", "kv.key_feedback=true")
-TAKEN = {"best": BEST, "best-online": (*BEST, "weights.rank=32", "weights.branch=pca")}
+TAKEN = {
+    "best": BEST, "best-online": (*BEST, "weights.rank=32", "weights.branch=pca"),
+    "branch": ("weights.rank=32", "weights.branch=svd"),
+}  # fmt: skip
 FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # calibration changes values only, too
 EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
@@ -100,6 +103,7 @@ FORMATS = {
     "rotquant-w4a4kv4-best": Format("rotquant-w4a4kv4-best", ROTQUANT),
     "rotquant-w4a8kv4-best": Format("rotquant-w4a8kv4-best", ROTQUANT),
     "rotquant-w4a4kv4-best-online": Format("rotquant-w4a4kv4-best-online", ROTQUANT),
+    "rotquant-w4a4kv4-branch": Format("rotquant-w4a4kv4-branch", ROTQUANT),
 }
 DEFAULT = ("bf16", "w8a8", "w4a16", "rotquant-w4a4kv4", "rotquant-w4a8kv4")
 

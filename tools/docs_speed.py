@@ -25,9 +25,9 @@ from docs_results import (
 
 FORMATS = {
     BF16: "bf16", "float32": "float32", "w4a16": "W4A16 (vLLM)", W8A8: "W8A8 (vLLM, oneDNN)",
-    HEAD8: "W8A8 with int8 lm_head", W4A4: "**rotquant W4A4KV4**", W4A8: "**rotquant W4A8KV4**",
-    BEST: "**rotquant W4A4KV4, `best`**", BEST8: "**rotquant W4A8KV4, `best`**",
-    ONLINE: "rotquant W4A4KV4, `best-online`",
+    HEAD8: "W8A8 with int8 lm_head", W4A4: "**rotquant W4A4KV4**, `quarot`", W4A8: "**rotquant W4A8KV4**, `quarot`",
+    BEST: "**rotquant W4A4KV4**, `best`", BEST8: "**rotquant W4A8KV4**, `best`",
+    ONLINE: "**rotquant W4A4KV4**, `best-online`",
 }  # fmt: skip
 
 

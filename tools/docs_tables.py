@@ -32,7 +32,7 @@ GLANCE = (
     ("full precision, bf16", "full precision", BF16, "you have the memory and the time"),
     ("`rtn`: to nearest, no rotation", "rtn", W4A4, "never: it shows what rotations repair"),
     ("`quarot`", "quarot", W4A4, "you want a result in minutes"),
-    ("`best`, the default", "best", BEST, "4-bit activations: within 2% of `quarot`'s speed, closer to the original"),
+    ("`best`, the default", "best", BEST, "4-bit activations: a little slower than `quarot`, closer to the original"),
     ("`best-online`", "best-online", ONLINE, "quality counts more than speed: thin 16-bit matrices join linears"),
     ("`best --scheme w4a8kv4`", "w4a8kv4", BEST8, "there are no int4 tensor cores: CPUs, H100 and later GPUs"),
 )  # fmt: skip
