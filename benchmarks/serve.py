@@ -11,10 +11,9 @@ a `vllm serve` process of its own, with the same flags and threads; stock format
 request: float32, another baseline where a CPU has no bf16 instructions (avx512_bf16, amx_bf16); w8a8-head8,
 whose lm_head is int8 as rotquant's is, while w8a8 and w4a16 keep it in bf16, as is usual; bf16-fp8kv; and
 rotquant's two as `best` makes them (-best), with shifts, asymmetric activations and error feedback of keys,
-or as `best-online` does (-best-online), with a low-rank branch of the inputs besides; and with nothing but a
-branch, of the weights (-branch). A round starts every format once (A B C A B C ...), so that a machine whose
-speed drifts is unkind to all alike; with --together all are up at once and a round takes minutes. The tables
-hold medians over the rounds.
+or as `best-online` does (-best-online), with a low-rank branch of the inputs besides. A round starts every
+format once (A B C A B C ...), so that a machine whose speed drifts is unkind to all alike; with --together
+all are up at once and a round takes minutes. The tables hold medians over the rounds.
 
 Results are written after every step: run the same command again to go on where it stopped. Tables go to
 stdout, progress to stderr; next to the JSON file lie the same tables (.md) and the plots (.svg, .png).

@@ -29,6 +29,7 @@ from rotquant.common.progress import Progress, say
 from rotquant.data import DATA
 from rotquant.models import Names, expected_shapes
 from rotquant.pipeline import quantize
+from rotquant.recipes import load_recipe
 from rotquant.weights import rtn
 from rotquant_kernels.formats import WeightFormat
 
@@ -64,12 +65,9 @@ COMMON: dict[str, Any] = {
 STANDARD_DEVIATION = 0.02
 # rotquant's recipe, made cheap: GPTQ changes the values of the weights, not their speed.
 CHEAP = ("weights.method=rtn", "weights.clip_search=false", "lm_head.bits=8")
-# Of what `best` and `best-online` took on SmolLM2 all that costs time when served; learned R1, GPTQ and tuning do not.
-BEST = ("online.shift_norms=all", "online.shift_o=true", "activations.symmetric=false", "kv.key_feedback=true")
-TAKEN = {
-    "best": BEST, "best-online": (*BEST, "weights.rank=32", "weights.branch=pca"),
-    "branch": ("weights.rank=32", "weights.branch=svd"),
-}  # fmt: skip
+# Of the candidates that recipes took on SmolLM2 those that cost time when served; learned R1, GPTQ and tuning do not.
+BEST = ("shifts", "asymmetric activations", "keys with error feedback")
+TAKEN = {"best": BEST, "best-online": (*BEST, "low-rank branch of the inputs")}
 FEW: dict[str, Any] = {"samples": 2, "seq_len": 256}  # calibration changes values only, too
 EMBEDDING, LM_HEAD = Names().embedding, Names().head
 LM_HEAD_MODULE = LM_HEAD.removesuffix(".weight")
@@ -103,7 +101,6 @@ FORMATS = {
     "rotquant-w4a4kv4-best": Format("rotquant-w4a4kv4-best", ROTQUANT),
     "rotquant-w4a8kv4-best": Format("rotquant-w4a8kv4-best", ROTQUANT),
     "rotquant-w4a4kv4-best-online": Format("rotquant-w4a4kv4-best-online", ROTQUANT),
-    "rotquant-w4a4kv4-branch": Format("rotquant-w4a4kv4-branch", ROTQUANT),
 }
 DEFAULT = ("bf16", "w8a8", "w4a16", "rotquant-w4a4kv4", "rotquant-w4a8kv4")
 
@@ -133,10 +130,16 @@ def prepare(work: Path, shape: str | None, model: str | None, variant: str) -> t
             _renamed(output, lambda partial: write_rounded(base, variant, partial))
         else:
             bits = ("activations.bits=8", "activations.clip=1.0") if "w4a8" in variant else ("activations.bits=4",)
-            settings = [*CHEAP, *bits, *TAKEN.get(variant.partition("kv4-")[2], ())]
+            settings = [*CHEAP, *bits, *taken(variant.partition("kv4-")[2])]
             quantize(str(base), output, recipe="quarot", settings=settings, resume=True, **FEW)
         note.write_text(f"{time.monotonic() - started:.1f}\n")
     return output, float(note.read_text()) if note.exists() else 0.0
+
+
+def taken(recipe: str) -> list[str]:
+    """What the candidates set that TAKEN names of a recipe, as `key=value`; nothing for a recipe that is not in it."""
+    choose = load_recipe(recipe).choose if recipe in TAKEN else None
+    return [f"{k}={v}" for name in TAKEN[recipe] for k, v in choose.candidates[name].items()] if choose else []
 
 
 def size_on_disk(folder: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from docs_results import ROOT, Compared, Served, milliseconds
+from docs_results import BEST, BEST8, BF16, HEAD8, ROOT, W8A8, Compared, Served, milliseconds
 from rotquant.recipes.schemes import SCHEMES
 
 FILE = ROOT / "docs" / "figures" / "glance.svg"
@@ -39,8 +39,7 @@ def panels() -> list[tuple[str, tuple[str, str], list[Bar]]]:
             shown = f"best, {label}" if label in SCHEMES else label
             quality.append(Bar(shown, value, f"{value:.2f}", True))
     formats = {
-        "bf16": "bf16", "W4A16": "w4a16", "W8A8": "w8a8", "W8A8, int8 head": "w8a8-head8",
-        "W4A4KV4": "rotquant-w4a4kv4-best", "W4A8KV4": "rotquant-w4a8kv4-best",
+        "bf16": BF16, "W4A16": "w4a16", "W8A8": W8A8, "W8A8, int8 head": HEAD8, "W4A4KV4": BEST, "W4A8KV4": BEST8,
     }  # fmt: skip
     speed, pages = [], []
     for label, form in formats.items():

@@ -32,7 +32,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
         "LD_PRELOAD": " ".join(map(str, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "ROTQUANT_EXAMPLES": "4",
+        "ROTQUANT_EXAMPLES": "8",
     }
     names = ("test_linear_native.py", "test_kv4_native.py", "test_experts.py", "test_stages.py")
     files = [str(HERE / name) for name in names]

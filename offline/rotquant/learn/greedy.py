@@ -81,7 +81,7 @@ def greedy_stages(
 def greedy_rotation(x: Tensor, block: int, step: Step, rounds: int, form: RowFormat) -> Tensor:
     """The product R float64 [B, B] of the first steps, as many of `rounds` as make x (I ⊗ R) easiest to round.
 
-    The tokens turned so far are float32: they only choose the next step, and R does not depend on their rounding.
+    The tokens turned so far are float32: they only choose the next step, which is orthogonal in float64 whatever it is.
 
     Args:
         x: float [n, K]; step: block vectors [m, B] to an orthogonal matrix float64 [B, B].
