@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -122,7 +123,9 @@ def tuned_windows(recipe: Recipe, length: int) -> int:
     """How many windows of `length` tokens tuning takes, if the recipe tunes or may: each step new ones, where there
     are as many."""
     tuning = recipe.tune or (recipe.choose and recipe.choose.tuning)
-    return tuning.steps * tuning.windows(length) if tuning else 0
+    if not tuning:
+        return 0
+    return math.ceil(tuning.steps * tuning.windows(length) / (length // tuning.length(length)))
 
 
 def check_shapes(recipe: Recipe, arch: Architecture) -> None:
@@ -269,10 +272,12 @@ def tuner(run: Run) -> Job:
     job, calibrated = learner(run), run.calibrated
     assert calibrated is not None
     every = job.tokens if calibrated.more is None else torch.cat((job.tokens, calibrated.more))
-    drawn = torch.randperm(len(every), generator=generator(run.seed, "tuned windows"))
-    tuning, length = run.recipe.tune, every.shape[1]
+    tuning, whole = run.recipe.tune, every.shape[1]
     assert tuning is not None
-    return replace(job, tokens=every[drawn[: tuned_windows(run.recipe, length)], : tuning.length(length)])
+    length = tuning.length(whole)
+    cut = every[:, : whole // length * length].reshape(-1, length)
+    drawn = torch.randperm(len(cut), generator=generator(run.seed, "tuned windows"))
+    return replace(job, tokens=cut[drawn[: tuning.steps * tuning.windows(whole)]])
 
 
 def learner(run: Run) -> Job:

@@ -93,7 +93,8 @@ class Tuning(Part):
         "scales", "gains", "clips",
     ]  # fmt: skip
     steps: int = Field(default=100, ge=1)
-    tokens: int = Field(default=1024, ge=1, description="a step, of one window that is cut or of several")
+    tokens: int = Field(default=1024, ge=1, description="a step, of several windows or of a part of one")
+    window: int = Field(default=512, ge=1, description="tokens, at most: longer windows are cut into such")
     scale_lr: float = Field(default=2e-3, gt=0, description="of the logarithms of weight scales")
     gain_lr: float = Field(default=3e-3, gt=0, description="of norm gains, and of a low-rank branch, relative")
     clip_lr: float = Field(default=1e-2, gt=0, description="of clip ratios, behind a sigmoid")
@@ -101,13 +102,14 @@ class Tuning(Part):
         default=4.0, ge=0, description="weight of the KL of routers' probabilities, mean of the layers with experts"
     )
 
-    def windows(self, seq_len: int) -> int:
-        """Of so many tokens, a step: long windows are fewer, so that a step costs the same."""
-        return max(1, self.tokens // seq_len)
-
     def length(self, seq_len: int) -> int:
-        """Tokens of a window of so many that a step takes, from its first on."""
-        return min(self.tokens, seq_len)
+        """Tokens that tuning's windows have, into which those of the calibration are cut: of a step's tokens, more
+        contexts tell more than long ones."""
+        return min(self.window, self.tokens, seq_len)
+
+    def windows(self, seq_len: int) -> int:
+        """Of these a step."""
+        return self.tokens // self.length(seq_len)
 
     def without_clips(self) -> Tuning | None:
         """The same for a checkpoint that can hold no clip ratio; None where nothing else is tuned."""

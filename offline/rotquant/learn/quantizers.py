@@ -123,7 +123,7 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         x, scale, out, inside = ctx.saved_tensors
-        grad_x = grad * inside
+        grad_x = torch.where(inside, grad, 0.0)  # a product with booleans takes three times as long
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
             change = (grad * out).addcmul_(grad_x, x, value=-1)

@@ -99,6 +99,17 @@ def test_a_step_takes_as_many_tokens_of_long_windows(tmp_path: Path) -> None:
         assert tuner(run).tokens.shape == shape
 
 
+def test_long_windows_are_cut_into_windows_of_which_none_is_left_out(tmp_path: Path) -> None:
+    source = source_model(tmp_path / "model", "qwen3")
+    settings = ("tune={steps: 8, tokens: 16, window: 8}",)
+    run = prepare(str(source), Settings("quarot", settings, samples=4, seq_len=32))
+    assert run.calibrated is not None
+    assert run.calibrated.more is None
+    found, every = tuner(run).tokens.tolist(), run.calibrated.tokens.view(16, 8).tolist()
+    assert sorted(found) == sorted(every)
+    assert found != every
+
+
 def test_adapters_are_turned_for_the_gains_as_they_were_tuned(tmp_path: Path) -> None:
     source = source_model(tmp_path / "model", "qwen3")
     settings = ("tune={steps: 2, learns: [gains], gain_lr: 0.2}", "weights.bits=8")
