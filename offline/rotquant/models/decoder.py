@@ -37,7 +37,7 @@ Linear = Callable[[str, Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # all [..., T, heads, d]
 Rounding = Callable[[Tensor], Tensor]
 
-QUERIES = 256  # whose attention is computed at a time, where all of it is looked at
+QUERIES = 128  # whose attention is computed at a time, where all of it is looked at
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -121,14 +121,16 @@ class Decoder:
         query, _ = self.query_and_gate(linear(attention.query, x1), attention)
         query, key = self.behind_rope(tensors, query, linear(attention.key, x1), attention)
         steps, heads = query.shape[:2]
-        hidden = ~visible(steps, attention.window, x1.device)
-        total = torch.zeros(steps, device=x1.device)
+        query, key = (query * attention.scale).transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous()
+        hidden, shared = ~visible(steps, attention.window, x1.device), heads // len(key)
+        total, each = torch.zeros(steps, device=x1.device), torch.ones(QUERIES, device=x1.device)
         for start in range(0, steps, QUERIES):  # which later tokens get nothing from
             some, end = slice(start, start + QUERIES), min(start + QUERIES, steps)
+            first = 0 if attention.window else start  # that one of these queries may not see
             for head in range(heads):
-                scores = query[some, head] @ key[:end, head // (heads // key.shape[1])].mT * attention.scale
-                scores = capped(scores, attention.cap).masked_fill_(hidden[some, :end], float("-inf"))
-                total[:end] += scores.softmax(-1).sum(0)
+                scores = capped(query[head, some] @ key[head // shared, :end].mT, attention.cap)
+                scores[:, first:].masked_fill_(hidden[some, first:end], float("-inf"))
+                total[:end] += each[: len(scores)] @ scores.softmax(-1)
         return total / heads
 
     def rotary(self, x: Tensor, attention: Attention) -> Tensor:

@@ -313,7 +313,7 @@ def test_effort_adds_the_thorough_ones() -> None:
     assert usual.chooses
     assert len(thorough.possible) > len(usual.possible) == len(half.possible) > 1
     tunings = [found.choose.tuning for found in (none, half, usual, thorough) if found.choose]
-    assert [tuning and tuning.steps for tuning in tunings] == [None, 12, 24, 48]
+    assert [tuning and tuning.steps for tuning in tunings] == [None, 16, 32, 64]
 
 
 def test_half_the_effort_is_half_the_tokens(model: Path) -> None:
