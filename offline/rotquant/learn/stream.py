@@ -67,7 +67,7 @@ def spread(tokens: Tensor, samples: int, longest: int | None = None) -> Tensor:
     return tokens[torch.arange(samples) * len(tokens) // samples, :longest]
 
 
-SAMPLED = 512  # tokens of a window that samples of rows, trials (`choose`) and a step of `tune` look at, at most
+SAMPLED = 512  # tokens of a window that samples of rows, and trials (`choose`), look at, at most
 ROWS = 4096  # tokens of an expert computed at a time
 KEPT = 256  # of those that pass through an expert are sampled
 
