@@ -164,18 +164,21 @@ def in_another_stage(model: torch.nn.Module, name: str) -> bool:
 
 
 def mark_unfilled(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Fills the model's own parameters with NaN and returns them by name.
+    """Fills the model's own parameters with NaN and returns them by name, in the order of its layers.
 
-    Not those that are NaN already, which the method of their layer checks, nor those of attention layers: scales of
-    another KV cache, which checkpoints may leave out.
+    Whatever memory held before, NaN included. Not those that the method of their layer declared, which checks them
+    itself, nor those of attention layers: scales of another KV cache, which checkpoints may leave out.
     """
     found: dict[str, Tensor] = {}
+    checked: set[str] = set()
     with torch.no_grad():
         for name, module in model.named_modules():
+            method = getattr(module, "quant_method", None)
+            checked.update(f"{name}.{leaf}" for leaf in getattr(method, "declared", ()))
             if isinstance(module, compat.Attention):
                 continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and parameter.numel() and not parameter.flatten()[0].isnan():
+            for leaf, parameter in module.named_parameters(name, recurse=False):
+                if parameter.is_floating_point() and parameter.numel() and leaf not in checked:
                     parameter.fill_(torch.nan)
-                    found[f"{name}.{leaf}"] = parameter
+                    found[leaf] = parameter
     return found

@@ -66,7 +66,7 @@ class RotQuantLinearMethod(compat.LinearMethodBase):
             self._check_one_piece(sum(self.parts), output_size)
         self.span = slice(first, first + inputs)
         self.declare(layer)
-        self.names = tuple(name for name, _ in layer.named_parameters())
+        self.declared = tuple(name for name, _ in layer.named_parameters())
         self.collector.expect(layer)
 
     def declare(self, layer: torch.nn.Module) -> None:

@@ -49,7 +49,7 @@ class Reload:
         self.model = weakref.ref(model)
         for layer in self.collector.linears:
             method = layer.quant_method
-            for name in method.names:
+            for name in method.declared:
                 give_entry(layer, name, self.entry(layer, name, f"{method.prefix}.{name}"))
             modules = [*layer.modules(), *([method.norm] if method.norm is not None else [])]
             for module in modules:

@@ -237,6 +237,16 @@ def load_only(folder: Path, **options: Any) -> None:
     loaded_log(folder, **options)
 
 
+@contextlib.contextmanager
+def empty_is_nan() -> Iterator[None]:
+    """Memory that nobody filled holds NaN, as it does now and then anyway."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which is what fills it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def loaded_log(folder: Path, **options: Any) -> str:
     """`load_only`; gives vLLM's log."""
     from vllm.config import set_current_vllm_config
@@ -246,7 +256,7 @@ def loaded_log(folder: Path, **options: Any) -> str:
     config = engine_config(folder, **options)
     # vLLM's CPU worker replaces what needs an accelerator.
     cache = mock.patch.object(torch.accelerator, "empty_cache")
-    with captured_log() as log, set_current_vllm_config(config), cache:
+    with captured_log() as log, set_current_vllm_config(config), cache, empty_is_nan():
         if not torch.distributed.is_initialized():
             store = Path(tempfile.mkdtemp()) / "store"
             init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
