@@ -2,7 +2,8 @@
 
 vLLM's models skip a tensor that they have no place for (a bias of a layer that is built without one), and a parameter
 that no tensor came for keeps whatever memory held; neither is said. So the model's `load_weights` is watched, whatever
-loader calls it: a tensor that no operation read was dropped, and a parameter that is still NaN was not filled.
+loader calls it: a tensor that no operation read was dropped, and a parameter that is still NaN was not filled. In a
+reload (`reload`) the latter is seen at its end, which several calls may lead to.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ class Intake:
             self._active = False
         self.seen = True
         watch.finish()
-        for name, parameter in unfilled.items():
-            if parameter.isnan().any():
-                raise RotQuantError(f"{name} is missing from the checkpoint; vLLM's model has this parameter")
+        check_filled(unfilled)
         return loaded
 
 
@@ -164,10 +163,11 @@ def in_another_stage(model: torch.nn.Module, name: str) -> bool:
 
 
 def mark_unfilled(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Fills the model's own parameters with NaN and returns them by name, in the order of its layers.
+    """Fills what a checkpoint holds for the model itself with NaN and returns it by name, in the order of its layers.
 
-    Whatever memory held before, NaN included. Not those that the method of their layer declared, which checks them
-    itself, nor those of attention layers: scales of another KV cache, which checkpoints may leave out.
+    These are its parameters and the buffers that it would save. Not those that the method of their layer declared,
+    which checks them itself, nor those of attention layers: scales of another KV cache, which checkpoints may leave
+    out.
     """
     found: dict[str, Tensor] = {}
     checked: set[str] = set()
@@ -177,8 +177,17 @@ def mark_unfilled(model: torch.nn.Module) -> dict[str, Tensor]:
             checked.update(f"{name}.{leaf}" for leaf in getattr(method, "declared", ()))
             if isinstance(module, compat.Attention):
                 continue
-            for leaf, parameter in module.named_parameters(name, recurse=False):
-                if parameter.is_floating_point() and parameter.numel() and leaf not in checked:
-                    parameter.fill_(torch.nan)
-                    found[leaf] = parameter
+            buffers = {leaf: t for leaf, t in module._buffers.items() if leaf not in module._non_persistent_buffers_set}
+            for leaf, tensor in (module._parameters | buffers).items():
+                whole = f"{name}.{leaf}" if name else leaf
+                if tensor is not None and tensor.is_floating_point() and tensor.numel() and whole not in checked:
+                    tensor.fill_(torch.nan)
+                    found[whole] = tensor
     return found
+
+
+def check_filled(unfilled: dict[str, Tensor]) -> None:
+    """Refuses what still holds NaN of `mark_unfilled`."""
+    for name, tensor in unfilled.items():
+        if tensor.isnan().any():
+            raise RotQuantError(f"{name} is missing from the checkpoint; vLLM's model has this tensor")

@@ -25,6 +25,7 @@ from torch.nn import Module, Parameter
 from rotquant.errors import RotQuantError
 from vllm_rotquant import compat
 from vllm_rotquant.collector import Collector
+from vllm_rotquant.intake import check_filled, mark_unfilled
 from vllm_rotquant.origin import Origin
 
 # What differs from one quantization run to the next, or is no setting.
@@ -38,6 +39,7 @@ class Reload:
         """`check` runs the proof on what was collected."""
         self.collector, self.check = collector, check
         self.staged: dict[Module, Module] = {}  # for each layer what it is loaded into
+        self.unfilled: dict[str, Tensor] = {}  # what other modules of the model have yet to get
         self.model: Callable[[], Module | None] = lambda: None
         self.served = compat.origin()
         self.settings = settings_of(self.served())
@@ -96,6 +98,8 @@ class Reload:
                 layer.quant_method.dummy = False
                 layer.quant_method.declare(stage)
         self.block()
+        model: Any = self.model()
+        self.unfilled = mark_unfilled(model)
 
     def end(self) -> None:
         """Brings the new weights into service.
@@ -106,6 +110,8 @@ class Reload:
         if not self.staged:
             return
         staged, self.staged = self.staged, {}
+        unfilled, self.unfilled = self.unfilled, {}
+        check_filled(unfilled)
         for layer, stage in staged.items():
             layer.quant_method.check_loaded(stage)  # type: ignore[operator,union-attr]
         with self.collector.again([*staged, *self._layers(compat.Attention)]):

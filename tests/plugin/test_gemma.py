@@ -12,7 +12,9 @@ import torch
 
 import ranks
 import vllm_serving as serving
+from checkpoints import without
 from child import Child
+from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
 from source_models import VOCABULARY, source_model
 from torch_engine import check_text
@@ -63,6 +65,13 @@ def test_gemma4_is_served_as_it_is_measured(child: Child, gemma4: Path) -> None:
     served = served_as_measured(child, gemma4)
     assert "pages of one size leave up to 6.8% of one idle" in served.log
     assert "kv cache group sizes (32, 64)" in served.log
+
+
+def test_a_factor_is_not_left_at_one(child: Child, gemma4: Path, tmp_path: Path) -> None:
+    """vLLM has it as a buffer, whose 1 would be served where the checkpoint has none."""
+    name = "model.layers.1.layer_scalar"
+    with pytest.raises(RotQuantError, match=f"{name} is missing from the checkpoint"):
+        child(serving.load_only, without(gemma4, tmp_path / "cut", name))
 
 
 def test_a_stage_without_one_kind_of_attention(child: Child, gemma4: Path) -> None:

@@ -15,7 +15,9 @@ import torch
 import hybrid_serving
 import ranks
 import rotquant
+import vllm_reload
 import vllm_serving as serving
+from checkpoints import without
 from child import Child, child_process
 from rotquant.errors import RotQuantError
 from rotquant.pipeline import quantize
@@ -127,6 +129,14 @@ def test_a_stage_of_one_kind_of_layer(child: Child, made: Path) -> None:
     assert "in_proj_qkvz" not in rows(second)
     assert "linear attention" not in second
     assert re.search(r"attention +1 .* KV4", second)
+
+
+def test_a_module_that_is_loaded_in_part_is_missing_the_rest(child: Child, made: Path, tmp_path: Path) -> None:
+    """vLLM makes its tensors anew for a reload and takes what memory held for the one that does not come."""
+    name = "model.layers.0.linear_attn.dt_bias"
+    cut = without(made, tmp_path / "cut", name)
+    said = child(vllm_reload.refusal_of_reload, made, cut, **hybrid_serving.OPTIONS)
+    assert f"{name} is missing from the checkpoint" in said
 
 
 def test_what_would_end_the_server_at_its_first_request_is_refused(child: Child, made: Path) -> None:

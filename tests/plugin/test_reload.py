@@ -19,20 +19,31 @@ from online_extras import everything
 pytestmark = pytest.mark.vllm
 
 PROMPTS = prompts((7, 33))
+MISSING = "model.layers.0.mlp.down_proj.weight_packed"
 SPECS = {
     # A stored R4, low rank, shifts, an int8 lm_head; then biases, and norms that quantize, as on a GPU.
-    "everything": (Spec(r4="dense", extras=everything(), int8_head=True), ""),
-    "norms quantize": (Spec(architecture="qwen2", symmetric=False, layers=1), "norms quantize"),
-}
-MISSING = "model.layers.0.mlp.down_proj.weight_packed"
+    "everything": (
+        Spec(r4="dense", extras=everything(), int8_head=True), "",
+        {MISSING: f"{MISSING} is missing from the checkpoint .256 of 256 rows"},
+    ),
+    "norms quantize": (
+        Spec(architecture="qwen2", symmetric=False, layers=1), "norms quantize",
+        {
+            MISSING: f"{MISSING} is missing from the checkpoint .256 of 256 rows",
+            "model.norm.weight": "model.norm.weight is missing",
+            "model.layers.0.input_layernorm.weight": "model.layers.0.input_layernorm.weight is missing",
+            "model.layers.0.self_attn.k_proj.bias": "model.layers.0.self_attn.qkv_proj.bias is missing",
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_reloads(child: Child, tmp_path: Path, name: str) -> None:
-    spec, swap = SPECS[name]
+    spec, swap, missing = SPECS[name]
     a, b = (write_checkpoint(tmp_path / folder, replace(spec, seed=i)) for i, folder in enumerate("ab"))
     other = edited(b, tmp_path / "other", lambda config: config["rotquant"]["activation_clip"].update(default=0.5))
-    cut = without(b, tmp_path / "cut", MISSING)
+    cut = {tensor: without(b, tmp_path / tensor, tensor) for tensor in missing}
     fresh = child(serving.serve, b, PROMPTS, enable_prefix_caching=False, swap=swap).prompt_logprobs
     story = child(vllm_reload.reload_story, a, b, other, cut, PROMPTS, swap=swap)
 
@@ -48,8 +59,8 @@ def test_reloads(child: Child, tmp_path: Path, name: str) -> None:
     expected = {
         "other settings": r"other: rotquant.activation_clip.default of config.json is not .*old weights are still serv",
         "no reload": r"load_weights: rotquant's layers take new weights only in a reload.*collective_rpc",
-        "a tensor is missing": rf"{MISSING} is missing from the checkpoint .256 of 256 rows",
         "a mixture": r"has not finished, so it is a mixture of two checkpoints: reload",
+        **missing,
     }
     assert story.refused.keys() == expected.keys()
     assert all(re.search(message, story.refused[step]) for step, message in expected.items()), story.refused

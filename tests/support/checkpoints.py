@@ -255,9 +255,14 @@ def edited(source: Path, folder: Path, change: Callable[[dict[str, Any]], object
 def without(source: Path, folder: Path, name: str) -> Path:
     """A copy of the checkpoint `source` without the tensor `name`."""
     shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        content = json.loads(index.read_text())
+        file = folder / content["weight_map"].pop(name)
+        index.write_text(json.dumps(content))
+    tensors = load_file(file)
     del tensors[name]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ class Story:
 class Teller:
     """A server in this process, and what happens to it."""
 
-    def __init__(self, folder: Path, prompts: list[list[int]]) -> None:
+    def __init__(self, folder: Path, prompts: list[list[int]], **more: Any) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        options: Any = DEFAULTS | {"enable_prefix_caching": False}
+        options: Any = DEFAULTS | {"enable_prefix_caching": False} | more
         self.llm, self.prompts, self.story = LLM(str(folder), **options), prompts, Story()
 
     def serve(self, step: str) -> None:
@@ -56,7 +57,7 @@ class Teller:
         except RotQuantError as error:
             self.story.refused[step] = str(error)
 
-    def tell(self, b: Path, other: Path, cut: Path, tensors: dict[str, Tensor]) -> Story:
+    def tell(self, b: Path, other: Path, cut: dict[str, Path], tensors: dict[str, Tensor]) -> Story:
         self.serve("a")
         self.on_model(forget_weights)
         self.reload()
@@ -66,7 +67,8 @@ class Teller:
         self.refused("other settings", lambda: self.reload(weights_path=str(other)))
         self.refused("no reload", lambda: self.on_model(lambda model: model.load_weights(tensors.items())))
         self.serve("b still")
-        self.refused("a tensor is missing", lambda: self.reload(weights_path=str(cut)))
+        for name, folder in cut.items():
+            self.refused(name, partial(self.reload, weights_path=str(folder)))
         self.refused("a mixture", lambda: self.on_model(lambda model: model.compute_logits(None)))
         self.reload(weights_path=str(b))
         self.reload(weights_iterator=reversed(tensors.items()))
@@ -80,11 +82,13 @@ def forget_weights(model: Any) -> None:
         parameter.data.fill_(0x55)
 
 
-def reload_story(a: Path, b: Path, other: Path, cut: Path, prompts: list[list[int]], swap: str = "") -> Story:
+def reload_story(
+    a: Path, b: Path, other: Path, cut: dict[str, Path], prompts: list[list[int]], swap: str = ""
+) -> Story:
     """Serves `a`; reloads it, then `b` of the same settings; tries what must not work; ends with `a` once more.
 
     Args:
-        other: of other settings; cut: lacks a tensor.
+        other: of other settings; cut: each lacks the tensor that it is named after.
         swap: see `swapped`.
     """
     tensors = load_file(a / "model.safetensors")
@@ -95,6 +99,17 @@ def reload_story(a: Path, b: Path, other: Path, cut: Path, prompts: list[list[in
             tear_down()
     story.proofs = sum("rotquant start-up check" in line for line in log)
     return story
+
+
+def refusal_of_reload(folder: Path, cut: Path, **options: Any) -> str:
+    """What a server of `folder` says to a reload of `cut`."""
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            teller = Teller(folder, [], **options)
+            teller.refused("cut", lambda: teller.reload(weights_path=str(cut)))
+        finally:
+            tear_down()
+    return teller.story.refused.get("cut", "")
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

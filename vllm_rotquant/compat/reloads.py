@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
@@ -35,11 +37,26 @@ def outermost(module: torch.nn.Module) -> torch.nn.Module | None:
     return next((model for model in LAYERWISE_INFO if any(part is module for part in model.modules())), None)
 
 
+class _NanDevice(TorchFunctionMode):
+    """Stands for the device on which vLLM makes the tensors of a module anew: what nobody fills holds NaN."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.empty_strided:
+            return function(*args, **(kwargs or {}))
+        made = function(*args, **{"device": self.device} | (kwargs or {}))
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+
 def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> None:
     """Has vLLM call `begin` before it takes a model apart to reload its weights, and `end` when it is done.
 
-    vLLM goes through all modules twice, the model itself first: to ask whether they are taken apart already, and to
-    put them together, attention last.
+    Tensors that vLLM makes anew in between hold NaN where nothing is loaded into them. It goes through all modules
+    twice, the model itself first: to ask whether they are taken apart already, and to put them together, attention
+    last.
     """
 
     class First(LayerReloadingInfo):
@@ -53,6 +70,8 @@ def watch_reloads(model: torch.nn.Module, begin: Callable[[], None], end: Callab
             super().reset()
             end()
 
+    for known in [LAYERWISE_INFO[module] for module in model.modules() if module in LAYERWISE_INFO]:
+        known.restore_device = _NanDevice(known.restore_device)  # type: ignore[assignment]
     attention = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
     for module, kind in ((model, First), (attention[-1], Last)) if attention else ():
         known = LAYERWISE_INFO[module]
