@@ -129,14 +129,21 @@ def test_learning_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert first == second
 
 
-def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch):
-    """Stopped again and again inside its loops, a run does no pass twice and gives the same bytes."""
-    folder = sized("llama", tmp_path / "m", head_dim=32)
-    loops = [
-        *("learn.surrogate.optimiser=qr", "learn.surrogate.steps=5", "learn.surrogate.polish=3", "rotations.r2=klt"),
+LOOPS = [
+    # R1 by gradients, two layers, end to end; R1 by alternation.
+    (
+        *("learn.surrogate.optimiser=qr", "learn.surrogate.steps=5", "rotations.r2=klt"),
         *("learn.blockwise.epochs=2", "learn.blockwise.learns=[s_norms,act_clip,weight_clip,r2]"),
         *("learn.end_to_end.steps=4", "learn.end_to_end.batch=1", "learn.end_to_end.learns=[r1,s_ud,kv_clip]"),
-    ]
+    ),
+    ("learn.surrogate.optimiser=procrustes", "learn.surrogate.steps=5", "learn.surrogate.polish=3"),
+]
+
+
+@pytest.mark.parametrize(("loops", "count"), [(LOOPS[0], 4), (LOOPS[1], 1)], ids=["gradients", "procrustes"])
+def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch, loops, count):
+    """Stopped again and again inside its loops, a run does no pass twice and gives the same bytes."""
+    folder = sized("llama", tmp_path / "m", head_dim=32)
     run = partial(quantize, str(folder), recipe="quarot", settings=loops, **QUICK)
     passes, stops, save = [], False, Slot.save
 
@@ -148,7 +155,7 @@ def test_every_loop_goes_on_from_its_snapshot(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Slot, "save", counted)
     whole, expected = run(tmp_path / "whole"), list(passes)
-    assert len({step for step, _ in expected}) == 5  # R1 by gradients and by alternation, two layers, end to end
+    assert len({step for step, _ in expected}) == count
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SECONDS", 0)
     monkeypatch.setattr("rotquant.checkpoint.journal.SNAPSHOT_SHARE", float("inf"))
     passes.clear()
@@ -196,7 +203,9 @@ def test_every_pair_of_objective_and_optimiser_learns_or_is_refused(objective, o
         with pytest.raises(RotQuantError, match=f"optimiser {optimiser} cannot learn objective {objective}: take "):
             load_recipe("quarot", chosen)
         return
-    options = load_recipe("quarot", [*chosen, "learn.surrogate.polish=1"]).learn.surrogate
+    if optimiser == "procrustes":
+        chosen.append("learn.surrogate.polish=1")
+    options = load_recipe("quarot", chosen).learn.surrogate
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     found = surrogate(rows, torch.eye(16, dtype=torch.float64), options, quantizer)
     assert torch.allclose(found.mT @ found, torch.eye(16, dtype=torch.float64), atol=1e-4)

@@ -28,7 +28,7 @@ from rotquant_kernels.native import cache_root
 
 FEWER = """{
     learned R1: {learn.surrogate:
-        {targets: [r1], objective: quantization_error, optimiser: qr, steps: 60, polish: 5, windows: 4}}}"""
+        {targets: [r1], objective: quantization_error, optimiser: qr, steps: 60, windows: 4}}}"""
 HELDOUT = rotquant.service.demo.SMOLLM2.heldout
 
 

@@ -22,7 +22,9 @@ class Surrogate(Part):
     objective: Literal["quantization_error", "clip", "corner", "whip", "kurtosis"] = "quantization_error"
     optimiser: Literal["procrustes", "qr", "adam"] = "procrustes"
     steps: int = Field(default=100, ge=1)
-    polish: int = Field(default=0, ge=0, description="quantization_error steps of Procrustes after the objective's own")
+    polish: int = Field(
+        default=0, ge=0, description="of procrustes: steps of quantization_error behind the objective's"
+    )
     lr: float = Field(default=0.01, gt=0)
     massive_weight: float = Field(default=1.0, gt=0, description="DFRot's gamma: weight of massive tokens, squared")
     rows: int = Field(default=16384, ge=64, description="tokens kept for R1, spread over all sites")
@@ -30,10 +32,12 @@ class Surrogate(Part):
 
     @model_validator(mode="after")
     def _pair(self) -> Surrogate:
-        """An optimiser that serves the objective."""
+        """An optimiser that serves the objective, and the polish."""
         if self.objective not in SERVES[self.optimiser]:
             fitting = " or ".join(name for name, objectives in SERVES.items() if self.objective in objectives)
             raise ValueError(f"optimiser {self.optimiser} cannot learn objective {self.objective}: take {fitting}")
+        if self.polish and self.optimiser != "procrustes":
+            raise ValueError(f"polish: optimiser {self.optimiser} has none, only procrustes does")
         return self
 
 

@@ -31,7 +31,7 @@ from rotquant_kernels.formats import RowFormat
 
 BATCH = 2048
 MORE = 4  # rows that tell leading directions for one that R1 is learned from: fewer would take too much of themselves
-R1_STEPS = ROWS, GRADIENTS, ALTERNATION = "rows of r1", "r1 by gradients", "r1 by alternation"
+R1_STEPS = ROWS, STEPS = "rows of r1", "steps of r1"
 
 
 def learn_r1(job: Job, journal: Journal | Scope) -> dict[str, Tensor]:
@@ -45,11 +45,10 @@ def learn_r1(job: Job, journal: Journal | Scope) -> dict[str, Tensor]:
         r1 = equal_variances(reading_covariance(job))
     if options is not None and "r1" in options.targets:
         rows = residual_rows(job, options, journal)
-        slots = [Slot(journal, step) for step in (GRADIENTS, ALTERNATION)]
-        done, total = sum(slot.done for slot in slots), options.steps + options.polish
-        with Progress("R1: step", total, done, short=True) as progress:
-            loops = [Loop(slot, progress.step) for slot in slots]
-            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations.rows, *loops)
+        slot = Slot(journal, STEPS)
+        with Progress("R1: step", options.steps + options.polish, slot.done, short=True) as progress:
+            loop = Loop(slot, progress.step)
+            r1 = surrogate(rows.to(job.device), r1, options, job.recipe.activations.rows, loop)
     job.transforms.r1 = Dense(r1)
     return {"r1": r1}
 
@@ -94,17 +93,10 @@ def reading_covariance(job: Job) -> Tensor:
     return covariance(rows())
 
 
-def surrogate(
-    rows: Tensor,
-    rotation: Tensor,
-    options: Surrogate,
-    quantizer: RowFormat,
-    gradients: Loop = ALONE,
-    alternation: Loop = ALONE,
-) -> Tensor:
+def surrogate(rows: Tensor, rotation: Tensor, options: Surrogate, quantizer: RowFormat, loop: Loop = ALONE) -> Tensor:
     """A rotation, float64 [d, d] on the CPU, that makes an objective of rows [n, d] small; see `recipe.Surrogate`.
 
-    Computed where the rows are, in one or both of two loops.
+    Computed where the rows are.
     """
     rotation = rotation.to(rows.device)
     weights = partial(procrustes.token_weights, gamma=options.massive_weight) if options.massive_weight != 1 else None
@@ -114,14 +106,13 @@ def surrogate(
 
     if options.optimiser == "procrustes":
         wanted = procrustes_targets(options, quantizer)
-        return procrustes.alternate(batches, rotation, wanted, weights, loop=alternation)[0].cpu()
+        return procrustes.alternate(batches, rotation, wanted, weights, loop=loop)[0].cpu()
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]  # a step sees rows of all sites
     objective = gradient_objective(options, quantizer)
     moved, _ = orthogonal.learn_rotation(
-        batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights, gradients
+        batches, objective, rotation.float(), options.optimiser, options.steps, options.lr, weights, loop
     )
-    polish = [partial(targets.quantized_target, rows=quantizer)] * options.polish
-    return (procrustes.alternate(batches, moved, polish, weights, loop=alternation)[0] if polish else moved).cpu()
+    return moved.cpu()
 
 
 def procrustes_targets(options: Surrogate, quantizer: RowFormat) -> list[procrustes.Target]:
