@@ -113,10 +113,11 @@ def real_model() -> str:
 # Labels of compare-llama.json and compare-qwen3.json, in the order of the table.
 TOYS = (
     "quarot", "gsr", "smoothrot", "rrs", "dfrot", "kurtail", "dartquant", "spinquant (2 windows)",
-    "ostquant (2 windows)", "best", "baseq", "flatquant", "frtq", "svd", "ruquant", "ruquant-ft", "best-online", "rtn",
+    "ostquant (2 windows)", "best (fixed)", "best", "baseq", "flatquant", "frtq", "svd", "ruquant", "ruquant-ft",
+    "best-online (fixed)", "best-online", "rtn",
 )  # fmt: skip
 PARTS = {
-    "best": "`best`", "no R4": "no R4", "RTN": "weights to nearest instead of GPTQ",
+    "best (fixed)": "`best` (fixed)", "no R4": "no R4", "RTN": "weights to nearest instead of GPTQ",
     "random R1": "R1 a random Hadamard",
     "no attention weight": "GPTQ without attention weights", "gradients only": "R1 by gradients only",
     "Procrustes only": "R1 by Procrustes only", "no R2": "no R2", "symmetric activations": "symmetric activations",
