@@ -38,6 +38,7 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
         self.block, self.form, self.prefix, self.collector = block, form, prefix, collector
         self.names = {"w1": block.gate, "w3": block.up, "w2": block.down}
         self.loaded: set[str] = set()  # of the checkpoint's tensors
+        self.declared: tuple[str, ...] = ()  # parameters of the layer
         self.ready = False
         for what, asked in compat.experts_refusals(layer, self.moe).items():
             if asked:
@@ -74,6 +75,7 @@ class RotQuantExpertsMethod(compat.FusedMoEMethodBase):
                 parameter = Parameter(data, requires_grad=False)
                 parameter.weight_loader = Loader(self, leaf)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{name}_{leaf}", parameter)
+                self.declared += (f"{name}_{leaf}",)
         for transform in self.form.down.transforms:  # vLLM asks for a tensor by its whole name
             layer.__dict__[f"w2_{transform.name}_input.weight"] = Marker(self)
         absent = set(range(self.block.count)) - set(self.here)

@@ -93,6 +93,7 @@ def of_rank(rank: int, folder: Path, options: dict[str, Any]) -> Any:
     ("name", "change", "message"),
     [
         ("weight_packed", lambda t: None, r"experts\.2\.down_proj\.weight_packed is missing from the checkpoint"),
+        ("weight_scale", lambda t: None, r"experts\.2\.down_proj\.weight_scale is missing from the checkpoint"),
         ("weight_packed", lambda t: t[:8], r"experts\.2\.down_proj\.weight_packed has shape \[8, 6\].* \[128, 6\]"),
         ("weight_scale", lambda t: t * float("nan"), r"experts\.2\.down_proj\.weight_scale holds NaN"),
         ("weight_shape", lambda t: t.flip(0), r"down_proj\.weight_shape is \[48, 128\], .* \[128, 48\]"),
