@@ -24,7 +24,7 @@ from rotquant.learn.initial import generator
 from rotquant.learn.options import Tuning
 from rotquant.learn.steps import Steps
 from rotquant.learn.stream import Job, forward, product, product_dtype
-from rotquant.learn.tuned_layer import TunedLayer
+from rotquant.learn.tuned_layer import TunedLayer, as_stored
 from rotquant.models import Tensors
 from rotquant.models.decoder import Decoder, rms_norm
 from rotquant.models.expert_tensors import each
@@ -71,7 +71,8 @@ class ServedModel:
         for layer in self.layers:
             h, router = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
             routers += [] if router is None else [router]
-        return (rms_norm(h, self.gain, arch.eps) / arch.logits_divisor).flatten(0, 1), routers
+        stored = (self.gain.detach().double() - arch.offset).to(self.job.dtype).double() + arch.offset
+        return (rms_norm(h, as_stored(self.gain, stored), arch.eps) / arch.logits_divisor).flatten(0, 1), routers
 
     def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
         rates = {

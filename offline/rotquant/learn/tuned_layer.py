@@ -111,7 +111,7 @@ class TunedLayer(nn.Module):
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """h' of h [..., T, hidden], float32; and the router's logits [N, experts], where there is one."""
-        tensors = self.fixed | {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
+        tensors = self.fixed | self._gains()
         # The linears of a site share its rounding, and what the branch of its inputs has taken off.
         seen: tuple[Tensor, str, Tensor, Tensor, Tensor | None] | None = None
         exact: Tensors = {}  # what linears in full precision make
@@ -141,7 +141,7 @@ class TunedLayer(nn.Module):
     def _product(self, name: str, x: Tensor) -> Tensor:
         """x Wᵀ in the dtype of products, as it is served; the scales as stored."""
         codes, scale = self.codes[name], self.scales[key(name)].exp()
-        scale = StraightThrough.apply(scale, scale.detach().to(self.dtype).float())
+        scale = as_stored(scale, scale.detach().to(self.dtype))
         unpack = partial(self._unpacked, name, groups=scale.shape[1])
         if scale.shape[1] == 1:  # no gradient of W is needed for that of s
             made = Unpacking.apply(x, codes, unpack) if codes.dim() == 2 else nn.functional.linear(x, codes.flatten(1))
@@ -155,11 +155,17 @@ class TunedLayer(nn.Module):
         codes = self.forms[kind.site_of[name]].unpack(packed, kind.shapes[name][1])
         return codes.to(self.compute).unflatten(1, (groups, -1))
 
-    def _low(self, name: str) -> Tensor:
-        return self._factor(name).to(self.compute)
+    def _gains(self) -> Tensors:
+        found = {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
+        return {name: self._stored(name, gain) for name, gain in found.items()}
 
-    def _factor(self, name: str) -> Tensor:
-        return self.branch[name] * self.units[name]
+    def _low(self, name: str) -> Tensor:
+        return self._stored(dotted(name), self.branch[name] * self.units[name]).to(self.compute)
+
+    def _stored(self, name: str, value: Tensor) -> Tensor:
+        """What the checkpoint holds of a tensor that moves, with the gradient of the tensor."""
+        rounded = self.decoder.kind.rounded(name, value.detach(), self.dtype)
+        return as_stored(value, rounded)
 
     def _rounded(self, site: str, y: Tensor) -> Tensor:
         rounded: Tensor = Rounded.apply(y, *self._clipped(site, self.rows[site]))
@@ -190,7 +196,7 @@ class TunedLayer(nn.Module):
         for name, log_scale in self.scales.items():
             out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
         moved = {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
-        moved |= {dotted(name): self._factor(name) for name in self.branch}
+        moved |= {dotted(name): factor * self.units[name] for name, factor in self.branch.items()}
         out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
@@ -215,6 +221,12 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
+
+
+def as_stored(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored` as float32, with the gradient of the float32 tensor that it was rounded from."""
+    made: Tensor = StraightThrough.apply(value, stored.float())
+    return made
 
 
 class Unpacking(torch.autograd.Function):
