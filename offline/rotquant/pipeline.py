@@ -40,6 +40,7 @@ from rotquant.gate import check_equivalence
 from rotquant.learn.initial import generator
 from rotquant.learn.plan import learn
 from rotquant.learn.tune import NORM, layer_of, tune
+from rotquant.learn.tuned_layer import with_gains
 from rotquant.models import Tensors
 from rotquant.models.decoder import decoders
 from rotquant.recipes.schemes import scheme_settings, target_settings
@@ -268,14 +269,15 @@ def tune_layers(run: Run, journal: Journal) -> Run:
     run = judged(run, tuned)
     transforms = deepcopy(run.transforms)
     for index in layers:
-        tensors = journal.kept(f"layer {index}") or {}
+        tensors, layer, kind = journal.kept(f"layer {index}") or {}, transforms.layers[index], run.arch.kinds[index]
         if run.recipe.tune:
+            before = tensors
             tensors, clips = layer_of(tuned, index)
             s_attn, s_mlp = tuned_scales(run, index, tensors)
-            layer = replace(transforms.layers[index], clips=clips, s_attn=s_attn, s_mlp=s_mlp)
-            transforms.layers[index] = layer
+            inputs = with_gains(layer.inputs, kind, before, tensors)
+            transforms.layers[index] = replace(layer, clips=clips, s_attn=s_attn, s_mlp=s_mlp, inputs=inputs)
         if not journal.done(f"tuned layer {index}"):
-            write_layer(run, journal, f"tuned layer {index}", index, tensors)
+            write_layer(replace(run, transforms=transforms), journal, f"tuned layer {index}", index, tensors)
     return replace(run, transforms=transforms)
 
 

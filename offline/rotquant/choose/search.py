@@ -129,12 +129,13 @@ class Search:
         say(f"{line} · {clock(spent)} · eta {clock(spent / self.number * left)}")
 
 
-def compared(name: str, changes: Changes, kl: Tensor, before: Tensor, margin: float = 0) -> Trial:
-    """A trial from the KL [judged tokens] of each side; with a margin it has to win by more than so many errors."""
+def compared(name: str, changes: Changes, kl: Tensor, before: Tensor, margin: float | None = None) -> Trial:
+    """A trial from the KL [judged tokens] of each side; with a margin the mean must fall, whatever its error, and the
+    typical token by more than so many errors."""
     change, each = kl - before, relative(kl, before)
     difference, typical, error = change.mean().item(), each.mean().item(), error_of(each)
-    noise = 0 if margin else error_of(change)
-    taken = difference < noise and typical < -margin * error  # never where anything is not a number
+    noise = error_of(change) if margin is None else 0
+    taken = difference < noise and typical < -(margin or 0) * error  # never where anything is not a number
     return Trial(name, changes, kl.mean().item(), difference, typical, error, taken)
 
 

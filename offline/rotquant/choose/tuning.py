@@ -1,7 +1,8 @@
 """Tuning as the last candidate: tried on the whole quantized model, and kept where that is nearer to full precision.
 
 Unlike the others it is tried after the run itself: the judged windows, from which nothing learned, pass through the
-whole served model before and after. It has to win by more than MARGIN errors of the difference.
+whole served model before and after. It has to lower both the mean KL and that of the typical token; it is one trial, so
+that there is no luck of many to make up for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rotquant.choose.choice import TUNING, Trial
 from rotquant.choose.judge import WINDOW
-from rotquant.choose.search import MARGIN, NONE, compared
+from rotquant.choose.search import NONE, compared
 from rotquant.common.progress import say
 from rotquant.learn.options import Tuning
 from rotquant.learn.tune import AFTER, BEFORE
@@ -47,7 +48,7 @@ def judged(run: Run, tuned: Tensors) -> Run:
     """The run with the verdict on what `tune` made, and without tuning where it lost."""
     if run.choice is None or BEFORE not in tuned:
         return run
-    trial = compared(TUNING, {}, tuned[AFTER], tuned[BEFORE], MARGIN)
+    trial = compared(TUNING, {}, tuned[AFTER], tuned[BEFORE], margin=0)
     say(f"{TUNING}: KL {trial.kl:.4f}, {trial.change}: {trial.verdict}")
     recipe = run.recipe if trial.taken else run.recipe.model_copy(update={"tune": None})
     return replace(run, recipe=recipe, choice=replace(run.choice, tuned=trial))

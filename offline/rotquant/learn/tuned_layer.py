@@ -1,13 +1,14 @@
 """A decoder layer as the checkpoint holds it, with gradients: what `tune` moves after everything else is decided.
 
     scales   of the weights, as logarithms; the codes stay: W = c s, and x Wᵀ = (x cᵀ) s where a row has one scale
-    gains    of the norms, the ones on queries and keys among them
+    gains    of the norms, the ones on queries and keys among them; a shift behind one goes along (`with_gains`)
     clips    ratios of the four sites' activations, of keys and values, behind a sigmoid
              (not those of keys with error feedback, which is for the one that they have)
     branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others; a D that
              is taken off the inputs stays
 
-Rounding passes gradients straight through, and a clip ratio r sees how its range moves what it rounds:
+What moves counts as the checkpoint will hold it. Rounding passes gradients straight through, and a clip ratio r sees how
+its range moves what it rounds:
 
     y = r s (clamp(round(x / (r s) + z)) - z);   dy/dx = 1 inside (where it did not saturate), else 0;
     dy/dr = (y - x [inside]) / r
@@ -19,7 +20,7 @@ that little is lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from rotquant.learn.names import dotted, key
 from rotquant.models import Tensors
 from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
+from rotquant.models.layer import Layer
 from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
 from rotquant.transforms.hadamard import hadamard_rows
@@ -88,6 +90,7 @@ class TunedLayer(nn.Module):
         self.fixed |= {f"{name}.weight": tensors[f"{name}.weight"].float() for name in exact}
         for norm in kind.every_norm:
             self.gains[key(norm)] = nn.Parameter(tensors[f"{norm}.weight"].float())
+        self.before = {name: tensors[name].clone() for name in kind.gains}
         for name, ratio in self._ratios().items():
             self.clips[name] = nn.Parameter(torch.tensor(ratio).clamp(max=LARGEST_CLIP).logit())
         for group in ("scales", "gains", "clips", "branch"):
@@ -112,6 +115,7 @@ class TunedLayer(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """h' of h [..., T, hidden], float32; and the router's logits [N, experts], where there is one."""
         tensors = self.fixed | self._gains()
+        stages = with_gains(self.stages, self.decoder.kind, self.before, tensors)
         # The linears of a site share its rounding, and what the branch of its inputs has taken off.
         seen: tuple[Tensor, str, Tensor, Tensor, Tensor | None] | None = None
         exact: Tensors = {}  # what linears in full precision make
@@ -123,7 +127,7 @@ class TunedLayer(nn.Module):
                 return exact[name]
             site = self.decoder.kind.site_of[name]
             if seen is None or seen[0] is not x or seen[1] != site:
-                y = transformed(x.float(), self.stages.get(site, []))
+                y = transformed(x.float(), stages.get(site, []))
                 z = y @ self.directions[site] if site in self.directions else None
                 seen = x, site, y, self._rounded(site, y if z is None else y - z @ self.directions[site].T), z
             made, (y, z) = self._product(name, seen[3]), (seen[2], seen[4])
@@ -202,6 +206,39 @@ class TunedLayer(nn.Module):
 
 
 CONSTANT = (".bias", ".shift")
+
+
+def with_gains(
+    stages: Mapping[str, list[Stage]], kind: Layer, before: Tensors, after: Tensors
+) -> dict[str, list[Stage]]:
+    """The online stages of a layer whose norms' gains have moved from g to g' = r g: the shift of what a norm makes
+    goes along, where nothing but Hadamards comes before it.
+
+    Of x = g n and a turn T, m' = ((m T⁻¹) r) T, and what m adds to the output stays:
+
+        (x' T - m') Wᵀ + m Wᵀ = (r (x - m T⁻¹)) T Wᵀ + m Wᵀ
+
+    so that a gain scales what differs from the mean. With m as it was, (r - 1) m would be left to round, and r has the
+    steps of the checkpoint's dtype, which channels with a large mean make as large as all else.
+
+    Args:
+        before, after: `<norm>.weight` [hidden], those of `after` as they are stored.
+    """
+    moved = dict(stages)
+    for site, norm in kind.norms.items():
+        chain = stages.get(site, [])
+        place = next((i for i, stage in enumerate(chain) if stage.kind == "shift"), None)
+        if place is None or any(stage.kind != "hadamard" for stage in chain[:place]):
+            continue
+        turn, mean = chain[:place], chain[place].held.float()
+        g, now = (tensors[f"{norm}.weight"].float() for tensors in (before, after))
+        ratio = torch.where(g == 0, 1.0, now / g.masked_fill(g == 0, 1.0))
+        for stage in reversed(turn):
+            back = hadamard_rows(torch.eye(stage.block, device=mean.device), stage.block).mT
+            mean = (mean.unflatten(0, (-1, stage.block)) @ back).flatten()
+        mean = transformed(mean * ratio, turn)
+        moved[site] = [*turn, chain[place]._replace(tensor=mean), *chain[place + 1 :]]
+    return moved
 
 
 def transformed(x: Tensor, stages: list[Stage]) -> Tensor:

@@ -442,7 +442,13 @@ def test_few_tokens_with_most_of_the_kl_do_not_hide_a_win() -> None:
     assert (even - before).mean() > 0
     assert compared("it", {}, even, before).taken  # of a trial; what was taken has to lower the mean, too
     assert not compared("it", {}, even, before, 2).taken
+    assert not compared("it", {}, even, before, 0).taken  # of tuning, which is one trial
     assert not compared("it", {}, worst, before).taken
+    runs = torch.tensor([-0.1] * 36 + [0.1] * 28)[torch.randperm(64, generator=drawn)].repeat_interleave(32)
+    flat = torch.full((2048,), 0.03)
+    within = flat * (1 + runs / 2) / (1 - runs / 2)  # lower in both, by one error
+    assert compared("it", {}, within, flat, 0).taken
+    assert not compared("it", {}, within, flat, 2).taken
 
 
 def test_the_error_of_a_mean() -> None:

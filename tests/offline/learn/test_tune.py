@@ -12,16 +12,19 @@ from torch import Tensor
 
 import rotquant
 from rotquant.basis.sidecar import Basis
+from rotquant.data import DATA
 from rotquant.learn import tune as tuning
 from rotquant.learn.distill import divergence
+from rotquant.learn.names import dotted, key
 from rotquant.learn.quantizers import fake_quantize
 from rotquant.learn.steps import Steps
-from rotquant.learn.tuned_layer import Rounded, Unpacking
+from rotquant.learn.tuned_layer import Rounded, Unpacking, transformed, with_gains
 from rotquant.measure.evaluate import load_any
-from rotquant.models import read_config
+from rotquant.models import read_architecture, read_config
 from rotquant.models.decoder import capped
 from rotquant.pipeline import quantize
 from rotquant.run import Settings, prepare, tuner
+from rotquant_kernels import Stage
 from rotquant_kernels.formats import RowFormat, WeightFormat
 from source_models import file_hashes, source_model
 
@@ -39,6 +42,19 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
         return load_any(folder)(tokens, use_cache=False).logits.flatten(0, 1)
 
 
+def kept_models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that are tuned from here on."""
+    models: list[Any] = []
+
+    class Kept(tuning.ServedModel):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            models.append(self)
+
+    monkeypatch.setattr(tuning, "ServedModel", Kept)
+    return models
+
+
 @pytest.mark.parametrize(
     ("kind", "branch", "kv", "limit"),
     [  # of qwen3 with a cache 0.14; without R3 0.26, without the cache 0.29
@@ -54,14 +70,7 @@ def test_what_was_tuned_is_what_is_served(
 
     The served attention over a 4-bit cache rounds queries and softmax weights as well.
     """
-    models: list[Any] = []
-
-    class Kept(tuning.ServedModel):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            models.append(self)
-
-    monkeypatch.setattr(tuning, "ServedModel", Kept)
+    models = kept_models(monkeypatch)
     source = source_model(tmp_path / "model", kind, layers=1)
     every = MIXTURE if kind == "qwen2_moe" else EVERYTHING
     settings = (*(every if kv == 16 else every[:1]), f"kv.bits={kv}", f"weights.branch={branch}")
@@ -75,6 +84,53 @@ def test_what_was_tuned_is_what_is_served(
     distance = (learned - served).norm(dim=-1) / served.norm(dim=-1)
     assert distance.median() < limit
     assert rotquant.load(out).config.rotquant["activation_clip"].keys() > {"default"}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])  # gains, and gains that files hold less one
+def test_what_moves_counts_as_the_checkpoint_holds_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, whose steps are coarser than those of tuning: else what is judged is not what is served."""
+    models = kept_models(monkeypatch)
+    source = source_model(tmp_path / "model", kind, layers=1, dtype=torch.bfloat16)
+    settings = ("tune={steps: 6}", "online.shift_norms=all", "weights.rank=4", "kv.bits=16")
+    out = quantize(str(source), tmp_path / "out", recipe="quarot", settings=settings, **WINDOWS)
+    held = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    model, own, tokens = models[0], "model.layers.0.", torch.arange(32)[None]
+    (layer,), offset = model.layers, model.job.arch.offset
+    with torch.no_grad():
+        learned = model(tokens)
+        for name, gain in layer.gains.items():
+            gain.copy_(held[f"{own}{dotted(name)}.weight"].float() + offset)
+        model.gain.copy_(held["model.norm.weight"].float() + offset)
+        assert torch.equal(model(tokens), learned)
+        up = key("mlp.down_proj.low_rank_up")
+        assert torch.equal(layer._low(up).bfloat16().T, held[f"{own}mlp.down_proj.low_rank_up"].T)
+        stages = with_gains(layer.stages, layer.decoder.kind, layer.before, layer._gains())
+    for site, linear in (("attn", "self_attn.v_proj.Attn"), ("mlp", "mlp.up_proj.Mlp")):
+        (place,) = [i for i, stage in enumerate(stages[site]) if stage.kind == "shift"]
+        assert torch.equal(stages[site][place].held, held[f"{own}{linear}{place}_input.weight"])
+        assert not torch.allclose(stages[site][place].held, layer.stages[site][place].held.float(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("turn", [[], [Stage("hadamard", 16)], [Stage("hadamard", 12)]])
+def test_a_shift_goes_along_with_the_gain_in_front_of_it(turn: list[Stage]) -> None:
+    """(x' T - m') = (r (x - m T⁻¹)) T, also where a gain was zero; what comes behind other stages stays."""
+    random = torch.Generator().manual_seed(0)
+    kind = read_architecture(DATA / "demo").kinds[0]
+    normed, mean, old, now = (torch.randn(48, generator=random) for _ in range(4))
+    old[0] = 0
+    chains = {
+        "attn": [*turn, Stage("shift", 48, transformed(mean, turn))],
+        "mlp": [Stage("dense", 48), Stage("shift", 48)],
+    }
+    moved = with_gains(chains, kind, dict.fromkeys(kind.gains, old), dict.fromkeys(kind.gains, now))
+    assert moved["mlp"] == chains["mlp"]
+    assert moved["attn"][:-1] == turn
+    ratio = torch.where(old == 0, 1, now / old)
+    expected = ratio * (normed * old - mean) + normed * (now - ratio * old)
+    got = transformed(normed * now, turn) - moved["attn"][-1].held
+    assert torch.allclose(got, transformed(expected, turn), atol=1e-4)
 
 
 def test_tuning_brings_the_model_nearer_to_the_original(tmp_path: Path) -> None:
