@@ -7,8 +7,8 @@
     branch   D and U of the low-rank branch, in units of their RMS: steps are relative, as those of the others; a D that
              is taken off the inputs stays
 
-What moves counts as the checkpoint will hold it. Rounding passes gradients straight through, and a clip ratio r sees how
-its range moves what it rounds:
+What moves counts as the checkpoint will hold it. Rounding passes gradients straight through, and a clip ratio r sees
+how its range moves what it rounds:
 
     y = r s (clamp(round(x / (r s) + z)) - z);   dy/dx = 1 inside (where it did not saturate), else 0;
     dy/dr = (y - x [inside]) / r
