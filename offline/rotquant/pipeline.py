@@ -267,18 +267,19 @@ def tune_layers(run: Run, journal: Journal) -> Run:
         tuned = tune(tuner(run), quantized, Slot(journal, "tune"), aside(run))
         journal.keep("tune", tuned, [Slot.name("tune")])
     run = judged(run, tuned)
-    transforms = deepcopy(run.transforms)
+    run = replace(run, transforms=deepcopy(run.transforms))
     for index in layers:
-        tensors, layer, kind = journal.kept(f"layer {index}") or {}, transforms.layers[index], run.arch.kinds[index]
+        tensors = journal.kept(f"layer {index}") or {}
         if run.recipe.tune:
-            before = tensors
+            before, layer = tensors, run.transforms.layers[index]
             tensors, clips = layer_of(tuned, index)
             s_attn, s_mlp = tuned_scales(run, index, tensors)
-            inputs = with_gains(layer.inputs, kind, before, tensors)
-            transforms.layers[index] = replace(layer, clips=clips, s_attn=s_attn, s_mlp=s_mlp, inputs=inputs)
+            inputs = with_gains(layer.inputs, run.arch.kinds[index], before, tensors)
+            moved = replace(layer, clips=clips, s_attn=s_attn, s_mlp=s_mlp, inputs=inputs)
+            run.transforms.layers[index] = moved
         if not journal.done(f"tuned layer {index}"):
-            write_layer(replace(run, transforms=transforms), journal, f"tuned layer {index}", index, tensors)
-    return replace(run, transforms=transforms)
+            write_layer(run, journal, f"tuned layer {index}", index, tensors)
+    return run
 
 
 def tuned_scales(run: Run, index: int, tensors: Tensors) -> list[torch.Tensor]:

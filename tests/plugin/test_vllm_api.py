@@ -50,16 +50,8 @@ def test_the_plugin_fits_the_installed_vllm() -> None:
 NOT_VLLM_S = {
     "tolist",
     *("__init__", "__module__", "__name__", "__qualname__", "get", "is_dir", "items", "modules", "values", "backend"),
-    *(
-        "_schema",
-        "arguments",
-        "default",
-        "device",
-        "fill_",
-        "is_floating_point",
-        "name",
-        "shape",
-    ),  # of torch's ops and tensors
+    *("_schema", "arguments", "default", "device", "name", "shape"),  # of torch's ops and tensors
+    *("fill_", "is_floating_point"),
     *("from_dict", "get_config_dict", "to_dict", "rotquant_read", "turn_prompt_embeds"),
 }
 

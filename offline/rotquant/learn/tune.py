@@ -28,6 +28,7 @@ from rotquant.learn.tuned_layer import TunedLayer, as_stored
 from rotquant.models import Tensors
 from rotquant.models.decoder import Decoder, rms_norm
 from rotquant.models.expert_tensors import each
+from rotquant.models.layer import gain_as_stored
 from rotquant.models.mlp import Experts
 from rotquant.resources import KEPT_BYTES, tuned_numbers
 from rotquant.transforms.fold import Fold, by_rows
@@ -71,8 +72,8 @@ class ServedModel:
         for layer in self.layers:
             h, router = layer(h) if self.keeps else checkpoint(layer, h, use_reentrant=False)
             routers += [] if router is None else [router]
-        stored = (self.gain.detach().double() - arch.offset).to(self.job.dtype).double() + arch.offset
-        return (rms_norm(h, as_stored(self.gain, stored), arch.eps) / arch.logits_divisor).flatten(0, 1), routers
+        gain = as_stored(self.gain, gain_as_stored(self.gain.detach(), arch.offset, self.job.dtype))
+        return (rms_norm(h, gain, arch.eps) / arch.logits_divisor).flatten(0, 1), routers
 
     def optimiser(self, options: Tuning) -> torch.optim.Optimizer:
         rates = {

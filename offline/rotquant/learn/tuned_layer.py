@@ -34,7 +34,7 @@ from rotquant.models.decoder import Cache, Decoder, bias_of, kv4_cache
 from rotquant.models.layer import Layer
 from rotquant.models.mlp import Experts
 from rotquant.recipe import Recipe
-from rotquant.transforms.hadamard import hadamard_rows
+from rotquant.transforms.hadamard import hadamard_rows, undone_rows
 from rotquant.transforms.space import LayerTransforms
 from rotquant_kernels import Stage, reference
 from rotquant_kernels.formats import RowFormat
@@ -164,7 +164,10 @@ class TunedLayer(nn.Module):
         return {name: self._stored(name, gain) for name, gain in found.items()}
 
     def _low(self, name: str) -> Tensor:
-        return self._stored(dotted(name), self.branch[name] * self.units[name]).to(self.compute)
+        return self._factor(name).to(self.compute)
+
+    def _factor(self, name: str) -> Tensor:
+        return self._stored(dotted(name), self.branch[name] * self.units[name])
 
     def _stored(self, name: str, value: Tensor) -> Tensor:
         """What the checkpoint holds of a tensor that moves, with the gradient of the tensor."""
@@ -199,8 +202,7 @@ class TunedLayer(nn.Module):
         out = dict(tensors)
         for name, log_scale in self.scales.items():
             out[f"{dotted(name)}.weight_scale"] = log_scale.exp().squeeze(-1).to(self.dtype).cpu()
-        moved = {f"{dotted(name)}.weight": gain for name, gain in self.gains.items()}
-        moved |= {dotted(name): factor * self.units[name] for name, factor in self.branch.items()}
+        moved = self._gains() | {dotted(name): self._factor(name) for name in self.branch}
         out |= {name: self.decoder.kind.rounded(name, value, self.dtype).cpu() for name, value in moved.items()}
         return out, self.start | {name: logit.sigmoid().item() for name, logit in self.clips.items()}
 
@@ -234,8 +236,7 @@ def with_gains(
         g, now = (tensors[f"{norm}.weight"].float() for tensors in (before, after))
         ratio = torch.where(g == 0, 1.0, now / g.masked_fill(g == 0, 1.0))
         for stage in reversed(turn):
-            back = hadamard_rows(torch.eye(stage.block, device=mean.device), stage.block).mT
-            mean = (mean.unflatten(0, (-1, stage.block)) @ back).flatten()
+            mean = undone_rows(mean, stage.block)
         mean = transformed(mean * ratio, turn)
         moved[site] = [*turn, chain[place]._replace(tensor=mean), *chain[place + 1 :]]
     return moved

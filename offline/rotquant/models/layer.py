@@ -117,7 +117,7 @@ class Layer:
     def rounded(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """What a tensor that is not quantized is where a checkpoint holds it in `dtype`."""
         if self.offset and name in self.gains:
-            return ((tensor.double() - self.offset).to(dtype).double() + self.offset).float()
+            return gain_as_stored(tensor, self.offset, dtype)
         return tensor.float() if name in self.attention.kept and name.endswith("A_log") else tensor.to(dtype)
 
     @cached_property
@@ -201,3 +201,8 @@ class Layer:
                 if found:
                     out[f"{name}.{leaf}"] = found[0] if leaf == "lora_A" else torch.cat(found)
         return out
+
+
+def gain_as_stored(gain: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """A norm's gain, float32, behind a file that holds it less `offset` in `dtype`."""
+    return ((gain.double() - offset).to(dtype).double() + offset).float()

@@ -82,6 +82,11 @@ def hadamard_rows(x: Tensor, order: int) -> Tensor:
     return products(x, *(matrix.to(x) for matrix in factors(order)))
 
 
+def undone_rows(x: Tensor, order: int) -> Tensor:
+    """x (I ⊗ Hᵀ / sqrt(order)), which `hadamard_rows` turns into x."""
+    return products(x, *(matrix.mT.to(x) for matrix in factors(order)))
+
+
 @functools.cache
 def factors(order: int) -> tuple[Tensor, Tensor]:
     """Rotations H_a / sqrt(a) and H_b / sqrt(b), float64, with H_a ⊗ H_b of this order, as nearly square as can be."""
