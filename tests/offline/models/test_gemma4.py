@@ -30,7 +30,7 @@ from source_models import all_candidates, source_model
 from text_halves import quantized_alike
 
 TOKENS = torch.arange(3, 83)
-FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16"]
+FINE = ["weights.bits=8", "activations.bits=8", "activations.clip=1.0", "kv.bits=16", "kv.key_feedback=false"]
 
 
 @pytest.fixture(scope="module")
